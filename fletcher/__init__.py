@@ -1,10 +1,11 @@
-"""Python API of Fletcher: text in over Arrow Flight, vectors out or into a store.
+"""Python API of Fletcher: embed text over Arrow Flight, or store its vectors.
 
     with fletcher.connect("grpc://127.0.0.1:8815") as client:
         vectors = client.embed(["a text", "another"])
         summary = client.put(table, "articles")
 
-The public names are those in `__all__`; each is loaded on first use. docs/python.md is their guide.
+The public names are those in `__all__`. A name's module is imported when the name is first used.
+docs/python.md is the guide to this API.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Every error that Fletcher raises on purpose, and their form on the wire.
+"""All errors that Fletcher raises on purpose, and their form on the wire.
+
+The right column has each error's code, or says when the error is raised.
 
 FletcherError                      code, message, field, allowed, retry_after_ms
 ├── RequestError                   the request cannot be done as asked; do not retry unchanged
@@ -14,7 +16,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── DimensionMismatchError     dimension_mismatch
 │   ├── ModelMismatchError         model_mismatch
 │   └── UploadConflictError        upload_conflict
-├── UnavailableError               the same request may succeed later; unavailable: nobody answers
+├── UnavailableError               the same request may succeed later; its own code: unavailable
 │   ├── OverloadedError            overloaded
 │   ├── DrainingError              draining
 │   ├── StoreUnavailableError      store_unavailable
@@ -26,7 +28,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 └── SetupError                     this process cannot start or run as configured (code internal)
     ├── ConfigError                an option, an environment variable or the config file
     ├── ModelError                 a model bundle: missing, damaged, not supported
-    ├── BackendError               an engine or device that is missing or refuses the model
+    ├── BackendError               an engine or device that is missing or cannot run the model
     └── StoreError                 a store address or folder that cannot be used
 """
 
@@ -42,17 +44,17 @@ class FletcherError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: One or two sentences for a person: expected, got, remedy. Fields are in backticks.
-            Must not contain a traceback or a path on the server.
+        message: One or two sentences for a person: what was expected, what was found, and a remedy.
+            Names of fields are in backticks. Must not contain a traceback or a path on the server.
         field: The command field, column or option at fault, if any.
-        allowed: Values that are accepted.
-        retry_after_ms: Of a retryable error, the shortest wait before the next attempt.
+        allowed: Values that would be accepted.
+        retry_after_ms: Shortest wait before the next attempt, for a retryable error.
     """
 
     code: ClassVar[str] = "internal"
 
     def __init_subclass__(cls, code: str | None = None) -> None:
-        """Derive the code from the name, such as `unknown_model`, unless given."""
+        """Set the subclass's code: `code`, or its name as in `unknown_model`."""
         words = re.findall("[A-Z][a-z0-9]*", cls.__name__.removesuffix("Error"))
         cls.code = code or "_".join(words).lower()
 
@@ -72,21 +74,22 @@ class FletcherError(Exception):
         self.retry_after_ms = retry_after_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """The error on the wire: `code`, `message`, and the fields that are set."""
+        """The error as sent on the wire: `code`, `message`, and other fields that are set."""
         names = ("code", "message", "field", "allowed", "retry_after_ms")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to_json(self) -> bytes:
-        """`to_dict` as UTF-8 JSON, the `extra_info` of a Flight error."""
+        """The result of `to_dict` as UTF-8 JSON, for the `extra_info` of a Flight error."""
         return json.dumps(self.to_dict(), ensure_ascii=False).encode()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers send errors; exceptions with keyword-only arguments do not pickle by default.
+        # Worker processes pickle errors to send them. By default pickle cannot restore exceptions
+        # with keyword-only arguments.
         return _rebuild, (type(self), self.to_dict())
 
 
 def _encodable(text: str) -> str:
-    """Escape half a surrogate pair, which JSON text may hold and UTF-8 cannot."""
+    """Escape unpaired surrogates, which JSON text may hold but UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -138,8 +141,8 @@ class UploadConflictError(RequestError): ...
 class UnavailableError(FletcherError):
     """The same request may succeed later.
 
-    By itself it means that nobody answers or that the connection broke. Only a client can tell, so
-    this code does not cross the wire.
+    Raised as this class, not a subclass, it means that no server answers or that the connection
+    broke. Only a client raises it so, and its code `unavailable` is never sent on the wire.
     """
 
 
@@ -187,7 +190,7 @@ def _subclasses(kind: type[FletcherError]) -> list[type[FletcherError]]:
     return [kind, *(leaf for child in kind.__subclasses__() for leaf in _subclasses(child))]
 
 
-# The class of each code: a leaf of the tree, not of SetupError.
+# Error classes by code: the leaves of the class tree, without those below SetupError.
 BY_CODE: dict[str, type[FletcherError]] = {
     kind.code: kind
     for kind in _subclasses(FletcherError)
@@ -196,7 +199,7 @@ BY_CODE: dict[str, type[FletcherError]] = {
 
 
 def from_json(extra_info: bytes | str) -> FletcherError | None:
-    """The error that `to_json` wrote; None if the text is not one."""
+    """The error that `to_json` wrote; None if `extra_info` has another form."""
     try:
         fields = json.loads(extra_info)
         kind = BY_CODE[fields["code"]]

@@ -1,4 +1,4 @@
-"""The composition root: builds a server from its configuration, and closes it."""
+"""Composition root, which builds a server from its configuration and closes it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ from fletcher.util.allocator import IdleTrimmer, keep_large_blocks
 log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 2.0
-# Clients give up after 600 s without an answer (TransferOptions.stall_timeout_s): a tenth of it.
+# Longest normal wait of a stream for memory. It is a tenth of the 600 s after which clients give up
+# (TransferOptions.stall_timeout_s).
 _STARVING_S = 60.0
 
 
 class Runtime:
     """A server in this process, from `start` to `close`.
 
-    `progress` gets lines for people about long work, such as a download; None: the log does.
+    `progress` is called with messages for people about long work, such as a download. None: these
+    messages are logged.
     """
 
     def __init__(self, config: ServeConfig, progress: Callable[[str], None] | None = None) -> None:
@@ -61,9 +63,10 @@ class Runtime:
         self.close()
 
     def start(self) -> None:
-        """Loads the models, starts all workers, then listens on `address`.
+        """Load the models, start all workers, then listen on `address`.
 
-        Raises FletcherError if something is missing or does not work; all is closed again.
+        Raises FletcherError if something is missing or does not work. What was started until then
+        is closed again.
         """
         keep_large_blocks()
         try:
@@ -73,11 +76,14 @@ class Runtime:
             raise
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Blocks until the runtime is closed; False on a timeout."""
+        """Block until the runtime is closed; return False on a timeout."""
         return self._closed.wait(timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuses new calls; whether all accepted rows reached their stores in time."""
+        """Refuse new calls and wait until accepted rows are stored.
+
+        Returns whether all accepted rows reached their stores in time.
+        """
         if self._service is None:
             return True
         service = self._service
@@ -88,7 +94,8 @@ class Runtime:
         while time.monotonic() < deadline:
             if admission.wait_idle(0.05):
                 break
-            # A call whose client is silent cannot be ended, but holds no rows, either.
+            # A call whose client sends nothing cannot be ended. It need not be waited for, because
+            # it holds no rows.
             busy = budget.statistics()["used_bytes"] > 0
             quiet = 0 if busy else quiet + 1
             if quiet > 5:
@@ -100,10 +107,10 @@ class Runtime:
         return done
 
     def close(self) -> bool:
-        """Closes all parts, and returns whether all calls ended. Idempotent.
+        """Close all parts, and return whether all calls ended. Idempotent.
 
-        A call whose client is silent cannot be ended from here, and the process cannot exit in the
-        ordinary way before it does.
+        A call whose client sends nothing cannot be ended from here. The process cannot exit in the
+        ordinary way before that call ends.
         """
         self._service = None
         self._started.pop_all().close()
@@ -112,7 +119,7 @@ class Runtime:
 
     @property
     def service(self) -> Service:
-        """The service behind all protocols; only between `start` and `close`."""
+        """The service behind all protocols, available only between `start` and `close`."""
         assert self._service is not None
         return self._service
 
@@ -191,7 +198,8 @@ class Runtime:
         return delivery
 
     def _shut_down(self, server: FlightServer) -> None:
-        # `shutdown` has no deadline, and waits for handlers that wait for silent clients.
+        # `shutdown` has no deadline. It waits for handlers, which may wait for clients that send
+        # nothing.
         shutdown = threading.Thread(target=server.shutdown, daemon=True)
         shutdown.start()
         shutdown.join(_SHUTDOWN_S)
@@ -215,7 +223,7 @@ def _signals(
 def _listen(service: Service, config: NetworkConfig, credentials: Credentials) -> FlightServer:
     try:
         return FlightServer(service, config, credentials)
-    except Exception as error:  # pyarrow raises several kinds, for a port in use and for bad PEM
+    except Exception as error:  # for a port in use and bad PEM, pyarrow raises several types
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port}: {str(error).splitlines()[0][:200]}; "
             "check that the port is free and the certificate is PEM",

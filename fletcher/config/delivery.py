@@ -19,19 +19,19 @@ class DeliveryConfig(OptionGroup):
     """Stores, and how rows are grouped, appended and retried.
 
     Attributes:
-        stores: NAME=ADDRESS or ADDRESS of a store; repeatable, the first is the default. Addresses:
-            lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors back. Default:
-            lance: in the home folder.
-        group_rows: Most rows in one write. More gives fewer, larger writes, which are acknowledged
-            later.
-        group_delay_ms: Longest wait for rows to fill a write. Less acknowledges rows earlier, in
-            smaller writes.
+        stores: A store, as NAME=ADDRESS or ADDRESS; repeatable, the first is the default store.
+            Addresses: lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors
+            back. Default: lance: in the home folder.
+        group_rows: Maximum number of rows in one write. A higher value makes writes fewer and
+            larger, and rows are acknowledged later.
+        group_delay_ms: Longest wait for rows to fill a write. A lower value acknowledges rows
+            earlier, but makes writes smaller.
         store_timeout_s: Longest time for one write before it is retried. Raise it for slow stores.
-        store_compression: Compression of rows sent to Flight stores. It saves network and costs CPU
-            time; auto measures both.
+        store_compression: Compression of rows sent to Flight stores. It saves network traffic and
+            costs CPU time; auto measures both and decides.
         store_retry_s: Time for which a failing write is retried before its upload fails.
-        commit_rows: Most rows of one append, over all its groups; at least `group_rows`;
-            0: 50,000.
+        commit_rows: Maximum number of rows in one append, which may hold several groups. At least
+            `group_rows`; 0: 50,000.
         max_dedupe_bytes: Memory for the dedupe indexes of all datasets; `ServeConfig` derives it
             from `max_memory`.
     """
@@ -56,22 +56,22 @@ class DeliveryConfig(OptionGroup):
 
     @property
     def slow_append_s(self) -> float:
-        """Duration beyond which an append is slow, and the next ones carry fewer rows."""
+        """Duration beyond which an append counts as slow, so that the next has fewer rows."""
         return self.store_timeout_s / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalConfig(OptionGroup):
-    """Size and place of the journal: disk for acknowledged rows.
+    """Size and place of the journal, which holds acknowledged rows on disk.
 
     Attributes:
-        max_bytes: Disk for rows that are acknowledged but not stored yet. 0: no journal; rows are
-            acknowledged when the store has them.
-        retention_s: Time for which rows are kept after a store accepted them, for stores that
-            acknowledge rows before these are durable.
-        folder: Root of all journals, `folder/ADDRESS/DATASET` with a hash of the address;
-            `ServeConfig` derives it from `home`.
-        segment_bytes: Size of one file; 0: an eighth of `max_bytes`, at most 128 MiB.
+        max_bytes: Disk space for rows that are acknowledged but not stored yet. 0: no journal; rows
+            are acknowledged when the store has them.
+        retention_s: Time for which the journal keeps rows after the store accepted them. Used only
+            for stores that acknowledge rows before the rows are durable.
+        folder: Root folder of all journals; `ServeConfig` derives it from `home`. A journal is in
+            `folder/ADDRESS/DATASET`, where ADDRESS is a hash of the store's address.
+        segment_bytes: Size of one journal file; 0: an eighth of `max_bytes`, at most 128 MiB.
     """
 
     max_bytes: int = option(4 * GIB, SIZE, name="max_journal")

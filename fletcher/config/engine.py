@@ -11,27 +11,28 @@ DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(OptionGroup):
-    """Device, engine and size of runs.
+    """Device and engine of a model, and the size of its runs.
 
-    `auto` and 0 leave a choice to the tune record or to rules. The fields are part of a tune
-    record's key: a new field makes old records useless.
+    With `auto` or 0 the tune record decides, or rules if there is no record. The fields are part of
+    a tune record's key. So a new field makes existing records useless.
 
     Attributes:
         device: auto, cpu, cuda, or cuda:0,1 for some GPUs. auto uses GPUs if they work.
-        backend: Engine. auto uses the fastest one that `fletcher tune` measured, or the usual best
-            for the device. null returns vectors without a model, for measurements.
-        precision: Arithmetic of the model. float32 is exact. The others are faster on hardware that
-            has them.
-        threads: CPU cores for the model, 0: all. Fewer leave room for other programs.
-        max_batch_tokens: Tokens in one run of the model, 0: the engine's best. More can raise
-            throughput, but each run takes longer.
+        backend: Engine that runs the model. auto uses the fastest engine that `fletcher tune`
+            measured, or the usual best for the device. null returns vectors without a model, for
+            measurements.
+        precision: Number type of the model's arithmetic. float32 is exact. The other types are
+            faster on hardware that supports them.
+        threads: CPU cores for the model, 0: all. A lower number leaves cores to other programs.
+        max_batch_tokens: Maximum number of tokens in one run of the model, 0: the engine's best. A
+            higher number can raise throughput, but each run takes longer.
         replicas_per_device: Copies of the model on each GPU, 0: as `fletcher tune` found, or 1.
-            More keep a GPU busier with short texts. Each copy takes memory.
-        gpu_memory: GPU memory for one copy of the model, 0: all. Less leaves room for other
-            programs, but runs that need more fail.
+            More copies keep a GPU busier with short texts. Each copy takes memory.
+        gpu_memory: GPU memory for one copy of the model, 0: all. A lower limit leaves memory to
+            other programs, but runs that need more fail.
         cuda_graphs: Run a single text of up to 63 tokens as one CUDA graph, on GPUs in float16.
-            Answers come sooner. The start takes longer, and the model needs its memory twice.
-            Experimental.
+            Vectors are returned sooner. The start takes longer, and the model needs its memory
+            twice. Experimental.
     """
 
     device: str = option(
@@ -53,18 +54,19 @@ class WorkerConfig(OptionGroup):
     Attributes:
         device_fallback: Replacement when no GPU works. cpu: the CPU takes over; it is slower, and
             vectors differ in their last digits. none: callers get a retryable error.
-        tokenizer_workers: Tokenizer processes, 0: chosen from the number of cores. More can feed a
-            faster GPU. Each takes memory.
-        tokenizer: model: the model's own tokenizer. null: one token a byte, to measure the rest of
-            the server; needs --backend null.
-        dispatch: Choice of the device for the next run. throughput-weighted suits devices that
-            differ or slow down. The others measure nothing, and suit equal devices.
+        tokenizer_workers: Number of tokenizer processes, 0: chosen from the number of cores. More
+            processes can feed a faster GPU. Each process takes memory.
+        tokenizer: model: the model's own tokenizer. null: one token per byte, to measure the rest
+            of the server; needs --backend null.
+        dispatch: Rule that chooses the device for the next run. throughput-weighted suits devices
+            that differ or slow down. The other rules measure nothing, and suit equal devices.
         worker_timeout_s: Longest run of the model. A process that takes longer is replaced, and its
-            work is retried. Less ends hangs sooner, but may replace a device that is only slow.
+            work is retried. A lower limit ends hangs sooner, but may replace a process that is only
+            slow.
         isolate_engine: Run engines and tokenizers in worker processes only. Single short texts then
-            take longer, but a crash in one cannot end the server.
-        max_queue_delay_ms: Longest wait for texts to fill a run. More gives fuller runs, but later
-            answers.
+            take longer, but a crash of an engine or tokenizer cannot end the server.
+        max_queue_delay_ms: Longest wait for texts to fill a run. A higher value makes runs fuller,
+            but vectors are returned later.
     """
 
     device_fallback: str = option("none", choices=("none", "cpu"))

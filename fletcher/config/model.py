@@ -1,4 +1,4 @@
-"""Options of the models: served and loadable ones, their outputs and cache."""
+"""Options of models: which are served or loadable, their vectors and the cache."""
 
 # ruff: noqa: RUF009  (`option` makes a dataclass field, no default value)
 
@@ -11,7 +11,7 @@ from fletcher.config.model_alias import Alias
 from fletcher.config.option import ALIASES, FOLDER, LOADABLE, MIB, NAMES, SIZE, OptionGroup, option
 from fletcher.errors import ConfigError
 
-# What int8 vectors are multiples of: `core.quantization`.
+# Allowed values of the option `int8`; `core.quantization` explains `row` and `ranges`.
 INT8_KINDS = ("auto", "row", "ranges")
 
 
@@ -21,14 +21,15 @@ class ModelConfig(OptionGroup):
 
     Attributes:
         default: Model for calls that name no model.
-        models: Further model to serve, as NAME or NAME@HASH; repeatable. Each has its own processes
-            and memory. All share the cores.
+        models: Further model to serve, as NAME or NAME@HASH; repeatable. Each model runs in its own
+            processes and has its own memory. All models share the CPU cores.
         loadable_models: Model that callers may load and swap while the server runs; repeatable, *
-            for all installed ones. Any caller may then use memory for it.
+            for all installed models. Any caller may then make the server spend memory on it.
         model_aliases: NAME=MODEL:WEIGHT,MODEL:WEIGHT divides the calls for NAME among models;
             repeatable. The alias `default` divides calls that name no model.
-        max_model_memory: Memory for the processes of all models, 0: no limit. Above it, the least
-            recently used model is unloaded; its next call waits until it is loaded again.
+        max_model_memory: Memory for the processes of all models, 0: no limit. Above this limit the
+            least recently used model is unloaded. The next call for it waits until it is loaded
+            again.
     """
 
     default: str = option("all-MiniLM-L6-v2", name="model")
@@ -58,14 +59,14 @@ class ModelConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig(OptionGroup):
-    """Vectors that callers may ask for.
+    """Widths and types of the vectors that callers may ask for.
 
     Attributes:
-        allow_undeclared: Accept `dims` that a model does not declare. The loss of quality is
-            unknown.
-        int8: Scale of int8 vectors. row: one scale a vector, 4 bytes more, no clipping. ranges: the
-            ranges of `fletcher model calibrate`; values outside are clipped. auto: ranges if the
-            model has them, else row.
+        allow_undeclared: Accept `dims` that a model does not declare. How much quality such vectors
+            lose is unknown.
+        int8: Scale of int8 vectors. row: each vector has a scale, which takes 4 bytes; nothing is
+            clipped. ranges: the ranges of `fletcher model calibrate`; values outside are clipped.
+            auto: ranges if the model has them, else row.
     """
 
     allow_undeclared: bool = option(False)
@@ -74,13 +75,13 @@ class OutputConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig(OptionGroup):
-    """Memory or disk for the vectors of texts that come again.
+    """Embedding cache: vectors of earlier texts, in memory or on disk.
 
     Attributes:
         max_bytes: Memory for vectors of texts seen before, in addition to --max-memory; 0: no
-            cache. Use it if texts repeat. Without repeats it costs a hash a text.
-        folder: Keep the embedding cache in a file in this folder, with at least 64MiB. The cache
-            then survives restarts, but lookups are slower than in memory.
+            cache. Use a cache if texts repeat. If none do, it only costs a hash of each text.
+        folder: Keep the embedding cache in a file in this folder. Needs an --embedding-cache of at
+            least 64MiB. The cache then survives restarts, but lookups are slower than in memory.
     """
 
     max_bytes: int = option(0, SIZE, name="embedding_cache")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 
-# All installed models, in a list of names.
+# Stands for all installed models in a list of names.
 ANY_MODEL = "*"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ALIAS = re.compile(rf"({MODEL_NAME})=(.+)", re.DOTALL)
@@ -16,14 +16,17 @@ _TARGET = re.compile(rf"({MODEL_NAME}(?:@[0-9a-f]+)?)(?::([0-9.]+))?")
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Division of the calls for a name among models, `name` or `name@hash`, by weight."""
+    """Division of the calls for one name among several models, by weight.
+
+    `targets` are pairs of a model (`name` or `name@hash`) and its weight.
+    """
 
     name: str
     targets: tuple[tuple[str, float], ...]
 
     @classmethod
     def from_text(cls, text: str) -> Alias:
-        """Reads `NAME=MODEL:WEIGHT,...`; a missing weight is 1. Raises ValueError."""
+        """Parse `NAME=MODEL:WEIGHT,...`; a missing weight is 1. Raises ValueError."""
         match = _ALIAS.fullmatch(text.strip())
         if match is None:
             raise ValueError(text)
@@ -37,17 +40,17 @@ class Alias:
         return cls(match[1], tuple(targets.items()))
 
     def pick_target(self, key: str) -> str:
-        """The model for a key, the same for each call and after a restart.
+        """The model for a key. A key has the same model in every call and after a restart.
 
-        When weights change, as few keys as possible get another model: a hash of key and model
-        gives each model an exponential waiting time with its weight as the rate, and the shortest
-        wins (Efraimidis and Spirakis 2006).
+        A hash of key and model gives each model an exponentially distributed waiting time, with the
+        model's weight as the rate. The model with the shortest time is chosen (Efraimidis and
+        Spirakis 2006). So when weights change, as few keys as possible get another model.
         """
         return min(self.targets, key=lambda target: _wait(key, *target))[0]
 
     @property
     def shares(self) -> str:
-        """The targets as `from_text` reads them after the `=`."""
+        """The targets as text, in the form that `from_text` reads after the `=`."""
         return ",".join(f"{name}:{weight:g}" for name, weight in self.targets)
 
 

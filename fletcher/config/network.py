@@ -11,7 +11,7 @@ from pathlib import Path
 from fletcher.config.option import OptionGroup, option
 from fletcher.errors import ConfigError
 
-# Compression of Arrow's IPC bodies; the client's and the stores' take the same words.
+# Compression of Arrow's IPC bodies. The options of the client and of stores have the same values.
 COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 
 
@@ -20,17 +20,20 @@ class NetworkConfig(OptionGroup):
     """Address of the server, access to it, and compression of its answers.
 
     Attributes:
-        host: Address to listen on. 0.0.0.0 accepts other machines, and needs --token-file or
-            --insecure.
-        port: TCP port. 0 picks a free one, which the server prints.
-        token_file: File of bearer tokens, one a line. Without it every caller is accepted.
+        host: Address to listen on. 0.0.0.0 accepts calls from other machines, and needs
+            --token-file or --insecure.
+        port: TCP port. 0 picks a free port, which the server prints.
+        token_file: File of bearer tokens, one per line. Without it every caller is accepted.
         tls_cert: PEM certificate; needs --tls-key. Calls are then encrypted, which costs some CPU
             time.
         tls_key: PEM private key of --tls-cert.
-        tls_client_ca: PEM CA. Callers must then show a certificate that it signed.
-        insecure: Accept other machines without tokens. Anyone who reaches --host may call.
-        compression: Compression of vectors sent back. auto measures each caller's connection.
-            Vectors shrink little, so none suits most; texts sent with them shrink more.
+        tls_client_ca: PEM certificate of an authority (CA). Callers must then show a certificate
+            that this authority signed.
+        insecure: Accept calls from other machines without tokens. Anyone who reaches --host may
+            call.
+        compression: Compression of the answers, which hold vectors. auto measures each caller's
+            connection. none suits most uses, because vectors shrink little. Texts in the answers
+            shrink more.
     """
 
     host: str = option("127.0.0.1")

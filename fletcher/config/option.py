@@ -1,10 +1,11 @@
 """Options: their types, limits and help, and how values are read and checked.
 
-Each part of `ServeConfig` is an `OptionGroup`; its fields made by `option` are the options.
+Each part of `ServeConfig` is an `OptionGroup`. Its fields that are made by `option` are options.
 """
 
-# No library does it: click and the settings libraries check a flag, a variable or a TOML value, but
-# none names the option, its source, the value and the allowed values alike for all three.
+# Fletcher does this without a library, for the sake of errors: the same message, with the option,
+# its source, the value and the allowed values, for a flag, a variable or a TOML value. click and
+# the settings libraries check all three, but do not report them alike.
 
 from __future__ import annotations
 
@@ -59,12 +60,12 @@ def _quantity(text: str, units: Mapping[str, float]) -> float:
 
 
 def split_list(text: str, comma: str = ",") -> tuple[str, ...]:
-    """The parts between commas, stripped, without empty ones."""
+    """The parts of a text between commas, stripped; empty parts are dropped."""
     return tuple(name for part in re.split(comma, text) if (name := part.strip()))
 
 
 def _stores(text: str) -> tuple[str, ...]:
-    # A comma separates two addresses only if another address follows: paths may hold commas.
+    # A comma separates two addresses only if another address follows it, as paths may hold commas.
     return split_list(text, r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)")
 
 
@@ -79,7 +80,7 @@ def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _aliases(text: str) -> tuple[str, ...]:
-    # A comma separates two aliases only if another `NAME=` follows.
+    # A comma separates two aliases only if another `NAME=` follows it.
     parts = split_list(text, r",(?=[^,=]*=)")
     for part in parts:
         Alias.from_text(part)
@@ -96,9 +97,9 @@ def _file(text: str) -> Path:
 class OptionType:
     """A type of option value.
 
-    `parse` converts the text of a flag, a variable or a TOML string, and raises ValueError or
-    KeyError. Values of the TOML types `toml` are taken as they are. The limits are those of options
-    that have none.
+    `parse` converts the text of a flag, a variable or a TOML string. It raises ValueError or
+    KeyError. TOML values of the types `toml` are not parsed; only the items of a list are.
+    `minimum` and `maximum` apply to options that do not set their own limits.
     """
 
     metavar: str
@@ -112,7 +113,7 @@ class OptionType:
 TEXT = OptionType("TEXT", "text, not empty", str)
 WHOLE = OptionType("N", "a whole number", int, (int,), 0)
 SIZE = OptionType("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,), 0)
-# Longer waits than C's timers take would fail where they are used.
+# At most a day, because some timers in C fail with longer waits.
 SECONDS = OptionType(
     "SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float), 0, DAY_S
 )
@@ -126,7 +127,7 @@ LOADABLE = OptionType("MODEL", "names of models without @HASH, or *", _listed(_L
 ALIASES = OptionType("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
 FILE = OptionType("FILE", "a path", _file)
 FOLDER = OptionType("FOLDER", "a path", _file)
-# By the annotations of fields.
+# Types of options that do not name theirs, by the annotation of the field.
 _KINDS = {"str": TEXT, "int": WHOLE, "bool": SWITCH, "float": SECONDS, "Path": FILE}
 
 
@@ -134,9 +135,10 @@ _KINDS = {"str": TEXT, "int": WHOLE, "bool": SWITCH, "float": SECONDS, "Path": F
 class Option:
     """One option of the server.
 
-    `name` is the TOML key, and flag and variable derive from it; `field` holds the value in its
-    part of the configuration. `pattern` is for the whole value. `expected` are the allowed values
-    in words, where `kind` does not say enough. A default of None is not fixed.
+    `name` is the TOML key; the flag and the variable derive from it. `field` is the name of the
+    field that holds the value in the option's part of `ServeConfig`. `pattern` must match the whole
+    value. `expected` describes the allowed values, if the description in `kind` is not enough. A
+    `default` of None means no default, or one that is computed.
     """
 
     name: str
@@ -170,7 +172,7 @@ class Option:
         return words
 
     def read_value(self, value: Any, source: str) -> Any:
-        """Converts and checks the text of a flag or a variable, or a TOML value.
+        """Convert and check the text of a flag or a variable, or a TOML value.
 
         Raises ConfigError, which names the option, the source, the value and the allowed values.
         """
@@ -190,7 +192,7 @@ class Option:
         return parsed
 
     def check_value(self, value: Any, source: str = "the program") -> None:
-        """Checks a value. Raises ConfigError."""
+        """Raise ConfigError if a value is not allowed."""
         if not self._fits(value):
             raise self._refusal(value, source)
 
@@ -217,10 +219,12 @@ class Option:
 
 
 def option(default: Any, kind: OptionType | None = None, **limits: Any) -> Any:
-    """Makes a dataclass field that is an option, with further fields of `Option`.
+    """Make a dataclass field that is an option.
 
-    Without `kind` the annotation tells it. Its help is the field's entry under `Attributes` in the
-    docstring of the class.
+    `limits` are further fields of `Option`, such as `choices`.
+
+    Without `kind` the field's annotation determines the type. The option's help is the field's
+    entry under `Attributes` in the docstring of the class.
     """
     metadata = {"kind": kind, **limits}
     if callable(default):
@@ -230,7 +234,7 @@ def option(default: Any, kind: OptionType | None = None, **limits: Any) -> Any:
 
 @functools.cache
 def options_of(part: type) -> tuple[Option, ...]:
-    """The options among a dataclass' fields, in their order."""
+    """The options among the fields of a dataclass, in the order of the fields."""
     _, texts = split_docstring(part.__doc__, "Attributes")
     found = []
     for spec in dataclasses.fields(part):
@@ -247,9 +251,9 @@ def options_of(part: type) -> tuple[Option, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionGroup:
-    """Base of a part of `ServeConfig`; checks all values when it is made.
+    """Base of a part of `ServeConfig`, which checks its values when constructed.
 
-    Raises ConfigError for values out of range, or options that contradict each other.
+    Raises ConfigError for values out of range, or for options that contradict each other.
     """
 
     def __post_init__(self) -> None:
@@ -259,10 +263,10 @@ class OptionGroup:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Checks options that depend on each other. Raises ConfigError."""
+        """Raise ConfigError for options that contradict each other, in subclasses."""
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """`; did you mean X?`, or an empty string where no known word is near."""
+    """The hint `; did you mean X?`, or an empty string if no known word is similar."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,6 +1,7 @@
 """The options that flags, environment and file set, and the source of each value.
 
-A flag wins over the environment, that over the file, that over the default.
+If several sources set an option, a flag wins over an environment variable, and the variable over
+the configuration file. An option that no source sets has its default.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fletcher.errors import ConfigError
 class Resolved:
     """A configuration, the source of each value that is not a default, and warnings.
 
-    Warnings are about variables that look like misspelt options.
+    The warnings are about environment variables that look like misspelt options.
     """
 
     config: ServeConfig
@@ -29,7 +30,7 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
     def to_toml(self) -> str:
-        """The options as a TOML file, with the source of each in a comment."""
+        """The options as a TOML file, with each option's source in a comment."""
         lines = []
         for name in OPTIONS:
             value = self.config.value_of(name)
@@ -47,11 +48,12 @@ def resolve(
     *,
     only: Collection[str] | None = None,
 ) -> Resolved:
-    """The configuration that flags, environment and file make together.
+    """Combine flags, environment and configuration file into one configuration.
 
-    Flags are texts, or lists of texts for repeatable options. Without `file` the one that
-    FLETCHER_CONFIG names is read. Options that are not in `only` keep their defaults. Raises
-    ConfigError, which names the option, its source, the value and the allowed values.
+    The value of a flag is a text, or a list of texts for a repeatable option. Without `file` the
+    file that FLETCHER_CONFIG names is read. If `only` is given, options outside it keep their
+    defaults. Raises ConfigError, which names the option, its source, the value and the allowed
+    values.
     """
     if file is None and environ.get("FLETCHER_CONFIG"):
         file = Path(environ["FLETCHER_CONFIG"]).expanduser()
@@ -98,7 +100,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
-    # Only near misses: other programs may use FLETCHER_ variables, too.
+    # Warns of similar names only, because other programs may use FLETCHER_ variables, too.
     known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
     strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)
     return tuple(
@@ -109,5 +111,5 @@ def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings, numbers and booleans are TOML's too.
+    # Strings, numbers and booleans are written the same way in JSON and TOML.
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

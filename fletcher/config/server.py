@@ -1,9 +1,10 @@
 """All options of the server, declared once in the parts of `ServeConfig`.
 
 Each part of `ServeConfig` declares its options as fields. A flag, an environment variable and a
-TOML key derive from each: `limits.max_streams` is `--max-streams`, `FLETCHER_MAX_STREAMS` and
-`max_streams = 256`. A duration in seconds drops its `_s` (`drain_timeout_s` is `--drain-timeout`),
-for its value may name another unit (`2m`). `fletcher.config.resolution` reads them.
+TOML key derive from each field: `limits.max_streams` is `--max-streams`, `FLETCHER_MAX_STREAMS` and
+`max_streams = 256`. For a field in seconds they drop the `_s` (`drain_timeout_s` is
+`--drain-timeout`), because the given value may name another unit (`2m`).
+`fletcher.config.resolution` reads the flags, variables and keys.
 """
 
 # ruff: noqa: RUF009  (`option` makes a dataclass field, no default value)
@@ -35,22 +36,22 @@ from fletcher.config.option import (
 from fletcher.errors import ConfigError
 
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
-# Share of `max_memory` for data in flight; the rest is for code, libraries and their caches.
+# Share of `max_memory` for data in flight. The rest is for dedupe indexes, code and libraries.
 _BUDGET_SHARE = 0.5
-# Share for dedupe indexes: by default some 15 million ids (17 bytes each), or 8 million with their
-# texts (32).
+# Share of `max_memory` for dedupe indexes. By default that is enough for some 15 million ids (17
+# bytes each), or 8 million ids with hashes of their texts (32 bytes each).
 _DEDUPE_SHARE = 0.125
 
 
 def fletcher_home(environ: Mapping[str, str] | None = None) -> Path:
     """Folder of models, journals and caches.
 
-    FLETCHER_HOME, else XDG_DATA_HOME/fletcher, else ~/.local/share/fletcher.
+    It is FLETCHER_HOME, else XDG_DATA_HOME/fletcher, else ~/.local/share/fletcher.
     """
     environ = os.environ if environ is None else environ
     if home := environ.get("FLETCHER_HOME"):
         return Path(home).expanduser()
-    # The XDG base directory specification has relative paths ignored.
+    # The XDG base directory specification says to ignore relative paths.
     data = Path(environ.get("XDG_DATA_HOME") or "")
     return (data if data.is_absolute() else Path("~/.local/share").expanduser()) / "fletcher"
 
@@ -60,12 +61,12 @@ class LimitsConfig(OptionGroup):
     """Bounds on calls, memory and messages.
 
     Attributes:
-        max_streams: Open calls at once. More callers are admitted, and each may hold one message in
-            memory.
-        max_memory: Memory for work in progress. With less, callers wait earlier.
-        max_message_bytes: Largest decoded message. Each open call may hold one in memory.
-        max_row_bytes: Largest text. The row of a longer text fails; other rows do not.
-        drain_timeout_s: Time after SIGTERM for accepted rows to reach their stores.
+        max_streams: Maximum number of open calls. A higher limit admits more callers, and each open
+            call may hold one message in memory.
+        max_memory: Memory for work in progress. With a lower limit, callers have to wait earlier.
+        max_message_bytes: Largest decoded message. Each open call may hold one message in memory.
+        max_row_bytes: Largest text. A row with a larger text fails, without effect on other rows.
+        drain_timeout_s: Time after SIGTERM in which accepted rows can still reach their stores.
     """
 
     max_streams: int = option(256, minimum=1)
@@ -106,8 +107,8 @@ class TelemetryConfig(OptionGroup):
     Attributes:
         log_level: Least severe level of log lines on standard error.
         log_format: Format of log lines: text for people, json for log collectors.
-        otlp_endpoint: OTLP/HTTP URL that receives traces and metrics. Each call takes slightly
-            longer.
+        otlp_endpoint: OTLP/HTTP URL that receives traces and metrics. Exporting makes each call
+            slightly slower.
     """
 
     log_level: str = option("info", choices=("debug", "info", "warning", "error"))
@@ -119,9 +120,10 @@ class TelemetryConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """All options of a server, checked; made by `from_options`.
+    """All options of a server, checked. Use `from_options` to construct it.
 
-    Values are in bytes, seconds (`_s`), milliseconds (`_ms`) or counts, as their names say.
+    The unit of a value follows from its name: bytes, seconds (`_s`), milliseconds (`_ms`) or a
+    count.
 
     Attributes:
         home: Folder of models, journals and caches. A model takes about 100 MB.
@@ -144,10 +146,10 @@ class ServeConfig:
 
     @classmethod
     def from_options(cls, **values: Any) -> ServeConfig:
-        """Makes a configuration of values by option name, such as `port` or `store`.
+        """Make a configuration from values by option name, such as `port` or `store`.
 
-        Raises ConfigError for a value out of range, or options that contradict each other, and
-        TypeError for an option that does not exist.
+        Raises ConfigError for a value out of range, or for options that contradict each other.
+        Raises TypeError for an option that does not exist.
         """
         home = values.pop("home", None) or fletcher_home()
         fields: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
@@ -160,11 +162,11 @@ class ServeConfig:
         return cls(home=home, **{part: PARTS[part](**fields[part]) for part in PARTS})
 
     def with_options(self, **values: Any) -> ServeConfig:
-        """The configuration with some values replaced. Raises as `from_options`."""
+        """A copy with some values replaced. Raises the same errors as `from_options`."""
         return self.from_options(**{name: self.value_of(name) for name in OPTIONS} | values)
 
     def value_of(self, name: str) -> Any:
-        """The value of an option, by its name."""
+        """The value of the option with a name, such as `port`."""
         part = PART_OF[name]
         return getattr(getattr(self, part) if part else self, OPTIONS[name].field)
 
@@ -180,7 +182,7 @@ class ServeConfig:
 
     @property
     def store_addresses(self) -> dict[str, str]:
-        """Addresses by name, the default first; empty if the only store is `none`."""
+        """Store addresses by store name, the default first; empty if the store is `none`."""
         addresses: dict[str, str] = {}
         if self.delivery.stores == (NO_STORE,):
             return addresses
@@ -198,9 +200,9 @@ class ServeConfig:
 PARTS: dict[str, Any] = {
     name: part for name, part in get_type_hints(ServeConfig).items() if name != "home"
 }
-# By option name, in the order of help and of `--print-config`.
+# Options by name, in the order of the help and of `--print-config`.
 OPTIONS: dict[str, Option] = {
     one.name: one for part in (*PARTS.values(), ServeConfig) for one in options_of(part)
 }
-# By option name, the part that holds it; empty for `home`.
+# Name of the part that holds each option, by option name; empty for `home`.
 PART_OF = {one.name: part for part in PARTS for one in options_of(PARTS[part])} | {"home": ""}

@@ -1,4 +1,4 @@
-"""Payloads between pipeline stages: whole arrays, no per-row objects."""
+"""Data passed between pipeline stages: arrays over all rows of a batch."""
 
 from __future__ import annotations
 
@@ -23,48 +23,54 @@ Priority = Literal["bulk", "interactive"]
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """State between two text parts of one text that is cut into chunks."""
+    """Tokenizer state from one part of a text to the next, for texts cut into chunks."""
 
     prompt_ids: Int32Array  # [n], prompt tokens of each chunk
-    input_ids: Int32Array  # [n], the last tokens so far, which are not in a finished chunk
-    starts: Int64Array  # [n, 2], character and byte of the text where each of these begins
-    levels: npt.NDArray[np.int8]  # [n], what begins there, see `fletcher.tokenization.sentences`
+    input_ids: Int32Array  # [n], tokens of the parts so far that the next chunks still need
+    starts: Int64Array  # [n, 2], character and byte of the text where each of `input_ids` begins
+    # [n], whether a sentence or paragraph begins with each of `input_ids`; values as in
+    # `fletcher.tokenization.sentences`.
+    levels: npt.NDArray[np.int8]
     end: str  # the text's last characters so far
     size: Int64Array  # [2], characters and bytes of the text so far
-    num_chunks: int  # so far
-    num_covered: int  # leading tokens of the next chunk that are in the last chunk too
-    num_before: int = 0  # leading tokens of `input_ids` that are context of the next chunk only
+    num_chunks: int  # finished chunks of the text so far
+    num_covered: int  # leading tokens of the next chunk that the last finished chunk has, too
+    num_before: int = 0  # leading tokens of `input_ids` before the next chunk, only its context
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Rows of a batch that are chunks of texts."""
+    """Chunks of a batch's texts, where each row of the batch is one chunk."""
 
-    # [num_texts + 1], rows of text i are offsets[i] to offsets[i + 1]; a text part may have none.
+    # [num_texts + 1]. The chunks of text i are the rows offsets[i] to offsets[i + 1] (exclusive). A
+    # text part may have no rows.
     offsets: Int64Array
-    index: Int32Array  # [num_rows], number of the chunk in its text, from 0
-    num_tokens: Int32Array  # [num_rows], tokens of the text itself
-    # [num_rows, 4], each chunk's range of the text: first character, end character, first byte, end
-    # byte; ends are exclusive. The ranges cover the whole text. Zeros if chunks are not rows.
+    index: Int32Array  # [num_rows], position of the chunk among the chunks of its text, from 0
+    num_tokens: Int32Array  # [num_rows], tokens from the text, without prompt and special tokens
+    # [num_rows, 4], each chunk's range of its text: first character, end character, first byte, end
+    # byte. Ends are exclusive. Together the ranges of a text cover all of it. The array is zeros if
+    # chunks do not become rows of the output.
     text_ranges: Int64Array
-    # [num_rows], whether a paragraph or the text begins here; for `tokens` only the text.
+    # [num_rows], whether a paragraph or the text begins with the chunk. With the method `tokens`
+    # paragraphs are not looked for.
     begins: BoolArray
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """Texts for a tokenizer, in Arrow's layout."""
+    """Texts for a tokenizer, in the layout of an Arrow string array."""
 
-    data: bytes | memoryview  # UTF-8 bytes of all texts, joined
+    data: bytes | memoryview  # UTF-8 bytes of all texts, one after the other
     offsets: Int64Array  # [num_texts + 1], byte positions in `data`; may not start at 0
     truncate: Truncate = "end"  # what to do with a text longer than `max_length` tokens
-    prompt: str = ""  # inserted before every text; counts as tokens of it
-    max_length: int | None = None  # in tokens, special ones included; None: the model's length
-    chunking: Chunking | None = None  # each chunk is a row of the TokenBatch; None: no cuts
-    continued: bool = False  # parts of one text, of which more comes in the next batch
-    carry: Carry | None = None  # of the text that goes on here, from the batch before
-    layers: int = 0  # exit layer of the vectors; 0: the last
-    half: bool = False  # vectors are wanted in float16; else in the graph's type
+    prompt: str = ""  # inserted before every text; its tokens count as the text's
+    # Longest text in tokens, including special tokens; None: the longest that the model reads.
+    max_length: int | None = None
+    chunking: Chunking | None = None  # cut texts so, one TokenBatch row per chunk; None: do not cut
+    continued: bool = False  # the last text is incomplete: its next part is in the next batch
+    carry: Carry | None = None  # state of the previous part, if the first text continues it
+    layers: int = 0  # layer from which the vectors are taken; 0: the last
+    half: bool = False  # return vectors in float16; False: in the type that the graph computes
 
     @property
     def num_texts(self) -> int:
@@ -73,24 +79,29 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Token spans that get a vector each, of rows read as a whole (late chunking)."""
+    """Token ranges that get one vector each, for late chunking."""
 
-    counts: Int32Array  # [num_rows], spans of each row, at least one
-    bounds: Int32Array  # [num_spans, 2], first and end token (exclusive) of each, within its row
+    counts: Int32Array  # [num_rows], number of spans in each row, at least one
+    bounds: Int32Array  # [num_spans, 2], first and end token (exclusive) of each span in its row
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Tokenized texts, flat. If texts are cut into chunks, each chunk is a text here."""
+    """Tokenized texts, in one flat array of token ids.
 
-    input_ids: Int32Array  # [total_tokens], all texts joined, special tokens included
+    If texts are cut into chunks, each chunk counts as a text here.
+    """
+
+    input_ids: Int32Array  # [total_tokens], tokens of all texts, including special tokens
     offsets: Int64Array  # [num_texts + 1] into `input_ids`, from 0
     truncated: BoolArray  # [num_texts], whether tokens were cut off
-    # By text index, why a text has no tokens and length 0: truncate="error".
+    # Errors by text index. A text with an error has no tokens: it was too long for
+    # truncate="error".
     errors: dict[int, FletcherError] = field(default_factory=dict)
-    chunks: Chunks | None = None  # the texts of these chunks; None: texts were not cut
-    carry: Carry | None = None  # for the text's next part
-    spans: Spans | None = None  # the span of a row that each chunk is; None: each chunk is a row
+    chunks: Chunks | None = None  # how chunks belong to texts; None: texts were not cut
+    carry: Carry | None = None  # state for the next part of the last text
+    # With late chunking, the span of a row that is each chunk; None: each chunk is a row.
+    spans: Spans | None = None
 
     @property
     def num_texts(self) -> int:
@@ -98,52 +109,56 @@ class TokenBatch:
 
     @property
     def token_count(self) -> Int32Array:
-        """int32 [num_texts], tokens that the model reads."""
+        """int32 [num_texts], number of tokens that the model reads for each text."""
         return np.diff(self.offsets).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One run of the model: rows of similar length, flat and unpadded."""
+    """Input of one run of the model: rows of similar length, without padding."""
 
     input_ids: Int32Array  # [total_tokens]
     lengths: Int32Array  # [num_rows], each at least 1
-    layers: int = 0  # exit layer of all rows; 0: the last
-    spans: Spans | None = None  # these get the vectors; None: each row gets one
-    half: bool = False  # vectors come back in float16, which halves the transfer
+    layers: int = 0  # layer from which all vectors are taken; 0: the last
+    spans: Spans | None = None  # return one vector per span; None: one per row
+    half: bool = False  # return vectors in float16, which halves the transfer
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceResult:
     """A replica's answer to a MicroBatch."""
 
-    # Pooled vectors, float32, or float16 if the MicroBatch asks for it. [num_rows, dim],
-    # L2-normalised if the bundle says so. [num_vectors, width] for models with several vectors per
-    # row. [num_spans, dim], not normalised, if the batch has spans.
+    # Pooled vectors: float32, or float16 if the MicroBatch sets `half`. The shape is
+    # [num_rows, dim], or [num_vectors, width] for models with several vectors per row. Vectors are
+    # L2-normalised if the bundle says so. If the MicroBatch has spans, the shape is
+    # [num_spans, dim] and vectors are not normalised.
     embeddings: VectorArray
     norms: FloatArray | None  # [num_rows], L2 norms before normalisation; None: not normalised
     compute_s: float  # seconds that the device computed
-    budget_tokens: int = 0  # padded tokens that the replica now takes in one run; 0: unknown
-    # [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one per row or span.
+    # Most tokens, padding included, that the replica accepts in one run from now on; 0: unknown.
+    budget_tokens: int = 0
+    # [num_rows], number of vectors of each row (`fletcher.vectors.ragged`); None: one per row or
+    # span.
     counts: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingBatch:
-    """The vectors of one TextBatch, in its order."""
+    """Vectors of one TextBatch, in the order of its texts."""
 
-    # [num_texts, dim], float32, or float16 if the TextBatch asks for it; zeros for texts in
-    # `errors`. With `counts` float32 [num_vectors, width].
+    # Without `counts`: [num_texts, dim], float32, or float16 if the TextBatch sets `half`. Texts in
+    # `errors` have zeros. With `counts`: float32 [num_vectors, width].
     embeddings: VectorArray
     norms: FloatArray | None  # [num_texts], as in InferenceResult
     token_count: Int32Array  # [num_texts]
     truncated: BoolArray  # [num_texts]
-    errors: dict[int, FletcherError] = field(default_factory=dict)  # by text, why it has no vector
+    # By text index, the reason for a missing vector.
+    errors: dict[int, FletcherError] = field(default_factory=dict)
     chunks: Chunks | None = None  # as in TokenBatch
     counts: Int32Array | None = None  # as in InferenceResult
 
     @classmethod
     def zeros(cls, num_texts: int, width: int) -> EmbeddingBatch:
-        """Returns float32 vectors of zeros, without norms."""
+        """A batch of float32 zero vectors, without norms and with token counts of 0."""
         vectors, truncated = np.zeros((num_texts, width), np.float32), np.zeros(num_texts, np.bool_)
         return cls(vectors, None, np.zeros(num_texts, np.int32), truncated)

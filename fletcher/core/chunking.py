@@ -1,8 +1,8 @@
 """The field `chunking`: how texts are cut, and how chunks' vectors combine.
 
-A command has it as one string, the same in JSON, protobuf and flags:
-`METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]`, such as `tokens:256/32:mean`. Omitted parts take
-their defaults.
+In a command the field is one string, written the same way in JSON, protobuf and flags:
+`METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]`, such as `tokens:256/32:mean`. Parts of the string
+that are left out have their defaults.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fletcher.errors import InvalidCommandError
 
-# Methods whose chunks are one sentence or paragraph each.
+# Methods by which every chunk is exactly one sentence or one paragraph.
 ALONE = ("each-sentence", "each-paragraph")
 METHODS = ("tokens", "sentences", "paragraphs", *ALONE)
 AGGREGATIONS = ("mean", "weighted", "max", "hierarchical", "none")
@@ -27,17 +27,20 @@ class Chunking:
     """A way to cut texts into chunks.
 
     Attributes:
-        method: Where a text is cut. `tokens`: after any token. `sentences`: after sentences, as
-            many together as `size` allows. `paragraphs`: after paragraphs, else after sentences.
-            `each-sentence`, `each-paragraph`: after each of them. A sentence or paragraph longer
-            than `size` is cut after any token.
-        size: Most tokens of a chunk as the model sees it, prompt and special tokens included; 0: as
-            many as the model reads.
-        overlap: Tokens that a chunk's text shares with the chunk before.
-        aggregation: The vector of a text. `mean` of its chunks' vectors; `weighted` mean, by tokens
-            and position; `max` of each dimension; `hierarchical`: mean of its paragraphs' vectors,
-            which are means of their chunks'; `none`: each chunk is a row.
-        late: Whether the model reads a whole text, as far as it can, before chunks are pooled.
+        method: Where a text is cut. `tokens`: after any token. `sentences`: at the end of a
+            sentence, with as many sentences in a chunk as `size` allows. `paragraphs`: at the end
+            of a paragraph, or of a sentence if the paragraph is too long. `each-sentence`,
+            `each-paragraph`: after every sentence or paragraph. A sentence or paragraph longer than
+            `size` is cut after any token.
+        size: Maximum number of tokens in a chunk, including prompt and special tokens; 0: as many
+            as the model reads.
+        overlap: Number of text tokens that a chunk shares with the chunk before it.
+        aggregation: How chunks' vectors become the vector of a text. `mean`: their mean.
+            `weighted`: their mean, weighted by tokens and position. `max`: the maximum in each
+            dimension. `hierarchical`: first a mean for each paragraph, then the mean of these
+            means. `none`: no vector of the text; each chunk is an output row.
+        late: Whether the model reads the text around a chunk, as far as its length allows, before
+            the chunk's tokens are pooled (late chunking).
     """
 
     method: str
@@ -48,10 +51,10 @@ class Chunking:
 
     @classmethod
     def from_text(cls, text: str) -> Chunking | None:
-        """Parse a command's `chunking`; None for `none`.
+        """Parse the `chunking` of a command; return None for `none`.
 
         Raises:
-            InvalidCommandError: The form is wrong, or a part of it is not one of the choices.
+            InvalidCommandError: The text does not have the form above, or names an unknown choice.
         """
         method, *parts = text.split(":")
         if method == "none" and not parts:
@@ -92,13 +95,15 @@ class Chunking:
         return found
 
     def fitted(self, max_length: int, taken: int) -> Chunking:
-        """The same chunking with its size set and checked for a model.
+        """The same chunking with a size that is set and checked for a model.
 
-        The model reads `max_length` tokens, of which prompt and special tokens take `taken`.
+        Args:
+            max_length: Number of tokens that the model reads.
+            taken: Number of prompt and special tokens in each chunk.
 
         Raises:
-            InvalidCommandError: A chunk is longer than the model reads, or has no room for text
-                beside the overlap.
+            InvalidCommandError: A chunk would be longer than the model reads, or would have no room
+                for text besides prompt, special tokens and overlap.
         """
         size = self.size or max_length
         least = taken + self.overlap + 1
@@ -114,17 +119,17 @@ class Chunking:
 
     @property
     def alone(self) -> bool:
-        """Whether each sentence or paragraph is a chunk by itself, however short."""
+        """Whether every sentence or paragraph becomes a separate chunk, however short."""
         return self.method in ALONE
 
     @property
     def needs_places(self) -> bool:
-        """Whether the positions of tokens in their text are needed."""
+        """Whether cutting or output needs the position of each token in its text."""
         return self.rows or self.method != "tokens"
 
     @property
     def rows(self) -> bool:
-        """Whether each chunk is a row of the output."""
+        """Whether each chunk becomes an output row."""
         return self.aggregation == "none"
 
     def __str__(self) -> str:

@@ -1,7 +1,8 @@
 """Options of one upload or exchange, with types, limits and choices checked.
 
-The client library and the server share this class, so a bad value is refused before it travels
-and again on arrival. Types, limits and choices are annotations that msgspec checks.
+The client library and the server share this class: the client refuses a bad value before sending
+it, and the server checks what it receives. msgspec checks types, limits and choices, which are
+declared as annotations of the fields.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 MAX_NUMBER = 1_000_000
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# The end of msgspec's message about an item of a list.
+# End of msgspec's message about a wrong list item; the number is the item's index.
 _ITEM = re.compile(r"`\$\[(\d+)\]`$")
 
 Identifier = Annotated[str, Meta(pattern=rf"^{DATASET_PATTERN.pattern}\Z")]
@@ -39,40 +40,45 @@ class EmbedCommand:
     """Options of one embedding request, named as on the wire (docs/wire.md, Commands).
 
     Attributes:
-        dataset: Target of the vectors; required for DoPut. `[A-Za-z0-9][A-Za-z0-9_-]*`, at most 128
-            characters.
+        dataset: Dataset that receives the vectors; required for DoPut. Form of the name:
+            `[A-Za-z0-9][A-Za-z0-9_-]*`, at most 128 characters.
         upload_id: Name under which the upload can be resumed; None: the server makes one up.
         model: A model's name; None: the server's default.
         text_column: Input column with the text.
-        id_column: Input column with the id; used if present.
-        prompt: A prompt's name in the bundle (`query`, ...), or literal text before each text:
-            anything other than a single word.
-        dims: Leading dimensions to keep (Matryoshka), normalised again; None: all.
-        layers: Exit layer; None: all layers.
+        id_column: Input column with the id. The column may be missing.
+        prompt: What is put before each text. A single word is the name of a prompt in the bundle,
+            such as `query`. Anything else is literal text.
+        dims: Number of leading dimensions to keep (Matryoshka); the shortened vectors are
+            normalised again. None: all dimensions.
+        layers: Layer from which vectors are taken (an exit of the model); None: the last layer.
         dtype: Element type of `vector`; None: the server's choice (float16, or float32 for stores
             that take nothing else).
-        normalize: Whether to L2-normalise; None: as the model does.
-        truncate: Which part of a text over the model's length is cut off, `end` or `start`; `error`
-            fails the row.
-        chunking: How long texts are cut into chunks and their vectors combined:
+        normalize: Whether to L2-normalise vectors; None: as the model does.
+        truncate: For a text longer than the model reads: cut off its `end` or its `start`, or fail
+            the row (`error`).
+        chunking: How long texts are cut into chunks and how the chunks' vectors are combined:
             `METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]` (see `core.chunking`), or `none`. With
             the aggregation `none` each chunk is a row.
-        columns: Input columns to carry through to the output.
-        include_text: Whether to carry the text itself; None: true for stores, false for DoExchange.
-        on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
+        columns: Input columns to copy to the output.
+        include_text: Whether to copy the text to the output; None: true for stores, false for
+            DoExchange.
+        on_error: `continue` reports a failed row and processes the others; `abort` ends the call
+            with the row's error.
         mode: `append`, `upsert` (replace by id), `overwrite` (replace the dataset) or `delta`
-            (upsert without the rows whose id is stored with the same text).
-        dedupe: `id` or `text` drops rows whose id or text came earlier or is stored; `off` keeps
-            all. For the modes `append` and `overwrite`.
+            (like `upsert`, but rows are dropped if their id is stored with the same text).
+        dedupe: `id` or `text` drops rows whose id or text was sent earlier or is stored; `off`
+            keeps all rows. Only for the modes `append` and `overwrite`.
         durability: When a row is acknowledged as durable: `journal` (on the server's disk), `store`
             (in the store), `memory` (on receipt, never durable). None: `journal` if the server has
-            one, else `store`.
-        priority: `interactive` is served before `bulk`; None: small exchanges are interactive.
+            a journal, else `store`.
+        priority: `interactive` calls are served before `bulk` calls. None: small exchanges are
+            interactive, other calls bulk.
         store: A store's name in the server's configuration; None: the default store.
-        continuous: Whether successive rows with the same id are parts of one document, whose chunks
-            come back as they are complete. For DoExchange with a `chunking` that ends in `none`.
-        output: Refuse a model with another output: `dense`, a vector per text; `sparse`, weights of
-            vocabulary tokens; `multi`, a vector per token. None: accept any.
+        continuous: Whether successive rows with the same id are parts of one document. Each chunk
+            is sent back once it is complete. Only for DoExchange, with the aggregation `none` in
+            `chunking`.
+        output: The only output of a model to accept: `dense`, one vector per text; `sparse`,
+            weights of vocabulary tokens; `multi`, one vector per token. None: accept any.
     """
 
     dataset: Identifier | None = None
@@ -111,7 +117,7 @@ class EmbedCommand:
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> EmbedCommand:
-        """Options from decoded JSON or TOML.
+        """The command that decoded JSON or TOML describes.
 
         Raises:
             UnknownFieldError: A name is not an option.
@@ -170,7 +176,7 @@ class EmbedCommand:
             )
 
     def to_mapping(self) -> dict[str, Any]:
-        """Fields that differ from their defaults, ready for JSON."""
+        """Fields that differ from their defaults, in types that JSON has."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, default in _DEFAULTS
@@ -188,13 +194,13 @@ _TYPES = typing.get_type_hints(EmbedCommand, include_extras=True)
 
 
 def _described(name: str) -> inspect.Type:
-    """The type of a field, without None."""
+    """The type of a field that is set, so without None."""
     found = inspect.type_info(_TYPES[name])
     return found.types[0] if isinstance(found, inspect.UnionType) else found
 
 
 _DESCRIBED = {name: _described(name) for name in FIELD_NAMES}
-# In the order of declaration: msgspec sorts them.
+# The allowed values of fields, in the order of their declaration, which msgspec does not keep.
 CHOICES: dict[str, tuple[str, ...]] = {
     name: typing.get_args(part)
     for name, kind in _TYPES.items()
@@ -210,7 +216,7 @@ def check_dataset(name: str) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A field's value, checked and in its type: a list becomes a tuple."""
+    """Check a field's value and convert it to the field's type, such as list to tuple."""
     for text in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
             raise InvalidCommandError(
@@ -255,7 +261,7 @@ def _refusal(name: str, value: Any, kind: inspect.Type) -> InvalidCommandError:
 
 
 def _shown(value: Any) -> str:
-    """A value for an error message, shortened."""
+    """A value as an error message shows it, shortened."""
     if type(value) is int and value.bit_length() > 64:
         return "a number of more than 64 bits"
     return _shortened(repr(value))

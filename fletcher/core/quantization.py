@@ -1,14 +1,15 @@
 """Quantization of vectors to int8 or bits, and their reader.
 
-`int8` has two kinds, which the schema's `fletcher.quantization` names:
+`int8` has two kinds. The schema metadata `fletcher.quantization` says which one a column has:
 
-- `row`: symmetric, one scale per row: `x = q * scale`, where `scale` is a column.
-- `ranges@HASH`: one range per dimension, from a sample of texts, the same for all rows:
-  `x = start + (q + 128.5) * step`, where `fletcher.ranges` holds both as JSON. That is
-  sentence-transformers' `quantize_embeddings`, read back at the middle of each step.
+- `row`: symmetric, with one scale per row. `x = q * scale`, where `scale` is a column.
+- `ranges@HASH`: one range per dimension, the same for all rows, from a sample of texts.
+  `x = start + (q + 128.5) * step`; the schema metadata `fletcher.ranges` holds `start` and `step`
+  as JSON. Values are quantized as by sentence-transformers' `quantize_embeddings`, and read back as
+  the middle of their step.
 
 `ubinary` keeps the signs: bit 1 for `x > 0`, with the first dimension in the highest bit of the
-first byte (`numpy.packbits`). It is read back as +1 or -1, scaled to length 1.
+first byte (`numpy.packbits`). Bits are read back as +1 or -1, and the vector is scaled to length 1.
 """
 
 from __future__ import annotations
@@ -37,40 +38,40 @@ _TINY = np.finfo(np.float32).tiny
 class Ranges:
     """One range of values per dimension, divided into 256 steps."""
 
-    start: FloatArray  # [dims], the least value that int8 can represent
-    step: FloatArray  # [dims], all above 0
+    start: FloatArray  # [dims], lower end of each range
+    step: FloatArray  # [dims], width of a step, above 0
 
     @classmethod
     def between(cls, lowest: FloatArray, highest: FloatArray) -> Ranges:
-        """Ranges from the least to the greatest values, both float32 [dims]."""
+        """Ranges between the least and greatest value per dimension, both float32 [dims]."""
         step = np.maximum((highest - lowest) / np.float32(255), _TINY)
         return cls(lowest.astype(np.float32), step.astype(np.float32))
 
     @property
     def hash(self) -> str:
-        """First 12 hex digits of a SHA-256 over the numbers."""
+        """First 12 hex digits of the SHA-256 of `start` and `step`."""
         return hashlib.sha256(self.start.tobytes() + self.step.tobytes()).hexdigest()[:12]
 
     def quantize(self, embeddings: FloatArray) -> npt.NDArray[np.int8]:
-        """int8 [n, dims]; values outside the ranges are clipped."""
+        """Quantized vectors, int8 [n, dims]; values outside the ranges are clipped."""
         steps = np.floor((embeddings - self.start) / self.step)
         return np.asarray(np.clip(steps, 0, 255) - 128, np.int8)
 
     def dequantize(self, values: npt.NDArray[np.int8]) -> FloatArray:
-        """float32 [n, dims], the middles of the steps."""
+        """Vectors read back, float32 [n, dims]: the middle of each value's step."""
         return np.asarray(self.start + (values + np.float32(128.5)) * self.step, np.float32)
 
     def metadata(self) -> dict[str, str]:
-        """Schema metadata for `VectorReader`."""
+        """Schema metadata from which `VectorReader` restores these ranges."""
         return {QUANTIZATION: f"ranges@{self.hash}", RANGES: json.dumps(self.to_json())}
 
     def to_json(self) -> dict[str, list[float]]:
-        """Both arrays as lists; float32 comes back exactly."""
+        """`start` and `step` as lists, from which `from_json` restores the exact float32."""
         return {"start": self.start.tolist(), "step": self.step.tolist()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Ranges:
-        """Ranges from the object of `to_json`; ValueError if it is another."""
+        """Ranges from the result of `to_json`. Raises ValueError for any other object."""
         try:
             start, step = (np.asarray(fields[name], np.float32) for name in ("start", "step"))
         except (KeyError, TypeError) as error:
@@ -81,9 +82,10 @@ class Ranges:
 
 
 def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """Symmetric int8 [n, dims], -127 to 127, and each row's scale: `x = q * scale`.
+    """Quantize each row with one scale, so that `x = q * scale`.
 
-    The scales are float32 [n]; 0 for rows of zeros.
+    Returns two arrays: the values, int8 [n, dims] from -127 to 127, and the scales, float32 [n].
+    Rows of zeros have the scale 0.
     """
     scale = np.abs(embeddings).max(axis=1, initial=0).astype(np.float32) / np.float32(127)
     values = np.rint(embeddings / np.maximum(scale, _TINY)[:, None])
@@ -91,23 +93,23 @@ def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatAr
 
 
 def pack_signs(embeddings: FloatArray) -> npt.NDArray[np.uint8]:
-    """uint8 [n, dims / 8]: one bit per dimension, 1 for a value above 0."""
+    """Signs as uint8 [n, dims / 8]: one bit per dimension, 1 for a value above 0."""
     return np.packbits(embeddings > 0, axis=-1)
 
 
 def unpack_signs(values: npt.NDArray[np.uint8]) -> FloatArray:
-    """float32 [n, 8 * bytes] of length 1, from `pack_signs`."""
+    """Vectors of length 1 from the result of `pack_signs`, float32 [n, 8 * bytes]."""
     bits = np.unpackbits(values, axis=-1).astype(np.float32)
     return np.asarray((2 * bits - 1) / np.sqrt(np.float32(bits.shape[-1])), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class VectorReader:
-    """Reader of a schema's vectors as float32."""
+    """Reader that turns a stored column `vector` into float32 vectors."""
 
     dtype: str  # `float32`, `float16`, `int8` or `ubinary`
     dims: int
-    scaled: bool  # a row must be multiplied by its `scale`
+    scaled: bool  # whether each vector must be multiplied by the row's `scale`
     _read: Callable[[npt.NDArray[Any]], FloatArray]
 
     @classmethod
@@ -115,8 +117,8 @@ class VectorReader:
         """A reader for the column `vector`.
 
         Raises:
-            ColumnTypeError: The column is missing, Fletcher does not write its type, or the
-                metadata does not say how to read it.
+            ColumnTypeError: The column is missing, has a type that Fletcher does not write, or
+                lacks the metadata that says how to read its type.
         """
         kind = schema.field("vector").type if "vector" in schema.names else pa.null()
         said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -142,20 +144,20 @@ class VectorReader:
         raise _unreadable(kind)
 
     def raw(self, column: pa.Array) -> npt.NDArray[Any]:
-        """[num_rows, width] as stored; null rows hold arbitrary values."""
-        # `flatten` would drop null rows and `values` ignores slices; this does neither.
+        """Values as stored, [num_rows, width]; null rows hold arbitrary values."""
+        # Keeps null rows, which `flatten` drops, and respects slices, which `values` ignores.
         width = column.type.list_size
         values = column.values.slice(column.offset * width, len(column) * width)
-        if values.null_count:  # Parquet puts them under null rows; NumPy would convert to float
+        if values.null_count:  # null rows from Parquet; with nulls, NumPy would convert to float
             values = values.fill_null(0)
         return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
 
     def directions(self, column: pa.Array) -> FloatArray:
-        """float32 [num_rows, dims]: the vectors, without their scales."""
+        """Vectors not multiplied by their scales, float32 [num_rows, dims]."""
         return self._read(self.raw(column))
 
     def vectors(self, batch: pa.RecordBatch) -> FloatArray:
-        """float32 [num_rows, dims]; NaN where the vector is null.
+        """Vectors as float32 [num_rows, dims]; a null vector becomes NaN.
 
         Raises:
             ColumnTypeError: The column `scale` is missing.

@@ -25,7 +25,8 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
 }
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
 TIMESTAMP = pa.timestamp("ns", tz="UTC")
-# Of rows that are chunks: number within the text, first character, and first character after it.
+# Extra columns of rows that are chunks: the chunk's index in its text, the first character of its
+# range of the text, and the character after its range.
 CHUNK_FIELDS = (
     pa.field("chunk_index", pa.int32()),
     pa.field("chunk_start", pa.int64()),
@@ -38,36 +39,37 @@ _BATCH_KEY = re.compile(r"(.+):(\d+)-(\d+)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class VectorSpec:
-    """Description of one stream's vectors, which must never change within a dataset."""
+    """Description of the vectors in one stream. It must never change within a dataset."""
 
     model: str  # `name@hash`
     dims: int
     dtype: str  # a key of ELEMENT_TYPES
-    layers: int  # exit layer
+    layers: int  # layer from which vectors are taken
     pooling: str  # `cls`, `mean` or `last_token`
     normalized: bool  # the L2 norm is 1
-    ranges: Ranges | None = None  # of int8; None: one scale per vector
+    ranges: Ranges | None = None  # for int8; None: int8 vectors have one scale each
     output: str = "dense"  # or `sparse` or `multi`, as in ModelBundle
-    max_vectors: int = 1  # of a row
+    max_vectors: int = 1  # most vectors of one row
     chunking: Chunking | None = None  # None: texts are not cut
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """FixedSizeList<dtype>[dims]; for `ubinary` FixedSizeList<uint8>[dims / 8].
+        """Arrow type of the column `vector`.
 
-        For `multi` List<FixedSizeList<dtype>[dims]>, for `sparse` List<Struct<index: int32, value:
-        dtype>> by ascending index.
+        `dense`: FixedSizeList<dtype>[dims], for `ubinary` FixedSizeList<uint8>[dims / 8]. `multi`:
+        a List of the type for `dense`. `sparse`: List<Struct<index: int32, value: dtype>> by
+        ascending index.
         """
         return _vector_type(self.output, self.dtype, self.dims)
 
     @property
     def scale_type(self) -> pa.DataType:
-        """Type of the column `scale`: float32, for `multi` a list of them."""
+        """Type of the column `scale`: float32, or a list of float32 for `multi`."""
         return pa.list_(pa.float32()) if self.output == "multi" else pa.float32()
 
     @property
     def width(self) -> int:
-        """Numbers in each vector inside the pipeline."""
+        """Count of numbers in each vector inside the pipeline."""
         return SPARSE_WIDTH if self.output == "sparse" else self.dims
 
     @property
@@ -77,7 +79,7 @@ class VectorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Most bytes of one row's vectors."""
+        """Maximum size of one row's vectors, in bytes."""
         bits: int = ELEMENT_TYPES[self.dtype].bit_width
         if self.output == "sparse":
             return self.max_vectors * (4 + bits // 8)
@@ -85,7 +87,7 @@ class VectorSpec:
         return self.max_vectors * (width * bits // 8 + 4 * self.scaled)
 
     def metadata(self) -> dict[str, str]:
-        """Schema metadata by which a reader understands the vectors without the server."""
+        """Schema metadata that lets a reader use the vectors without asking the server."""
         fields = {
             "fletcher.model": self.model,
             "fletcher.dims": str(self.dims),
@@ -124,11 +126,11 @@ def output_schema(
 ) -> pa.Schema:
     """The schema of a stream's output.
 
-    Columns in order: id, vector, [scale], timestamp, token_count, truncated, [chunk_index,
-    chunk_start, chunk_end], [text], [metadata], carried..., [batch_key].
+    The columns in order, optional ones in brackets: id, vector, [scale], timestamp, token_count,
+    truncated, [chunk_index, chunk_start, chunk_end], [text], [metadata], carried..., [batch_key].
 
     Raises:
-        InvalidCommandError: A carried column has the name of one of Fletcher's.
+        InvalidCommandError: A carried column has the name of an output column of Fletcher.
     """
     fields = [
         pa.field("id", id_type),
@@ -161,15 +163,15 @@ def vector_columns(
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None = None,
 ) -> dict[str, pa.Array]:
-    """The columns `vector`, of the spec's type, and `scale` if the spec has it.
+    """The columns `vector`, and `scale` if the spec has scales, from arrays.
 
     Args:
-        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 if that
-            is the output's dtype.
-        spec: Of the vectors.
-        null_rows: bool [num_rows], True for null vectors; None: no nulls.
-        counts: int32 [num_rows], vectors of each row, 0 for null rows. None: one each, or no
-            vectors at all if the spec's rows may have several.
+        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]. The type may be
+            float16 if that is the dtype of the output.
+        spec: Description of the vectors, which determines the columns' types.
+        null_rows: bool [num_rows], True for rows without a vector; None: every row has one.
+        counts: int32 [num_rows], number of vectors of each row, 0 for null rows. None: one vector
+            per row if the spec is `dense`, else no vectors at all.
     """
     if spec.output != "dense":
         return _list_columns(embeddings, spec, null_rows, counts)
@@ -201,9 +203,9 @@ def _null_mask(null_rows: npt.NDArray[np.bool_] | None) -> pa.Array | None:
 
 
 def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """An array without nulls of type `kind`, over the memory of `values`.
+    """An Arrow array of type `kind` without nulls that shares the memory of `values`.
 
-    For a few rows `pa.array` takes several times as long.
+    `pa.array` does the same, but for a few rows it takes several times as long.
     """
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
@@ -214,7 +216,7 @@ def _list_columns(
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None,
 ) -> dict[str, pa.Array]:
-    """The columns of `vector_columns` for rows with several vectors each."""
+    """The result of `vector_columns` for rows that may have several vectors."""
     if counts is None:
         vectors, counts = vectors[:0], np.zeros(len(vectors), np.int32)
     offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
@@ -234,12 +236,12 @@ def _list_columns(
 
 
 def batch_key(upload_id: str, first: int, last: int) -> str:
-    """The key of a group of rows: `upload_id:first-last`, both inclusive."""
+    """Group key of the rows from `first` to `last`, both included."""
     return f"{upload_id}:{first}-{last}"
 
 
 def parse_batch_key(key: str) -> tuple[str, int, int] | None:
-    """(upload_id, first, last) of a batch key; None if the text is not one."""
+    """Split a batch key into (upload_id, first, last); None if it has another form."""
     match = _BATCH_KEY.fullmatch(key)
     if match is None or int(match[2]) > int(match[3]):
         return None

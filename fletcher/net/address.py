@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from fletcher.errors import InvalidCommandError
 
-# Accepted schemes, and whether each encrypts.
+# Accepted schemes, and whether a connection with the scheme is encrypted.
 SCHEMES = {"grpc": False, "grpc+tcp": False, "grpcs": True, "grpc+tls": True}
 
 
@@ -19,11 +19,11 @@ class FlightAddress:
     host: str  # name or IP address; IPv6 without brackets
     port: int
     encrypted: bool = False
-    options: Mapping[str, str] = field(default_factory=dict)  # the query's fields
+    options: Mapping[str, str] = field(default_factory=dict)  # parameters after the `?`
 
     @property
     def uri(self) -> str:
-        """The address as pyarrow and gRPC take it, without options."""
+        """The address in the form for pyarrow and gRPC, without options."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'grpc+tls' if self.encrypted else 'grpc'}://{host}:{self.port}"
 
@@ -36,8 +36,8 @@ class FlightAddress:
         """Parse an address.
 
         Raises:
-            ValueError: It has another scheme, no host, no port, a path, a user, a fragment, or a
-                repeated or malformed option.
+            ValueError: The address has an unknown scheme, no host, no port, a path, a user, a
+                fragment, or a repeated or malformed option.
         """
         parts = urlsplit(uri)
         encrypted = SCHEMES.get(parts.scheme)
@@ -51,10 +51,12 @@ class FlightAddress:
 
 
 def parse_address(uri: str, *, field: str = "uri") -> FlightAddress:
-    """Parse a server's address, which has no options; `field` is where it came from.
+    """Parse the address of a server, which must not have options.
+
+    The error names `field`, the option or argument that holds the address.
 
     Raises:
-        InvalidCommandError: It is not an address of a Flight server.
+        InvalidCommandError: The text is not the address of a Flight server.
     """
     address = _without_options(uri)
     if address is None:

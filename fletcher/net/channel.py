@@ -10,8 +10,8 @@ from pyarrow import flight
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # By default a refused channel waits up to two minutes before it connects again, and fails every
-    # call meanwhile: the return of a server would go unnoticed.
+    # By default a channel whose connection was refused waits up to two minutes before it connects
+    # again. Until then all calls fail, even if the server is available again.
     # https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -19,9 +19,10 @@ CHANNEL_OPTIONS = [
 
 
 def connect(uri: str, **credentials: Any) -> flight.FlightClient:
-    """A client of the server at `FlightAddress.uri`; gRPC connects on the first call.
+    """A Flight client for the server at `uri`; gRPC connects on the first call.
 
-    Credentials are `tls_root_certs`, `cert_chain` and `private_key`, each PEM bytes or None.
+    `uri` has the form of `FlightAddress.uri`. Credentials are `tls_root_certs`, `cert_chain` and
+    `private_key`, each as PEM bytes or None.
 
     Raises:
         pyarrow.ArrowException: The address cannot be resolved, or a certificate is malformed.

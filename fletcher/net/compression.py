@@ -1,11 +1,12 @@
 """Arrow's body compression of batches, and the choice of a codec by `auto`.
 
-Arrow compresses every buffer of a batch with one codec, and pyarrow cannot leave a column out, so
-the choice is made for a whole batch of text and vectors. Text shrinks to a half (lz4) or a quarter
-(zstd). Dense vectors hardly shrink; lz4 then costs little, zstd more.
+Arrow compresses all buffers of a batch with one codec, and pyarrow cannot leave a column
+uncompressed. So one codec is chosen for the text and the vectors of a batch. Text shrinks to a half
+(lz4) or a quarter (zstd). Dense vectors hardly shrink; on them lz4 wastes little time, zstd more.
 
-`auto` adds up the time to compress a byte, measured on the first batch by kind of column, and the
-time to send it. On the loopback interface no codec pays.
+`auto` compares codecs by the time to compress a batch plus the time to send it. The speed of
+compression is measured on the first batch, for each kind of column. On the loopback interface no
+codec saves time.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ NONE = "none"
 CODECS = ("lz4", "zstd")
 
 _SAMPLE_BYTES = 1 << 20
-# Takes 8 ms at 1 Gbit/s, well above the jitter of a round trip.
+# Sending this takes 8 ms at 1 Gbit/s, well above the jitter of a round trip.
 _PROBE_BYTES = 1 << 20
-# More than the 4 to 7 MiB at the start of a call that buffers take.
+# More than the 4 to 7 MiB that fill the connection's buffers at the start of a call.
 OBSERVED_BYTES = 16 << 20
 _MAX_SCHEMAS = 256
 
@@ -43,13 +44,13 @@ class CodecTrial:
 
     kind: str  # `text`, `vectors` or `other`
     codec: str
-    num_bytes: int  # of the sample, uncompressed
+    num_bytes: int  # uncompressed size of the sample
     shrinks: float  # uncompressed size divided by compressed size
-    bytes_per_s: float  # uncompressed bytes compressed in a second
+    bytes_per_s: float  # speed of compression, in uncompressed bytes per second
 
 
 def check_compression(name: str) -> str:
-    """Return the name; InvalidCommandError if it is not one of COMPRESSIONS."""
+    """Return `name`. Raises InvalidCommandError if it is not one of COMPRESSIONS."""
     if name not in COMPRESSIONS:
         raise InvalidCommandError(
             f"`compression` is {name!r}, expected one of {', '.join(COMPRESSIONS)}",
@@ -60,12 +61,12 @@ def check_compression(name: str) -> str:
 
 
 def write_options(codec: str) -> pa.ipc.IpcWriteOptions:
-    """Arrow's options for a codec or `none`; zstd at level 1, Arrow's default."""
+    """Arrow's write options for a codec or `none`; zstd has Arrow's default level, 1."""
     return pa.ipc.IpcWriteOptions(compression=None if codec == NONE else codec)
 
 
 def measure(batch: pa.RecordBatch) -> list[CodecTrial]:
-    """Try every codec on the first MiB of a batch, on each kind of column by itself."""
+    """Try every codec on the first MiB of a batch, separately for each kind of column."""
     num_rows = max(1, batch.num_rows * _SAMPLE_BYTES // max(batch.nbytes, 1))
     sample = batch.slice(0, num_rows)
     kinds: dict[str, list[int]] = {}
@@ -76,16 +77,17 @@ def measure(batch: pa.RecordBatch) -> list[CodecTrial]:
         part = sample.select(columns)
         num_bytes, _ = _encode(part, NONE)
         for codec in CODECS:
-            _encode(part, codec)  # the first time is slower
+            _encode(part, codec)  # not measured: the first use of a codec is slower
             size, seconds = _encode(part, codec)
             trials.append(CodecTrial(kind, codec, num_bytes, num_bytes / size, num_bytes / seconds))
     return trials
 
 
 def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
-    """The codec with the least time to compress and send; `none` if no codec helps.
+    """The codec with the shortest time to compress and send; `none` if no codec helps.
 
-    The two times are added up, as compressing and sending share the cores with other work.
+    The two times are added up although they may overlap, because both compete with other work for
+    the CPU cores.
     """
     plain = sum(one.num_bytes for one in trials if one.codec == CODECS[0]) / link_bytes_per_s
     seconds = {NONE: plain} | {
@@ -100,7 +102,10 @@ def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
 
 
 def link_speed(call: Callable[[bytes], object]) -> float:
-    """Bytes per second to a server; `call` sends a JSON body and waits for the answer."""
+    """Measure the bytes per second of a connection to a server.
+
+    `call` sends a JSON body to the server and waits for the answer.
+    """
     padded = b'{"padding": "' + b"x" * _PROBE_BYTES + b'"}'
     small = min(_seconds(call, b"{}") for _ in range(3))
     large = min(_seconds(call, padded) for _ in range(2))
@@ -108,7 +113,7 @@ def link_speed(call: Callable[[bytes], object]) -> float:
 
 
 class CodecChooser:
-    """Codecs that `auto` chose for one peer, by schema. Thread-safe."""
+    """Codecs that `auto` chose for batches to one peer, by schema. Thread-safe."""
 
     def __init__(self, peer: str) -> None:
         self._peer = peer
@@ -116,12 +121,12 @@ class CodecChooser:
         self._codecs: OrderedDict[pa.Schema, str] = OrderedDict()
 
     def codec_for(self, schema: pa.Schema) -> str | None:
-        """The codec for batches of a schema; None: not measured yet."""
+        """The codec for batches with a schema; None: not measured yet."""
         with self._lock:
             return self._codecs.get(schema)
 
     def learn_codec(self, batch: pa.RecordBatch, link_bytes_per_s: float) -> str:
-        """Measure a batch, remember the codec for its schema, and log it."""
+        """Choose a codec by measuring a batch; remember it for the schema, and log it."""
         trials = measure(batch)
         codec = choose(trials, link_bytes_per_s)
         with self._lock:
@@ -140,10 +145,10 @@ class CodecChooser:
 
 
 class SendCompression:
-    """The codec of batches to one server. Thread-safe.
+    """Compression of the batches that are sent to one server. Thread-safe.
 
-    `auto` is `none` if the host is this machine. `probe` sends a body to the server and waits for
-    the answer, or raises a FletcherError. The log names the server by `peer`.
+    If the host is this machine, `auto` means `none`. `probe` sends a body to the server and waits
+    for the answer; it may raise a FletcherError. `peer` is the server's name in the log.
     """
 
     def __init__(
@@ -163,7 +168,10 @@ class SendCompression:
         return self._compression == AUTO
 
     def options(self, batch: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
-        """Write options of a call with this first batch; measures the connection once."""
+        """Write options for a call whose first batch is `batch`.
+
+        Measures the connection, unless that has been done before.
+        """
         if not self.needs_batch:
             return write_options(self._compression)
         if batch is None or not batch.num_rows:
@@ -181,11 +189,11 @@ class SendCompression:
 
 
 class AnswerCompression:
-    """The codecs of a server's answers. Thread-safe.
+    """Compression of a server's answers. Thread-safe.
 
-    A call's codec is fixed before its first batch. So `auto` sends the first answers of a schema to
-    a host uncompressed and measures how fast they go. After `observed_bytes` calls take the fastest
-    codec. The codecs of `max_hosts` hosts are kept.
+    The codec of a call cannot change after its first batch. So `auto` sends a host the first
+    answers with a schema uncompressed, and measures how fast they are sent. Calls that begin after
+    `observed_bytes` bytes have the fastest codec. Codecs are remembered for `max_hosts` hosts.
     """
 
     def __init__(
@@ -200,7 +208,7 @@ class AnswerCompression:
     def for_call(self, peer: str, schema: pa.Schema) -> CallCompression:
         """The compression of one call's answers.
 
-        gRPC names `peer`, the caller, as `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
+        `peer` is gRPC's name of the caller: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
         """
         if self._compression != AUTO:
             return CallCompression(self._compression)
@@ -219,7 +227,8 @@ class AnswerCompression:
 class CallCompression:
     """The compression of one call's answers, and the measurement of their speed.
 
-    After `observed_bytes` the chooser learns the codec of later calls. `options` are the writer's.
+    After `observed_bytes` bytes the chooser chooses the codec for later calls. `options` are for
+    the Arrow writer of the answers.
     """
 
     def __init__(
@@ -232,7 +241,7 @@ class CallCompression:
         self._seconds = 0.0
 
     def record_write(self, batch: pa.RecordBatch, seconds: float) -> None:
-        """Record how long writing a batch blocked on the connection's buffers."""
+        """Record for how many seconds writing a batch blocked."""
         if self._chooser is None:
             return
         self._num_bytes += batch.nbytes
@@ -243,7 +252,7 @@ class CallCompression:
 
 
 def host_of(peer: str) -> str:
-    """The host in gRPC's name of a peer."""
+    """The host in a peer's name as gRPC writes it."""
     host = peer.partition(":")[2].rpartition(":")[0]
     return host.replace("%5B", "").replace("%5D", "").strip("[]")
 
@@ -264,7 +273,7 @@ def _kind(data_type: pa.DataType) -> str:
 
 
 def _encode(batch: pa.RecordBatch, codec: str) -> tuple[int, float]:
-    """Bytes on the wire and seconds of writing them."""
+    """Encode a batch. Returns its size on the wire in bytes, and the seconds it took."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema, options=write_options(codec)) as writer:
         before = sink.tell()

@@ -1,7 +1,7 @@
 """The table between Fletcher's errors and Flight's, in both directions.
 
-Flight's own exceptions carry `extra_info`. Any other exception reaches the client with the
-server's traceback in its message, so every handler runs inside `handler_errors`.
+Flight's own exceptions carry `extra_info`. If a handler raises any other exception, pyarrow sends
+the server's traceback to the client. So every handler runs inside `handler_errors`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pyarrow import flight
 
 from fletcher import errors
 
-# An error's own class decides, else the nearest base class. Flight has no status for a wrong
-# request that carries extra_info: FlightServerError (gRPC UNKNOWN) comes nearest, and generic
-# clients do not retry it. Python cannot raise RESOURCE_EXHAUSTED either.
+# An error is looked up by its class, else by the nearest base class. Flight has no exception for a
+# wrong request that can carry `extra_info`. FlightServerError (gRPC UNKNOWN) is used instead,
+# because generic clients do not retry it. Nor can Python code raise RESOURCE_EXHAUSTED.
 FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
     errors.RequestError: flight.FlightServerError,
     errors.UnavailableError: flight.FlightUnavailableError,
@@ -32,9 +32,9 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
 
 
 _Table = tuple[tuple[tuple[type[BaseException], ...], type[errors.FletcherError], str], ...]
-# Exceptions of pyarrow without an error of ours, from a Fletcher server and from a store, and the
-# error and message for them; the first row that fits counts. `{}` is the server's address or the
-# attempted action.
+# Errors and messages for pyarrow exceptions that carry no Fletcher error. SERVER_ERRORS is for
+# calls to a Fletcher server, STORE_ERRORS for calls to a store. The first row that matches an
+# exception is used. In messages `{}` is the server's address or the attempted action.
 SERVER_ERRORS: _Table = (
     ((flight.FlightUnauthenticatedError,), errors.UnauthenticatedError, "{} asks for a token"),
     ((flight.FlightUnauthorizedError,), errors.UnauthorizedError, "{} does not allow this"),
@@ -52,7 +52,7 @@ SERVER_ERRORS: _Table = (
         "the call was refused",
     ),
 )
-# INTERNAL and UNKNOWN count as retryable: Longbow answers so when it is overloaded.
+# INTERNAL and UNKNOWN count as retryable, because Longbow answers with them when overloaded.
 STORE_ERRORS: _Table = (
     (
         (flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError),
@@ -68,7 +68,7 @@ STORE_ERRORS: _Table = (
     ((pa.ArrowInvalid, pa.ArrowKeyError), errors.RequestError, "the store refused {}"),
     ((BaseException,), errors.StoreUnavailableError, "the store failed while {}"),
 )
-# pyarrow has no class for RESOURCE_EXHAUSTED: it raises ArrowInvalid, as for a refusal.
+# pyarrow has no class for RESOURCE_EXHAUSTED. It raises ArrowInvalid, as for a refused request.
 _EXHAUSTED = "gRPC returned resource exhausted error"
 
 _TAIL = re.compile(
@@ -78,7 +78,7 @@ _LEAD = re.compile(r"^(Flight|gRPC) returned [\w ]+ error, with message: |^Fligh
 
 
 def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
-    """The class of Flight exceptions that carries an error."""
+    """The class of the Flight exception for an error."""
     for kind in type(error).__mro__:
         if kind in FLIGHT_ERRORS:
             return FLIGHT_ERRORS[kind]
@@ -88,8 +88,9 @@ def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
 def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> flight.FlightError:
     """The Flight exception that a handler raises for `exc`.
 
-    It has the error's message, and `to_json` as `extra_info`. A SetupError, or an exception that is
-    not a FletcherError, becomes `internal` with an incident id, and only the log has the details.
+    The result has the message of `exc`, and the result of `to_json` as `extra_info`. A SetupError,
+    or an exception that is not a FletcherError, becomes an `internal` error with an incident id.
+    Only the log has its details, under that id.
     """
     if isinstance(exc, flight.FlightError):
         return exc
@@ -108,13 +109,13 @@ def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> fl
 
 
 def without_traceback(error: flight.FlightError) -> Exception:
-    """The exception for `get_schema`, where pyarrow ignores Flight errors.
+    """The exception to raise in `get_schema`, where pyarrow ignores Flight errors.
 
-    pyarrow sends its message without code and `extra_info`. It would also send the traceback, but
-    sends only the exception's name if the traceback cannot be encoded as UTF-8.
+    pyarrow sends its message, without a code or `extra_info`. Usually pyarrow adds the traceback.
+    If that cannot be encoded as UTF-8, as here, it adds only the exception's name.
     """
     refusal = RefusalError(str(error))
-    refusal.add_note("\udc80")  # half a surrogate pair, which becomes part of the traceback
+    refusal.add_note("\udc80")  # an unpaired surrogate, which becomes part of the traceback
     return refusal
 
 
@@ -124,18 +125,23 @@ class RefusalError(ValueError):
 
 @contextmanager
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
-    """Raise a Flight error for any exception of a handler; `with` or decorator.
+    """Convert any exception of a handler to a Flight error.
 
-    A decorated generator is covered only until it returns its iterator: use `with` inside it.
+    Use it in a `with` statement or as a decorator.
+    Do not decorate a generator, as the decorator does not cover the code that runs during its
+    iteration. Use `with` inside the generator.
     """
     try:
         yield
-    except Exception as exc:  # noqa: BLE001 - the boundary: no other exception may leave
+    except Exception as exc:  # noqa: BLE001 - only Flight errors may leave a handler
         raise to_flight_error(exc, log) from None
 
 
 def from_flight_error(exc: BaseException, address: str | None = None) -> errors.FletcherError:
-    """The client's error for an exception from a call to the server at `address`."""
+    """The error that a client raises for an exception from a call to a server.
+
+    `address` is the server's, for the message.
+    """
     if isinstance(exc, errors.FletcherError):
         return exc
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
@@ -156,9 +162,9 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
 
 
 def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
-    """The error for an exception from a call to a store that attempted `what`.
+    """The error for an exception from a call to a store.
 
-    `what` is an action such as "writing to dataset `d`".
+    `what` is the action that was attempted, such as "writing to dataset `d`".
     """
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
     if known is not None:
@@ -171,7 +177,10 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
 
 
 def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
-    """The error for an answer of a store: refusals unchanged, others retryable."""
+    """The error to raise when a store answers with a Fletcher error.
+
+    Refusals are returned unchanged. All other errors become retryable errors about the store.
+    """
     refusals = (errors.RequestError, errors.UnauthenticatedError, errors.UnauthorizedError)
     if isinstance(error, refusals):
         return error

@@ -1,4 +1,4 @@
-"""Check of a server's port before anything slow is loaded."""
+"""Check of a server's port, for use before the slow part of a start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from fletcher.errors import ConfigError
 
 
 def check_port(host: str, port: int, *, field: str = "port") -> None:
-    """Refuse a port in use at once; gRPC would fail later and with a long message.
+    """Raise an error if a server cannot listen on a port.
 
-    An IPv6 `host` may have brackets. Port 0 takes a free port and always passes.
+    gRPC would fail later and with a long message. An IPv6 `host` may have brackets. Port 0 stands
+    for any free port, so it always passes. The error names the option `field`.
 
     Raises:
         ConfigError: The port is in use, or the host is not an address of this machine.

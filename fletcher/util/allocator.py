@@ -7,14 +7,16 @@ import threading
 import time
 from collections.abc import Callable
 
-# Option numbers of malloc.h. By default glibc takes a block of 128 KiB or more from the system,
-# page by page as it is touched, and returns it when it is freed. With arrays of some hundred rows
-# each, that took a quarter of the front process's time.
+# Settings of `mallopt`, by their numbers in malloc.h. By default glibc requests each block of
+# 128 KiB or more from the system, and returns the block when it is freed. The system provides the
+# memory page by page. For arrays of some hundred rows, that took a quarter of the front process's
+# time.
 _SETTINGS = {
-    -3: 32 << 20,  # M_MMAP_THRESHOLD: the largest value allowed
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: smallest block requested separately; the maximum allowed
     -1: 256 << 20,  # M_TRIM_THRESHOLD: free memory that an arena keeps
-    # M_ARENA_MAX: gRPC and Lance have many threads. With an arena for nearly each of them, memory
-    # that one frees is useless to the next, and the resident set grew to twice what was in use.
+    # M_ARENA_MAX: number of arenas. gRPC and Lance have many threads, and by default nearly every
+    # thread gets an arena. Threads cannot reuse memory that was freed in another arena, so the
+    # process held twice the memory in use.
     -8: 4,
 }
 _TICK_S = 0.25
@@ -23,9 +25,10 @@ _WORTHWHILE_BYTES = 32 << 20
 
 
 def keep_large_blocks() -> None:
-    """Keep freed memory for reuse by any thread, not returning it to the system.
+    """Make the process keep freed memory for reuse by its threads.
 
-    `trim_heap` returns it later. A C library without `mallopt` is left alone.
+    `trim_heap` returns the memory to the system. With a C library that lacks `mallopt`, this does
+    nothing.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -34,14 +37,18 @@ def keep_large_blocks() -> None:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system; takes milliseconds."""
+    """Return freed memory to the system, which takes some milliseconds."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 class IdleTrimmer:
-    """Trims the heap some seconds after `used_bytes`, the memory in use, is 0."""
+    """Thread that returns freed memory to the system once the process is idle.
+
+    The process is idle when `used_bytes`, which gives the memory in use, has returned 0 for some
+    seconds.
+    """
 
     def __init__(
         self,
@@ -57,7 +64,7 @@ class IdleTrimmer:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Check on a thread every 0.25 s, until `stop`."""
+        """Start a thread that calls `trim_if_idle` every 0.25 s until `stop`."""
         threading.Thread(target=self._run, name="heap-trimmer", daemon=True).start()
 
     def stop(self) -> None:
@@ -65,7 +72,7 @@ class IdleTrimmer:
         self._stopped.set()
 
     def trim_if_idle(self) -> None:
-        """Trim if nothing was in use for 5 s, and at least 32 MiB were in use before."""
+        """Trim if no memory was in use for 5 s, and at least 32 MiB were before that."""
         used_bytes, now = self._used_bytes(), self._clock()
         self._peak_bytes = max(self._peak_bytes, used_bytes)
         if used_bytes:

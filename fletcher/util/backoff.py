@@ -1,7 +1,7 @@
 """Exponential backoff with jitter.
 
-No library is used: those for retries run the call themselves, and Fletcher's waits belong to
-threads that other events wake.
+No library is used, because retry libraries call the function and wait by themselves. Threads of
+Fletcher that wait for a retry must also wake up for other events.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Delays that double with each failure in a row.
+    """Delays that double with each successive failure.
 
-    Full jitter spreads retries best; half jitter guarantees a minimum pause. Source:
+    Full jitter spreads retries best. Half jitter guarantees a minimum pause. Source:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter
     """
 
@@ -24,9 +24,9 @@ class Backoff:
     def delay_s(
         self, num_failures: int, chance: float, *, at_least_ms: float | None = None
     ) -> float:
-        """Seconds to wait after a number of failures in a row; 0 for 0 or fewer.
+        """Seconds to wait after `num_failures` successive failures; 0 without failures.
 
-        `chance` is a random number from 0 to 1, `at_least_ms` a lower bound of the delay.
+        `chance` is a random number from 0 to 1. `at_least_ms` is a lower bound of the delay.
         """
         if num_failures <= 0:
             return 0.0

@@ -1,4 +1,4 @@
-"""Objects that `with` closes."""
+"""Base class for objects that a `with` statement closes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Self
 
 
 class Closing(ABC):
-    """An object whose `close` the end of a `with` statement calls."""
+    """An object with a method `close` that is called at the end of a `with` statement."""
 
     @abstractmethod
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Sections of docstrings, which are the help of commands and options."""
+"""Parser of docstrings, from which the help of commands and options is taken."""
 
 from __future__ import annotations
 

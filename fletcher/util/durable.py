@@ -1,6 +1,7 @@
 """Files and folders that survive a crash or a power cut.
 
-No library is used: those for atomic writes skip the folder's sync, or are no longer maintained.
+No library is used, because libraries for atomic writes do not sync the folder, or are no longer
+maintained.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def sync_path(path: Path | str) -> None:
-    """Sync a file's content, or a folder's names, to disk."""
+    """Sync a file's content, or a folder's list of names, to disk."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
@@ -22,9 +23,10 @@ def sync_path(path: Path | str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, and sync their names.
+    """Make a folder and its missing parents, and sync their names to disk.
 
-    An existing folder is synced too: the process that made it may have died before it synced.
+    The name of an existing folder is synced, too, because the process that made the folder may have
+    died before the sync.
     """
     ancestors = [path, *path.parents]
     lowest = next(index for index, folder in enumerate(ancestors) if folder.exists())
@@ -38,13 +40,14 @@ def make_folder(path: Path) -> None:
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yield a temporary path whose file replaces `path` durably when the block ends.
 
-    Readers, and a start after a crash, see the old file or the whole new one. If the block raises,
-    the temporary file is deleted and `path` stays as it was.
+    At any time, and after a crash, readers find either the old file or the complete new one. If the
+    block raises an exception, the temporary file is deleted and `path` stays as it was.
 
     Args:
         path: The file to write; its folder must exist.
-        unique: Use a random temporary name, for writers that share no lock. The default name,
-            `.NAME.tmp`, is used again by the next writer, so crashes leave one such file at most.
+        unique: Use a random temporary name, for writers that share no lock. The default name is
+            `.NAME.tmp`. The next writer uses that name again, so crashes leave at most one such
+            file.
 
     Raises:
         OSError: The file cannot be written, synced or renamed.
@@ -63,6 +66,9 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str, *, unique: bool = False) -> None:
-    """Write a file whole or not at all; text is encoded as UTF-8. See `atomic_path`."""
+    """Replace a file's content completely or not at all, see `atomic_path`.
+
+    Text is encoded as UTF-8.
+    """
     with atomic_path(path, unique=unique) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

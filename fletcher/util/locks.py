@@ -1,8 +1,9 @@
-"""Exclusive locks between processes, bound to the life of their holder.
+"""Exclusive locks between processes, which end with the process that holds them.
 
-The `filelock` package takes the lock on a descriptor that stays ours. Its `FileLock` class is not
-used: it releases at interpreter exit, when other threads may still write, and falls back to a mere
-marker file, which outlives its process, where the file system has no `flock`.
+The `filelock` package takes the lock, on a file descriptor that this module opens and closes. The
+package's class `FileLock` is not used, for two reasons. It releases the lock at interpreter exit,
+when other threads may still write. Where the file system has no `flock`, it falls back to a marker
+file, which stays after the process has ended.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from pathlib import Path
 class FileLock:
     """An exclusive advisory lock on a file, held from construction to `release`.
 
-    The kernel drops the lock when the process ends, however it ends. The file stays and means
-    nothing. Child processes do not inherit the lock: its descriptor closes on exec. A second lock
-    on the same file in the same process conflicts as well.
+    The kernel releases the lock when the process ends, even by a crash. The file is not deleted;
+    its existence does not mean that it is locked. Child processes do not inherit the lock, because
+    its descriptor closes on exec. A second lock on the same file conflicts, even in the same
+    process.
 
-    A missing file is created with the permissions `mode`; its folder must exist. With `wait` a lock
-    that another holds is waited for.
+    A missing file is created with the permissions `mode`. Its folder must exist. If the file is
+    locked already, `wait` makes the constructor wait until the lock is released.
 
     Raises:
-        BlockingIOError: Another lock on the file is held, and `wait` is off.
+        BlockingIOError: The file is locked already, and `wait` is off.
         OSError: The file cannot be opened or locked.
     """
 
     def __init__(self, path: Path, *, wait: bool = False, mode: int = 0o644) -> None:
-        from filelock import lock_descriptor  # takes 10 ms, and few processes lock anything
+        from filelock import lock_descriptor  # takes 10 ms, and few processes lock files
 
         self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
