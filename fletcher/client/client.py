@@ -1,4 +1,4 @@
-"""`connect` and `Client`: the calls of a Fletcher server for Python."""
+"""`connect` and `Client`: calls to a Fletcher server from Python."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Client(Closing):
     Thread-safe. Every method raises a FletcherError if the server refuses or fails.
 
     Attributes:
-        address: The server's, as given to `connect`.
+        address: The server's address, as given to `connect`.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -95,20 +95,23 @@ class Client(Closing):
     ) -> PutSummary:
         """Embed text into a dataset of the server's store.
 
-        After a broken connection the upload resumes after the server's durable rows. For this,
-        unacknowledged rows are kept in memory, up to `TransferOptions.window_bytes`.
+        After a broken connection, the upload resumes after the rows that are durable on the server.
+        To send the other rows again, the client keeps unacknowledged rows in memory, up to
+        `TransferOptions.window_bytes`.
 
         Args:
             data: A RecordBatch, Table, RecordBatchReader, `fletcher.TextSource`, DataFrame of
-                pandas or Polars, or an iterable of RecordBatches; `options` names its columns.
+                pandas or Polars, or an iterable of RecordBatches. `options` names the columns to
+                use.
             options: Options of the upload, or the dataset's name.
             row_offset: Offset of the first row in the upload.
-            end: Whether these are the upload's last rows, so that it can be complete.
-            resume: Whether to skip rows of `options.upload_id` that the server has already.
-            on_ack: Called on this thread with the newest acknowledgement, now and then.
+            end: Whether these are the upload's last rows. Only then can the upload become complete.
+            resume: Whether to skip rows that the server already has from the upload
+                `options.upload_id`.
+            on_ack: Called on this thread, from time to time, with the newest acknowledgement.
 
         Returns:
-            The result. Failed rows are in `errors` and raise nothing.
+            The upload's result. Failed rows are listed in its `errors` and raise no exception.
         """
         options = _as_options(options)
         if options.upload_id is None:
@@ -129,10 +132,10 @@ class Client(Closing):
     ) -> PutSummary:
         """Embed files into a dataset, in an upload named after their contents.
 
-        To resume after a crash, run it again: no row is stored twice.
+        To resume after a crash, make the same call again: no row is stored twice.
 
         Args:
-            source: From `fletcher.open_source`, or paths that it opens with the columns of
+            source: A source from `fletcher.open_source`, or paths to open with the columns of
                 `options`.
             options: Options of the upload, or the dataset's name. By default `upload_id` is a hash
                 of the files' contents and the options; for standard input it is random.
@@ -156,12 +159,14 @@ class Client(Closing):
         return self.put(source, options, resume=True, on_ack=on_ack)
 
     def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
-        """Embed text and return the vectors: a batch for each batch with rows, in order.
+        """Embed text and return an iterator over batches with vectors.
+
+        There is one result batch for each input batch that has rows, in the same order.
 
         Args:
             data: See `put`.
-            options: Options of the exchange; None: the server's defaults. With `continuous` rows
-                are parts of documents, and a batch comes back whenever chunks are complete.
+            options: Options of the exchange; None: the server's defaults. With `continuous`, rows
+                are parts of documents, and the server returns a batch whenever chunks are complete.
         """
         schema, batches = as_batches(data)
         outgoing = messages(batches, max_bytes=self._connection.transfer.message_bytes)
@@ -174,14 +179,14 @@ class Client(Closing):
         chunking: str = "sentences:none",
         **options: Any,
     ) -> DocumentStream:
-        """Cut documents that arrive in parts into chunks, returned once complete.
+        """Cut documents that arrive in parts into chunks, and embed the chunks.
 
         Args:
-            pieces: Parts of documents, cut anywhere: texts, or (ID, text), where another ID starts
-                another document. None ends a document, as does the end of `pieces`. Without IDs
-                documents are called "0", "1", and so on. Each part is sent at once in a message:
-                join very short ones.
-            chunking: How documents are cut; its aggregation is `none`.
+            pieces: Parts of documents, cut anywhere. A part is a text, or (ID, text), where a new
+                ID starts a new document. None ends a document, and so does the end of `pieces`.
+                Documents without IDs are called "0", "1", and so on. Each part is sent immediately
+                in a separate message, so join very short parts.
+            chunking: Rule for cutting documents; its aggregation is `none`.
             **options: Fields of EmbedCommand, such as `model`, `prompt`, `dtype` (default float32)
                 or `include_text` (default true).
         """
@@ -193,13 +198,13 @@ class Client(Closing):
         """Embed texts and return their vectors.
 
         Args:
-            texts: Unicode texts; one string is refused.
+            texts: An iterable of Unicode texts; a single string is refused.
             **options: Fields of EmbedCommand, such as `model`, `prompt`, `dims`, `dtype` (default
                 float32).
 
         Returns:
-            [len(texts), dims] of `dtype`; for `ubinary` uint8 [len(texts), dims / 8]. To read int8
-            as float32, use `exchange`, which returns the scales or ranges too.
+            Array [len(texts), dims] of `dtype`; for `ubinary`, uint8 [len(texts), dims / 8]. To
+            convert int8 to float32, use `exchange`, which also returns the scales or ranges.
 
         Raises:
             FletcherError: A text has no vector; the message says which text and why.
@@ -254,7 +259,7 @@ class Client(Closing):
         return self._connection.action("stats")
 
     def list_models(self) -> list[dict[str, Any]]:
-        """Versions of models on the server, with the fields of ModelInfo (docs/wire.md)."""
+        """Model versions on the server, each with ModelInfo's fields (docs/wire.md)."""
         return list(self._connection.action("list_models").get("models", []))
 
     def aliases(self) -> dict[str, str]:
@@ -266,8 +271,8 @@ class Client(Closing):
     ) -> str | None:
         """Name of a model's prompt for queries or documents; None if it has none.
 
-        It is a `prompt` for `embed` and EmbedCommand. `model` is `name` or `name@hash`; None: the
-        server's default.
+        Pass the name as `prompt` to `embed` or EmbedCommand. `model` is `name` or `name@hash`;
+        None: the server's default model.
 
         Raises:
             ModelMismatchError: The server does not serve the model.
@@ -276,16 +281,16 @@ class Client(Closing):
         return default_prompt(served_model(self, model), names)
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
-        """Load an installed model, or one version as `name@hash`; return its `name@hash`.
+        """Load an installed model or version, and return its `name@hash`.
 
-        `timeout_s` is the longest wait until it is ready.
+        `model` is `name` or `name@hash`. `timeout_s` is the longest wait until the model is ready.
         """
         return str(self._connection.action("load_model", {"model": model}, timeout_s)["model"])
 
     def swap_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
         """Switch a model's name to its newest installed version, or to `name@hash`.
 
-        Running calls keep their version; new ones use the returned `name@hash`.
+        Running calls keep their version. New calls use the version that is returned as `name@hash`.
         """
         return str(self._connection.action("swap_model", {"model": model}, timeout_s)["model"])
 
@@ -297,7 +302,7 @@ class Client(Closing):
     def set_alias(self, alias: str, models: Mapping[str, float] | None) -> dict[str, str]:
         """Divide calls for an alias among models, by weight; return all aliases.
 
-        The alias `default` is for calls without a model. Without `models` it is deleted.
+        The alias `default` serves calls that name no model. Without `models`, the alias is deleted.
         """
         shares = ",".join(f"{name}:{weight:.12g}" for name, weight in (models or {}).items())
         answer = self._connection.action("set_alias", {"alias": alias, "models": shares})
@@ -317,10 +322,11 @@ class Client(Closing):
 
 
 def ingest_id(source: TextSource, options: EmbedCommand) -> str:
-    """The `upload_id` of files: a hash, or random for a source read only once.
+    """The `upload_id` of files: a hash, or random if the source can be read only once.
 
-    It is random for `delta` too, which asks the store about every row anyway. Under one name, files
-    that were changed and changed back would count as sent while the store has other rows.
+    With `mode=delta`, the id is also random, as the store is asked about every row anyway. With a
+    hash, files that were changed and later changed back would count as sent, although the store has
+    other rows by then.
     """
     if not source.reiterable or options.mode == "delta":
         return uuid.uuid4().hex

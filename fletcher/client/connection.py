@@ -28,7 +28,7 @@ from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_flight_error
 from fletcher.util.backoff import Backoff
 
-# Remedies for connections that fail, by a part of gRPC's message.
+# Remedies for failed connections, by a part of gRPC's error message.
 _REMEDIES = (
     ("certificate verify failed", "name the CA of its certificate (`tls`, --tls-ca)"),
     ("wrong version number", "the server does not use TLS: its address begins with grpc://"),
@@ -57,17 +57,18 @@ class TransferOptions:
     """Transfer settings of uploads and exchanges.
 
     Attributes:
-        message_bytes: Largest message into which batches are cut. gRPC is fastest with 1 to 4 MiB;
-            larger messages take a slow server's memory.
-        window_bytes: Most unacknowledged bytes. More keep a distant server busy, and take memory
-            here, as they are sent again after a broken connection.
+        message_bytes: Largest message; larger batches are cut. gRPC is fastest with 1 to 4 MiB.
+            Larger messages take memory on a slow server.
+        window_bytes: Most unacknowledged bytes. A larger window keeps a distant server busy. The
+            client keeps these bytes in memory to send them again after a broken connection.
         stall_timeout_s: Longest wait for an answer that the server owes.
-        max_retries: Failed connections in a row without progress before the call fails.
-        backoff_s: Pause before the first retry; doubles up to `max_backoff_s`, half of it random.
+        max_retries: Most retries in a row without progress before the call fails.
+        backoff_s: Pause before the first retry. The pause doubles up to `max_backoff_s`, and half
+            of it is random.
         max_backoff_s: Longest pause before a retry.
         compression: Codec of sent batches: `none`, `lz4`, `zstd` (text shrinks 2 to 5 times, for
-            CPU time), or `auto`, which measures the first batch and the connection and takes the
-            fastest; on this machine that is `none`.
+            CPU time) or `auto`. `auto` measures the first batch and the connection, and takes the
+            fastest codec. To a server on the same machine, `auto` is `none`.
     """
 
     message_bytes: int = 2 << 20
@@ -81,16 +82,16 @@ class TransferOptions:
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """Bounds inside one call that no caller needs to change; tests do."""
+    """Limits inside one call, which only tests change."""
 
     close_s: float = 5.0  # longest wait for an exchange's call to end
-    # Longest wait for the threads of a failed exchange before it starts again; a thread inside the
-    # caller's iterator may never come back.
+    # Longest wait for the threads of a failed exchange before the exchange starts again. A thread
+    # inside the caller's iterator may never return.
     leave_s: float = 2.0
-    abandon_s: float = 1.0  # longest wait for an upload's call to end; its threads are then left
-    # Answers that wait for the caller at most. More wait in the server, which then stops reading.
+    abandon_s: float = 1.0  # longest wait for the end of an upload's call; then its threads run on
+    # Most answers that wait for the caller. Further ones wait in the server, which stops reading.
     max_answers: int = 4
-    max_answer_bytes: int = 16 << 20  # of these; one batch of any size may wait
+    max_answer_bytes: int = 16 << 20  # most bytes of these answers; a single larger one may wait
 
 
 class Connection:
@@ -135,19 +136,19 @@ class Connection:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Raise exceptions of pyarrow as FletcherErrors."""
+        """Context that raises pyarrow's exceptions as FletcherErrors."""
         try:
             yield
         except FletcherError:
             raise
         except (pa.ArrowException, OSError, ValueError, TypeError) as exc:
-            # Not chained: a Flight error that is kept keeps its call's memory.
+            # Not chained: a Flight error holds its call's memory for as long as the error is kept.
             raise from_flight_error(exc, self.address) from None
 
     def check_server(self) -> None:
         """Check that a server answers and accepts the token; see `connect` for errors.
 
-        InvalidCommandError also means another Flight server, such as a store.
+        InvalidCommandError is also raised if another Flight server answers, such as a store.
         """
         try:
             self.action("health")
@@ -172,7 +173,7 @@ class Connection:
     ) -> dict[str, Any]:
         """Call an action with a JSON body and return its JSON answer.
 
-        `timeout_s` is the longest wait; None: the connection's.
+        `timeout_s` is the longest wait; None: the connection's `timeout_s`.
         """
         raw = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
         results = self._act(name, raw, timeout_s)
@@ -184,7 +185,10 @@ class Connection:
             ) from None
 
     def stream_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> Any:
-        """Call options without a deadline; DoExchange takes `write` in `writer.begin`."""
+        """Call options without a deadline.
+
+        `write` is for DoPut. A DoExchange takes its write options in `writer.begin`.
+        """
         return flight.FlightCallOptions(write_options=write, headers=self._headers)
 
     def _act(self, name: str, body: bytes, timeout_s: float | None = None) -> list[Any]:
@@ -194,7 +198,7 @@ class Connection:
             return list(self.flight.do_action(flight.Action(name, body), options))
 
     def retry_delay_s(self, num_failures: int, error: UnavailableError) -> float:
-        """Seconds to wait before the next attempt, after a number of failures in a row."""
+        """Seconds to wait before the next attempt, after `num_failures` in a row."""
         backoff = Backoff(self.transfer.backoff_s, self.transfer.max_backoff_s)
         chance = random.random()  # noqa: S311 - not for secrets
         return backoff.delay_s(num_failures, chance, at_least_ms=error.retry_after_ms)

@@ -1,4 +1,4 @@
-"""Vectors back by DoExchange: an iterator that survives a server's restart."""
+"""Iterator over the vectors of a DoExchange, retried before the first answer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from fletcher.util.closing import Closing
 class Exchange(Iterator[pa.RecordBatch], Closing):
     """An iterator over batches with vectors, one for each sent batch, in order.
 
-    Batches larger than `TransferOptions.message_bytes` travel in slices and are joined again, so a
-    whole batch of vectors is held in memory. Batches without rows are left out. With
-    `EmbedCommand.continuous` there is a batch whenever chunks are complete instead. `close`, or the
-    end of `with`, cancels the call. When the server fails, answers that it sent shortly before may
-    be lost: gRPC drops them.
+    Batches larger than `TransferOptions.message_bytes` are sent in slices. The answers are joined
+    again, so all vectors of a batch are held in memory. Batches without rows have no answer. With
+    `EmbedCommand.continuous`, a batch is returned whenever chunks are complete instead. `close`, or
+    the end of `with`, cancels the call. When the server fails, gRPC may drop answers that the
+    server sent shortly before.
 
-    If the server is overloaded, shutting down or away before its first answer, the exchange starts
-    again, up to `max_retries` times. Until then sent messages are kept, up to `window_bytes`.
+    If the server is overloaded, shutting down or unavailable before its first answer, the exchange
+    starts again, up to `max_retries` times. For this, sent messages are kept in memory until the
+    first answer, up to `window_bytes`.
 
     Attributes:
-        errors: Why rows of the batch last returned have a null vector, in the order of rows; at
-            most the first 1,000 of each slice.
+        errors: Errors of the rows with a null vector in the last returned batch, in the order of
+            rows. At most the first 1,000 of each slice.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Exchange(Iterator[pa.RecordBatch], Closing):
         Raises:
             FletcherError: The server refused or failed; DeadlineExceededError if it owes an answer
                 for `stall_timeout_s`.
-            Exception: The input raised it.
+            Exception: Any exception that the input raised.
         """
         if self._closed:
             raise StopIteration
@@ -82,7 +83,7 @@ class Exchange(Iterator[pa.RecordBatch], Closing):
         raise StopIteration
 
     def close(self) -> None:
-        """End the call; cancels it if answers are left. Idempotent."""
+        """End the call, and cancel it if answers are left. Idempotent."""
         with self._changed:
             if self._closed:
                 return
@@ -93,7 +94,7 @@ class Exchange(Iterator[pa.RecordBatch], Closing):
         call.end_call(self._connection.limits.close_s, cancel=not complete, leave_input=True)
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        """Wait until `done`, or the call has ended well; raise why it failed."""
+        """Wait until `done` returns true or the call has ended; raise the call's failure."""
         timeout_s = self._connection.transfer.stall_timeout_s
         while True:
             with self._changed:

@@ -27,10 +27,10 @@ _JOIN_TICK_S = 0.05
 
 
 class ExchangeInput:
-    """The caller's messages, kept until the first answer for another call.
+    """The caller's messages, kept until the first answer in case of a retry.
 
-    Called on a call's writing thread; `forget`, `can_rewind` and `rewind` on any thread that holds
-    the exchange's lock.
+    Methods are called on a call's writing thread. `forget`, `can_rewind` and `rewind` may be called
+    on any thread that holds the exchange's lock.
     """
 
     def __init__(self, messages: Iterator[Message], max_kept_bytes: int) -> None:
@@ -49,7 +49,7 @@ class ExchangeInput:
             self.is_waiting = False
 
     def peek_batch(self) -> pa.RecordBatch | None:
-        """The batch of the next message, which stays the next."""
+        """The batch of the next message, which `next_message` still returns."""
         first = self.next_message()
         if first is None:
             return None
@@ -65,7 +65,7 @@ class ExchangeInput:
                 self._kept = None
 
     def forget(self) -> None:
-        """Drop what was kept: these messages must not be sent again."""
+        """Drop the kept messages: they must not be sent again."""
         self._kept = None
 
     @property
@@ -74,7 +74,7 @@ class ExchangeInput:
         return self._kept is not None
 
     def rewind(self) -> None:
-        """Return the kept messages to the front."""
+        """Put the kept messages back in front of the messages to come."""
         self._messages = itertools.chain(self._kept or (), self._messages)
         self._kept, self._kept_bytes = [], 0
 
@@ -82,8 +82,8 @@ class ExchangeInput:
 class ExchangeCall:
     """One call, from construction to `end_call`.
 
-    `changed` guards its attributes and is notified on every change. A call to a server that is away
-    begins with its failure set.
+    `changed` guards the attributes and is notified on every change. If the server is unavailable,
+    `failure` is set from the start.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class ExchangeCall:
         outgoing: ExchangeInput,
         changed: threading.Condition,
     ) -> None:
-        self.answers: deque[Answer] = deque()  # that wait for the caller
-        self.schema: pa.Schema | None = None  # the output's, once the first answer is there
+        self.answers: deque[Answer] = deque()  # answers that wait for the caller
+        self.schema: pa.Schema | None = None  # the output's schema, after the first answer
         self.failure: BaseException | None = None  # why the call ended, or must end
-        self.finished_reading = False  # no more answers come
+        self.finished_reading = False  # no more answers will arrive
         self.all_sent = False  # the server has the whole input
-        # Monotonic seconds of the last answer, or of the message that awaits one.
+        # Monotonic time, in seconds, of the last answer or of the message that awaits one.
         self.last_activity = time.monotonic()
         self.threads: list[threading.Thread] = []
         self._connection = connection
@@ -109,9 +109,9 @@ class ExchangeCall:
         self._outgoing = outgoing
         self._changed = changed
         self._stopping = False
-        self._finished_writing = False  # whether all was sent or not
-        self._closes_writer = False  # the writing thread does, when it leaves the input
-        self._rows_pending: dict[int, int] = {}  # of messages without an answer, by `batch_id`
+        self._finished_writing = False  # even if not all was sent
+        self._closes_writer = False  # whether the writing thread closes the writer
+        self._rows_pending: dict[int, int] = {}  # rows of unanswered messages, by `batch_id`
         self._final_ids: set[int] = set()  # `batch_id`s of messages that end a batch of the input
         self._rows_sent = 0
         self._rows_answered = 0
@@ -134,7 +134,7 @@ class ExchangeCall:
             thread.start()
 
     def take_answer(self) -> Answer | None:
-        """The next whole batch and its errors; None: there is none now."""
+        """Take the next complete batch and its errors; None: no batch is complete yet."""
         if not self.answers:
             return None
         if not self._has_room():
@@ -145,13 +145,13 @@ class ExchangeCall:
         return answer
 
     def seconds_to_stall(self, timeout_s: float) -> float | None:
-        """Time left for the next answer; None: the server owes no answer now."""
+        """Seconds left for the next answer; None: the server owes no answer now."""
         if not self._rows_pending and not self.all_sent:
             return None
         return self.last_activity + timeout_s - time.monotonic()
 
     def outcome(self) -> BaseException | None:
-        """Failure of a call whose answers have ended; None if it is complete."""
+        """Failure of a call whose answers have ended; None if the call is complete."""
         # The server may end the call just before the writing thread notes that all was sent.
         self._changed.wait_for(lambda: self._finished_writing, self._limits.close_s)
         if self.failure is None and not (self.all_sent and self._rows_answered == self._rows_sent):
@@ -168,12 +168,12 @@ class ExchangeCall:
             self._changed.notify_all()
 
     def end_call(self, timeout_s: float, *, cancel: bool, leave_input: bool = False) -> bool:
-        """End the call, without the lock held; return whether both threads ended.
+        """End the call; return whether both threads ended. Called without the lock.
 
         Args:
             timeout_s: Longest wait for the threads.
-            cancel: Whether the server may be at work still.
-            leave_input: Whether to leave a thread inside the caller's iterator until that yields.
+            cancel: Whether to cancel the call, because the server may still be working.
+            leave_input: Whether to stop waiting for a thread that is inside the caller's iterator.
         """
         if self._reader is None:
             return True
@@ -193,7 +193,7 @@ class ExchangeCall:
         return True
 
     def _close_writer(self) -> None:
-        """Close explicitly: on deletion pyarrow would print the call's error."""
+        """Close the writer; if it were only deleted, pyarrow would print its error."""
         with suppress(FletcherError), self._connection.errors():
             self._writer.close()
 
@@ -284,7 +284,7 @@ class ExchangeCall:
             with self._changed:
                 self._outgoing.forget()
                 self.last_activity = time.monotonic()
-                # Chunks that the end of the input completed answer no message.
+                # Chunks that are completed only by the end of the input answer no message.
                 if answer.last is not False and expected in self._rows_pending:
                     num_rows = self._rows_pending.pop(expected)
                     one_each = answer.last is None
@@ -301,9 +301,9 @@ class ExchangeCall:
                 parts, errors = [], ()
 
     def _learn_schema(self) -> None:
-        """Read the output's schema, which the first message brings.
+        """Read the output's schema, which arrives with the first message.
 
-        Earlier, the request for it would pass over the message that the call failed.
+        Asking for the schema earlier would skip a message that reports the call's failure.
         """
         try:
             schema = self._reader.schema
@@ -338,8 +338,8 @@ class ExchangeCall:
 class _AnswerMetadata:
     batch_id: int | None = None
     errors: tuple[RowError, ...] = ()
-    # Whether the answer ends its batch. Absent unless rows are chunks, when any number of messages
-    # answer one batch.
+    # Whether the answer ends its batch. Present only if rows are chunks, as any number of messages
+    # may then answer one batch.
     last: bool | None = None
 
 
@@ -350,10 +350,11 @@ class _WriteError(Exception):
 
 
 def _raise_failure(metadata: pa.Buffer | None) -> None:
-    """Raise the error that a message without a batch carries, before the call ends.
+    """Raise the error in a message without a batch, before the call ends.
 
-    The server may wait for the input to end first. And pyarrow may abort the process if a call that
-    one thread reads ends while another writes: so the call is cancelled once reading has stopped.
+    The server may wait for the end of the input before it ends the call. If the call ended while
+    one thread reads and another one writes, pyarrow might abort the process. The call is therefore
+    cancelled once reading has stopped.
     """
     failure = from_json(metadata.to_pybytes()) if metadata is not None else None
     if failure is not None:

@@ -49,11 +49,11 @@ class PutSummary:
         rows_received: Rows that arrived.
         rows_stored: Rows in the store.
         rows_failed: Rows without a vector; `errors` says why.
-        rows_durable: Leading rows that survive a crash.
+        rows_durable: Rows at the start of the upload that survive a crash.
         rows_deduplicated: Rows dropped as duplicates.
         model: `name@hash` of the model.
-        errors: The first failed rows.
-        errors_truncated: Whether more rows failed.
+        errors: Errors of the first failed rows.
+        errors_truncated: Whether more rows failed than `errors` lists.
         rows_skipped: Rows not sent because the server had them from an earlier run.
     """
 
@@ -92,9 +92,9 @@ class Message:
     batch: pa.RecordBatch
     batch_id: int  # number of the message in the upload or exchange
     row_first: int
-    num_bytes: int  # on the wire, uncompressed and without dictionaries
-    last: bool  # it ends a batch of the input
-    document_end: bool = False  # it ends a document, if rows are parts of documents
+    num_bytes: int  # size on the wire, uncompressed and without dictionaries
+    last: bool  # whether it ends a batch of the input
+    document_end: bool = False  # whether it ends a document (`continuous`)
 
     @property
     def row_last(self) -> int:
@@ -116,7 +116,10 @@ def end_marker(num_rows: int) -> bytes:
 def messages(
     batches: Iterable[pa.RecordBatch], *, max_bytes: int, row_offset: int = 0
 ) -> Iterator[Message]:
-    """Cut batches into messages of at most `max_bytes` or one row; no empty ones."""
+    """Cut batches into messages of at most `max_bytes`.
+
+    A larger row becomes one message. Batches without rows are left out.
+    """
     batch_id, row = 0, row_offset
     for batch in batches:
         end = row + batch.num_rows
@@ -128,7 +131,7 @@ def messages(
 
 
 def split(batch: pa.RecordBatch, max_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Cut a batch into slices of at most `max_bytes`, or of one larger row."""
+    """Cut a batch into slices of at most `max_bytes`; a larger row becomes one slice."""
     if batch.num_rows == 0:
         return
     if batch.num_rows == 1 or wire_bytes(batch) <= max_bytes:
@@ -141,7 +144,7 @@ def split(batch: pa.RecordBatch, max_bytes: int) -> Iterator[pa.RecordBatch]:
 
 
 def wire_bytes(batch: pa.RecordBatch) -> int:
-    """Bytes of a batch's rows without dictionaries, which are sent once."""
+    """Size of a batch's rows in bytes, without dictionaries, which are sent once."""
     return sum(
         column.indices.nbytes if types.is_dictionary(column.type) else column.nbytes
         for column in batch.columns
@@ -199,7 +202,7 @@ def _no_batches(data: Any, first: Any) -> str:
 
 
 def _without_views(schema: pa.Schema) -> pa.Schema:
-    """Replace view types by utf8: slices of a view column send all of it."""
+    """Replace string views by large_utf8: a slice of a view column sends all of it."""
     views = [index for index, one in enumerate(schema) if types.is_string_view(one.type)]
     for index in views:
         schema = schema.set(index, schema.field(index).with_type(pa.large_utf8()))

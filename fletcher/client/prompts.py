@@ -10,15 +10,16 @@ from fletcher.errors import ModelMismatchError
 if TYPE_CHECKING:
     from fletcher.client import Client
 
-# The order of sentence-transformers' encode_query and encode_document, then Nomic's task names.
+# Names in order of preference: first those of sentence-transformers' encode_query and
+# encode_document, then Nomic's task names.
 QUERY_PROMPTS = ("query", "search_query")
 DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")
 
 
 def served_model(client: Client, name: str | None) -> dict[str, Any]:
-    """A server's description of `name` or `name@hash`; None: its default model.
+    """A server's description of the model `name` or `name@hash`.
 
-    For an alias, its first model is described.
+    None stands for the server's default model. For an alias, its first model is described.
 
     Raises:
         ModelMismatchError: The server does not serve the model.
@@ -47,6 +48,6 @@ def _of_name(models: Sequence[dict[str, Any]], name: str | None) -> dict[str, An
 
 
 def default_prompt(model: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Name of the first of these prompts that a model has; None: it has none of them."""
+    """The first of `names` that is a prompt of the model; None: no such prompt."""
     prompts = model.get("prompts", {})
     return next((name for name in names if name in prompts), None)

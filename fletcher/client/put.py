@@ -1,7 +1,8 @@
 """Uploads by DoPut: a window of unacknowledged messages, and resumption.
 
-The caller's thread reads the source and waits, a second writes, a third reads acknowledgements. So
-the caller's thread is never blocked inside a call that cannot be interrupted.
+The caller's thread reads the source and waits. A second thread writes, and a third one reads
+acknowledgements. The caller's thread is therefore never blocked inside a call that cannot be
+interrupted.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ class UploadSession:
     def send_rows(self, *, ask_first: bool) -> PutSummary:
         """Send all rows and return the server's summary.
 
-        With `ask_first` rows of this upload that the server has already are skipped.
+        With `ask_first`, rows of this upload that the server already has are skipped.
 
         Raises:
-            FletcherError: The server refused, or could not be reached `max_retries` times.
+            FletcherError: The server refused the upload, or `max_retries` retries in a row failed.
         """
         asked = not ask_first
         failures = 0
@@ -104,7 +105,7 @@ class UploadSession:
                 time.sleep(self._connection.retry_delay_s(failures, error))
 
     def _ask_stored(self) -> list[tuple[int, int]]:
-        """Ask the server for its row ranges, and drop kept messages that it has."""
+        """Ask the server which rows it has, and drop kept messages with these rows."""
         body = {"upload_id": self._options.upload_id, "dataset": self._options.dataset}
         if self._options.store is not None:
             body["store"] = self._options.store
@@ -153,7 +154,7 @@ class UploadSession:
                 yield message
 
     def _first_batch(self) -> pa.RecordBatch | None:
-        """The call's first batch, if its compression depends on it."""
+        """The call's first batch, if the choice of compression depends on it."""
         if not self._connection.compression.needs_batch:
             return None
         if self._unacknowledged:
@@ -165,7 +166,10 @@ class UploadSession:
         return first.batch
 
     def _note(self, call: _PutCall, *, quietly: bool = False) -> None:
-        """Drop the messages that the newest acknowledgement covers, and report it."""
+        """Drop messages that the newest acknowledgement covers, and call `on_ack`.
+
+        With `quietly`, `on_ack` is not called.
+        """
         ack = call.take_ack()
         if ack is None:
             return
@@ -177,7 +181,7 @@ class UploadSession:
 
 
 class _PutCall:
-    """One DoPut call, with a writing and a reading thread. For one caller thread."""
+    """One DoPut call with a writing and a reading thread. One other thread uses it."""
 
     def __init__(
         self,
@@ -228,7 +232,7 @@ class _PutCall:
             self._changed.notify_all()
 
     def result(self, on_progress: Callable[[], None]) -> PutSummary:
-        """The summary, once the server has ended the call."""
+        """Wait until the server has ended the call, and return its summary."""
         self._wait(lambda: self._closed, on_progress)
         with self._changed:
             if self._summary is None:
@@ -238,7 +242,7 @@ class _PutCall:
             return self._summary
 
     def take_ack(self) -> Ack | None:
-        """The newest acknowledgement since the last call."""
+        """The newest acknowledgement that was not taken before; None: no new one."""
         with self._changed:
             ack, self._ack = self._ack, None
             return ack
@@ -251,7 +255,10 @@ class _PutCall:
             self._changed.wait_for(lambda: self._closed, self._connection.limits.abandon_s)
 
     def _wait(self, done: Callable[[], bool], on_progress: Callable[[], None]) -> None:
-        """Wait until `done`; call `on_progress` without the lock regularly and at the end."""
+        """Wait until `done` returns true.
+
+        Calls `on_progress` after acknowledgements and at the end, without holding the lock.
+        """
         stall_timeout_s = self._connection.transfer.stall_timeout_s
         is_done = False
         while not is_done:
@@ -292,7 +299,7 @@ class _PutCall:
         except Exception as exc:  # noqa: BLE001 - the same
             self._fail(exc)
         # pyarrow may crash if a call is closed while another thread reads from it. After a failed
-        # write reading ends soon, or the caller stops waiting for it.
+        # write, reading ends soon. If it does not, the caller is told to stop waiting.
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended, patience_s):
                 self._closed = True
@@ -307,10 +314,10 @@ class _PutCall:
             self._changed.notify_all()
 
     def _next(self) -> Message | bytes | None:
-        """The next message to send; None: stop.
+        """Wait for the next message to send; None: stop writing.
 
-        An early summary means a failure, whose reason comes with the call's end. The server may
-        still be reading, and ends the call once writing has ended.
+        A summary before the end of the input means that the upload failed. The reason arrives when
+        the call ends. The server may still be reading, and ends the call once writing has ended.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._to_write or self._over)
@@ -342,7 +349,7 @@ class _PutCall:
             self._changed.notify_all()
 
     def _fail(self, exc: Exception) -> None:
-        """Keep the error, the server's own rather than that of a failed write."""
+        """Keep the error; the server's own error replaces that of a failed write."""
         error = from_flight_error(exc, self._connection.address)
         with self._changed:
             if self._error is None or getattr(exc, "extra_info", None):

@@ -1,4 +1,4 @@
-"""Quantized vectors for readers: conversion to float32, and rescoring."""
+"""Conversion of quantized vectors to float32, and rescoring of search results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def dequantize(rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.float32]:
     """Vectors of any `dtype`, from an exchange or a store, as float32.
 
     Args:
-        rows: With the column `vector`, for int8 scaled by row also `scale`, and with their schema
-            metadata.
+        rows: Rows with the column `vector` and their schema metadata. For int8 with one scale per
+            row, also the column `scale`.
 
     Returns:
-        float32 [num_rows, dims]; NaN for null vectors. `ubinary` gives signs, +1 or -1, scaled to
-        length 1.
+        float32 [num_rows, dims]; NaN for null vectors. `ubinary` vectors become signs, +1 or -1,
+        scaled to length 1.
 
     Raises:
         ColumnTypeError: `vector` is not of a type that Fletcher writes, or `scale` is missing.
@@ -35,16 +35,16 @@ def rescore(
 ) -> pa.Table:
     """Search results sorted by their exact cosine to a query, best first.
 
-    A search over `ubinary` vectors ranks roughly. Ask it for four times as many rows as wanted,
-    read these rows with int8 or float16 vectors, and rescore them.
+    A search over `ubinary` vectors ranks roughly. For a better order, search for four times as many
+    rows as wanted, read these rows with int8 or float16 vectors, and rescore them.
 
     Args:
-        rows: With the column `vector`, as for `dequantize`.
+        rows: Rows with the column `vector`, as for `dequantize`.
         query: float32 [dims].
         k: Most rows to return; None: all.
 
     Returns:
-        The rows with a new `score`, float32. Rows with a null or zero vector are left out.
+        The rows with a new column `score`, float32. Rows with a null or zero vector are left out.
 
     Raises:
         DimensionMismatchError: `query` is not [dims].

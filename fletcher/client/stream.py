@@ -1,4 +1,4 @@
-"""Documents that arrive in parts, and their chunks as soon as each is complete."""
+"""Documents that arrive in parts, returned as chunks with vectors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Chunk:
         vector: [dims] of the requested `dtype`.
         scale: Factor of int8 values; None for other vectors.
         token_count: Tokens that the model read.
-        error: Why the rest of the document has no chunks; the other fields but `id` are then unset.
+        error: Reason why the rest of the document has no chunks; None for a chunk. With an error,
+            only `id` is set besides it.
     """
 
     id: str
@@ -51,8 +52,8 @@ class Chunk:
 class DocumentStream(Iterator[Chunk], Closing):
     """An iterator over chunks, in order; made by `Client.stream`.
 
-    A thread reads the input, and iteration waits as long as the input does. Raises what an
-    `Exchange` raises. `close`, or the end of `with`, cancels the call.
+    A thread reads the input, and iteration waits for the input. The errors are those of `Exchange`.
+    `close`, or the end of `with`, cancels the call.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class DocumentStream(Iterator[Chunk], Closing):
         return self._waiting.popleft()
 
     def close(self) -> None:
-        """End the call; cancels it if chunks are left. Idempotent."""
+        """End the call, and cancel it if chunks are left. Idempotent."""
         self._exchange.close()
 
 
 def _messages(
     pieces: Iterable[str | tuple[str, str] | None], schema: pa.Schema, max_bytes: int
 ) -> Iterator[Message]:
-    """Messages for each part of a document, and one for each end."""
+    """Messages for each part of a document, and one for each document's end."""
     batch_id = row = number = 0
     size = max(1, max_bytes // _MAX_UTF8_BYTES)
     for piece in pieces:

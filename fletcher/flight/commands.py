@@ -1,4 +1,4 @@
-"""Commands as Flight carries them: a descriptor's path, JSON, or protobuf.
+"""Parsing of commands from Flight: a descriptor's path, JSON or protobuf.
 
 A command is JSON if its first byte is `{`, else protobuf (proto/fletcher/v1/embed.proto).
 """
@@ -15,7 +15,7 @@ from fletcher.errors import InvalidCommandError, UnknownFieldError
 from fletcher.flight.requests import ListModelsRequest, check_size, convert_request, parse_json
 from fletcher.v1 import embed_pb2
 
-# Flight.proto's DescriptorType, which pyarrow's enumeration repeats.
+# Values of DescriptorType in Flight.proto and in pyarrow.
 _PATH, _CMD = 1, 2
 
 
@@ -23,7 +23,7 @@ def parse_descriptor(descriptor: Any) -> EmbedCommand:
     """Parse a FlightDescriptor: a PATH `[dataset]` or a CMD `EmbedCommand`.
 
     Raises:
-        UnknownFieldError: EmbedCommand has no such field.
+        UnknownFieldError: The command has a field that EmbedCommand does not know.
         InvalidCommandError: The command is wrong in another way.
     """
     kind = getattr(descriptor.descriptor_type, "value", descriptor.descriptor_type)
@@ -47,7 +47,7 @@ def parse_descriptor(descriptor: Any) -> EmbedCommand:
 
 
 def parse_command(command: bytes) -> EmbedCommand:
-    """Parse an EmbedCommand, JSON or binary. Raises as `parse_descriptor`."""
+    """Parse an EmbedCommand in JSON or protobuf. Raises as `parse_descriptor`."""
     return EmbedCommand.from_mapping(_parse_fields(embed_pb2.EmbedCommand(), command))
 
 
@@ -57,7 +57,7 @@ def parse_list_models(body: bytes) -> ListModelsRequest:
 
 
 def _parse_fields(message: Message, body: bytes) -> dict[str, Any]:
-    """Fields of a JSON object, or of a binary message of `message`'s type."""
+    """Fields of a JSON object, or of a protobuf message of `message`'s type."""
     if body[:1] == b"{":
         return parse_json(body)
     check_size(body)
@@ -76,7 +76,7 @@ def _parse_fields(message: Message, body: bytes) -> dict[str, Any]:
 
 
 def _refuse_unknown(message: Message) -> None:
-    """Refuse fields that the schema lacks, in nested messages, too."""
+    """Refuse fields that the schema lacks, also in nested messages."""
     unknown = unknown_fields.UnknownFieldSet(message)
     if len(unknown):
         number = unknown[0].field_number

@@ -25,13 +25,14 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     """Embed the texts of `{"texts": [...], ...}`, with fields of EmbedCommand.
 
     Returns:
-        `embeddings`, `token_count`, `truncated` and `model`; for int8 vectors with a scale a row
-        also `scale`.
+        `embeddings`, `token_count`, `truncated` and `model`. For int8 vectors with one scale per
+        row, also `scale`.
 
     Raises:
         BatchTooLargeError: There are more than MAX_TEXTS texts.
         InvalidCommandError: `texts` is not a list of strings, or a field has no meaning here.
-        FletcherError: The error of the first text without a vector; a retryable one comes first.
+        FletcherError: A text has no vector. The first retryable error is raised, or else the first
+            error.
     """
     service.admission.check_draining()
     fields = parse_json(body)

@@ -1,4 +1,4 @@
-"""DoExchange: text in, vectors back, batch for batch in the client's order."""
+"""DoExchange: text in, vectors back, in the order of the client's batches."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 MAX_REPORTED_ERRORS = 1000
 # Arrow cannot send a batch of 2 GiB. Half of that leaves room for the other columns.
 _MAX_OUTPUT_BYTES = 1 << 30
-# A client takes a millisecond or two to cancel its call.
+# Longest wait for a client to cancel its call, which takes it a millisecond or two.
 _CANCEL_WAIT_S = 0.05
 
 
 class Ending(AbstractContextManager["Ending"]):
-    """Message that tells a client of its exchange's failure before the call ends.
+    """Context that reports an exchange's failure to the client before the call ends.
 
-    A call that ends while one thread of the client writes and another one reads aborts the client's
-    process: pyarrow then does what gRPC forbids. A client that learns of the failure from a message
-    cancels the call instead, which is safe; the call waits a moment for that.
+    If a call ends while one thread of the client writes and another one reads, pyarrow does what
+    gRPC forbids, and the client's process aborts. The failure is therefore sent as a message first.
+    The client then cancels the call, which is safe. The server waits a moment for the cancellation.
     """
 
     def __init__(self, context: Any, writer: Any) -> None:
@@ -68,12 +68,12 @@ def exchange(
 ) -> None:
     """Answer one DoExchange call.
 
-    The call's own thread reads and submits; a second one writes answers.
+    The call's own thread reads and submits batches. A second thread writes answers.
     """
     _check_command(command)
     with EmbedSession(service, embed_call("do_exchange", command, context)) as session:
         output = session.open_input(read_schema(reader))
-        # Before the first batch, so that a client that waits for the schema need not send.
+        # Begin before the first batch arrives: a client may wait for the schema before it sends.
         writing_as = service.answers.for_call(context.peer(), output)
         writer.begin(output, options=writing_as.options)
         # A client that sends nothing takes no stream.
@@ -107,7 +107,7 @@ def exchange(
 
 
 class _Answers:
-    """Writer of a session's results, joined to the batches that they came from."""
+    """Writer of answers: joins the results of a session to one answer per batch."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class _Answers:
         self._writer = writer
         self._ending = ending
         self._writing_as = writing_as
-        # A batch may have any number of chunks: they leave slice by slice.
+        # A batch may have any number of chunks, so chunks are sent slice by slice.
         chunking = session.spec.chunking
         self._chunk_rows = chunking is not None and chunking.rows
         self._parts: list[pa.RecordBatch] = []
@@ -136,10 +136,11 @@ class _Answers:
             del result  # the next one may be long in coming
 
     def report_failure(self, error: Exception) -> None:
-        """Wake the reading thread if it waits for memory, and tell the client at once.
+        """Wake the reading thread if it waits for memory, and send the failure now.
 
-        The reading thread may be blocked in a read until the client sends something, and the call
-        cannot end before that. A client that waits for vectors would not learn of the failure.
+        The reading thread may be blocked until the client sends something, and the call cannot end
+        before that. Without a message, a client that waits for vectors would not learn of the
+        failure.
         """
         self._session.close()
         self._ending.send_failure(to_flight_error(error, log))
@@ -150,7 +151,7 @@ class _Answers:
         if result.errors:
             self._errors += result.error_reports(MAX_REPORTED_ERRORS - len(self._errors))
         self._parts.append(batch)
-        # Only these columns may take more than the message that the rows came in.
+        # Only these columns may be larger than the message in which the rows arrived.
         for name in {"vector", "text"} & set(batch.schema.names):
             self._parts_bytes += batch.column(name).nbytes
         if self._parts_bytes > _MAX_OUTPUT_BYTES:
@@ -164,7 +165,7 @@ class _Answers:
             started_s = time.perf_counter()
             try:
                 self._writer.write_with_metadata(whole, _to_json(metadata).encode())
-            except (pa.ArrowException, OSError) as error:  # pyarrow has several for that
+            except (pa.ArrowException, OSError) as error:  # pyarrow raises several kinds
                 text = f"the client is gone: {str(error)[:200]}"
                 raise flight.FlightCancelledError(text) from None
             self._writing_as.record_write(whole, time.perf_counter() - started_s)

@@ -1,4 +1,4 @@
-"""Tokens, TLS keys and traces of calls, read before their handlers run."""
+"""Tokens and TLS keys of the server, and checks of calls before handlers run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fletcher.telemetry.tracing import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Contents of the files that the network's options name."""
+    """Contents of the files that `NetworkConfig` names."""
 
     tokens: tuple[str, ...] = ()  # accepted bearer tokens; empty: every caller is accepted
     tls: tuple[bytes, bytes] | None = None  # PEM certificate and key
-    client_ca: bytes | None = None  # PEM CA of callers' certificates, which they then need
+    client_ca: bytes | None = None  # PEM CA of callers' certificates; if set, callers need one
 
     @classmethod
     def from_config(cls, config: NetworkConfig) -> Credentials:
-        """Read the files. Raises ConfigError for one that cannot be read."""
+        """Read the files. Raises ConfigError if a file cannot be read."""
         cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
         return cls(
             tokens=_read_tokens(config.token_file) if config.token_file else (),
@@ -44,7 +44,7 @@ def _read(path: Path, field: str) -> bytes:
 
 
 def _read_tokens(path: Path) -> tuple[str, ...]:
-    """Read a file of tokens, one a line; ignore blank lines and `#` comments."""
+    """Read a file with one token per line; ignore blank lines and `#` comments."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -86,7 +86,7 @@ class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
 
 
 class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Middleware that keeps the trace of the header `traceparent` for the handler.
+    """Middleware that hands the trace in the header `traceparent` to the handler.
 
     gRPC's own instrumentation does not cover pyarrow.
     """
@@ -102,7 +102,7 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
 
 
 def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:
-    """A session's arguments, with the trace and the cancellation of a call's context."""
+    """Arguments of a session, with trace and cancellation from the call's context."""
     middleware = context.get_middleware("trace")
     return EmbedCall(
         name=name,

@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 def put(service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any) -> None:
     """Answer one DoPut call.
 
-    The call's own thread reads and submits; a second one writes acknowledgements.
+    The call's own thread reads and submits batches. A second thread writes acknowledgements.
     """
     with StoreSession(service, embed_call("do_put", command, context)) as session:
         session.open_input(read_schema(reader))
-        # A client that sends nothing takes no stream and creates no dataset.
+        # Wait first: a client that sends nothing takes no stream and creates no dataset.
         messages, first = wait_first(read_messages(reader, context))
         if first is None and context.is_cancelled():
             return

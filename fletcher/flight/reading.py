@@ -1,4 +1,4 @@
-"""A client's schema and batches, and the metadata of batches."""
+"""Reading of a client's schema, batches and metadata of batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pyarrow import flight
 from fletcher.errors import ColumnTypeError, InvalidCommandError
 from fletcher.flight.requests import field_error
 
-# JSON readers in any language keep integers up to this one exact.
+# Largest integer that JSON readers in all languages keep exact.
 MAX_ROW_OFFSET = 2**53 - 1
-# Metadata takes a hundred bytes; Python's objects are many times the JSON.
+# Usual metadata has about 100 bytes. Decoded to Python objects, JSON takes many times its size.
 MAX_METADATA_BYTES = 64 << 10
 
 _Offset = Annotated[int, Meta(ge=0, le=MAX_ROW_OFFSET)]
@@ -27,10 +27,10 @@ class BatchMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A client's metadata of one batch; see docs/wire.md."""
 
     batch_id: _Offset | None = None  # the client's number for the batch
-    row_offset: _Offset | None = None  # of the batch's first row in the upload
+    row_offset: _Offset | None = None  # offset of the batch's first row in the upload
     end: bool = False  # this is the last message
-    rows: _Offset | None = None  # with `end`: of the whole upload
-    document_end: bool = False  # the last row ends its document, of a `continuous` exchange
+    rows: _Offset | None = None  # with `end`: number of rows in the upload
+    document_end: bool = False  # `continuous` exchange: the last row ends its document
 
 
 _NOTHING = BatchMetadata()
@@ -41,8 +41,8 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
     """Parse a batch's `app_metadata`; None and empty stand for `{}`.
 
     Raises:
-        InvalidCommandError: It is not a JSON object, has an unknown field, or a value has the wrong
-            type.
+        InvalidCommandError: The metadata is too large or not a JSON object, or a field is unknown,
+            missing or of the wrong type.
     """
     if not raw:
         return _NOTHING
@@ -64,7 +64,7 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
 class ReceivedMessage:
     """One message of a client."""
 
-    batch: pa.RecordBatch | None  # None if the message has metadata alone
+    batch: pa.RecordBatch | None  # None if the message has only metadata
     batch_id: int  # the client's number for the batch, or the count of batches so far
     row_first: int  # offset of the first row in the upload
     metadata: BatchMetadata
@@ -78,7 +78,7 @@ def read_messages(
     Args:
         reader: The call's reader.
         context: The call's context.
-        continuous: Rows are parts of documents, so that `document_end` is allowed.
+        continuous: Whether rows are parts of documents and `document_end` is allowed.
 
     Raises:
         ColumnTypeError: Arrow cannot decode a message.
@@ -117,7 +117,11 @@ def read_messages(
 def wait_first(
     messages: Iterator[ReceivedMessage],
 ) -> tuple[Iterator[ReceivedMessage], ReceivedMessage | None]:
-    """Wait for the first message; return all messages, and the first one or None."""
+    """Wait for the first message.
+
+    Returns two values: an iterator over all messages including the first one, and the first message
+    or None.
+    """
     first = next(messages, None)
     return (messages if first is None else itertools.chain([first], messages)), first
 

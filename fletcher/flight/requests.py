@@ -1,4 +1,4 @@
-"""Bodies of actions, as types: JSON objects without unknown fields."""
+"""Types of the actions' bodies, which are JSON objects without unknown fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_BODY_BYTES = 1 << 20
 _Request = TypeVar("_Request", bound=msgspec.Struct)
 _Name = Annotated[str, Meta(min_length=1)]
 
-# msgspec's words for a value of the wrong type, and for a field that is not there.
+# msgspec's messages for a value of the wrong type and for a missing field.
 _WRONG = re.compile(r"^(?P<wrong>.*) - at `\$\.(?P<field>\w+).*`$", re.DOTALL)
 _TYPE = re.compile(r"`(\w+)(?: \| null)?`")
 _TYPES = {
@@ -44,7 +44,7 @@ class UnloadRequest(msgspec.Struct):
 
 
 class AliasRequest(msgspec.Struct):
-    """Body of `set_alias`; `models` is MODEL:WEIGHT,... or empty to remove it."""
+    """Body of `set_alias`; `models` is MODEL:WEIGHT,... or empty to remove the alias."""
 
     alias: _Name
     models: str | None = None
@@ -60,14 +60,14 @@ def decode_request(kind: type[_Request], body: bytes) -> _Request:
     """Decode an action's JSON body.
 
     Raises:
-        UnknownFieldError: The request has no such field.
+        UnknownFieldError: The body has a field that the action does not know.
         InvalidCommandError: The body is not a JSON object, or a value has the wrong type.
     """
     return convert_request(kind, parse_json(body))
 
 
 def convert_request(kind: type[_Request], fields: dict[str, Any]) -> _Request:
-    """Convert a decoded object. Raises as `decode_request`."""
+    """Convert a decoded JSON object to a request. Raises as `decode_request`."""
     known = kind.__struct_fields__
     for name in fields:
         if name not in known:
@@ -83,7 +83,7 @@ def convert_request(kind: type[_Request], fields: dict[str, Any]) -> _Request:
 
 
 def field_error(text: str) -> InvalidCommandError:
-    """Refusal of a field, from the text of a `msgspec.ValidationError`."""
+    """Error for a field, made from the text of a `msgspec.ValidationError`."""
     if found := _MISSING.match(text):
         return InvalidCommandError(f"`{found['field']}` is missing", field=found["field"])
     if found := _WRONG.match(text):
@@ -94,9 +94,9 @@ def field_error(text: str) -> InvalidCommandError:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Parse a command or body: a JSON object in UTF-8, each field once.
+    """Parse a command or body: a JSON object in UTF-8 without repeated fields.
 
-    msgspec would take the last of a repeated field.
+    The json module parses, because msgspec would accept a repeated field and take its last value.
 
     Raises:
         InvalidCommandError: The body is not such an object; the message says why.

@@ -1,4 +1,4 @@
-"""The Flight server, which gives each call of the protocol to its handler."""
+"""The Flight server, which passes each call of the protocol to its handler."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
-    """Flight server that listens from its construction on.
+    """Flight server, which listens as soon as it is constructed.
 
     Args:
         service: The server's parts.
@@ -37,7 +37,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         credentials: Tokens and TLS keys.
 
     Attributes:
-        address: As clients write it, with the port in use.
+        address: The server's address in the form that clients use, with the port in use.
     """
 
     def __init__(self, service: Service, network: NetworkConfig, credentials: Credentials) -> None:
@@ -89,7 +89,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             return _flight_info(self._dataset(parse_descriptor(descriptor)))
 
     def get_schema(self, context: Any, descriptor: Any) -> Any:
-        """Schema of the command's dataset, or of a DoExchange if it has no dataset."""
+        """Schema of the command's dataset; without a dataset, of a DoExchange's output."""
         try:
             with self._handling():
                 command = parse_descriptor(descriptor)
@@ -104,7 +104,10 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             raise without_traceback(error) from None
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        """Refuse every call; pyarrow's own refusal would hold a traceback."""
+        """Refuse every call.
+
+        pyarrow's own error would contain a traceback.
+        """
         with self._handling():
             raise InvalidCommandError(
                 "DoGet is not supported; ask for vectors by DoExchange, and read datasets from "

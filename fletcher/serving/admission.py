@@ -12,7 +12,7 @@ from fletcher.pipeline.embedder import Embedder
 from fletcher.serving.load_level import LoadLevel, LoadMonitor
 from fletcher.telemetry.tracing import Telemetry
 
-# A call that has sent nothing takes a thread and some 90 kB: so many for each stream allowed.
+# Most open calls per allowed stream. A call that has sent nothing takes a thread and some 90 kB.
 _CALLS_PER_STREAM = 8
 
 
@@ -26,14 +26,14 @@ class RetryHints:
 
 
 class Admission:
-    """Gate for new calls, closed while draining and to bulk work under severe load.
+    """Limit on new calls; refuses all while draining, and bulk work under severe load.
 
     Thread-safe. At most `max_streams` calls embed at the same time.
 
     Attributes:
         draining: Set once the server shuts down.
-        num_streams: Streams open now.
-        hints: When refused clients should try again.
+        num_streams: Number of streams open now.
+        hints: Delays after which refused clients should try again.
     """
 
     def __init__(self, max_streams: int, load: LoadMonitor, telemetry: Telemetry) -> None:
@@ -47,7 +47,7 @@ class Admission:
 
     @property
     def stream_share(self) -> float:
-        """Share of `max_streams` that is taken, 0 to 1."""
+        """Open streams as a share of `max_streams`, 0 to 1."""
         return self.num_streams / self._max_streams
 
     def check_draining(self) -> None:
@@ -84,8 +84,8 @@ class Admission:
 
         Raises:
             DrainingError: The server is shutting down.
-            OverloadedError: All streams are taken, the model has no workers left, or the load
-                level is severe and this is bulk work.
+            OverloadedError: All streams are taken, the model has no workers left, or the call is
+                bulk work and the load level is severe.
         """
         embedder.check_workers()
         if bulk and self._load.observe() is LoadLevel.SEVERE:

@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundTask:
-    """Work on a second thread, started at once; its failure is the call's.
+    """Work of a call on a second thread, which starts immediately.
 
     Args:
-        name: The thread's.
+        name: Name of the thread.
         work: Runs on the thread.
         on_failure: Called on the thread with the error that `join` raises.
         expected: Errors that `join` raises as they are. Any other error is logged and becomes an
@@ -37,7 +37,7 @@ class BackgroundTask:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the thread's end, and leave its error in `error`."""
+        """Wait for the thread's end; its error, if any, is then in `error`."""
         self._thread.join()
 
     def join(self) -> None:

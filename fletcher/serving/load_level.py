@@ -2,15 +2,16 @@
 
 | level | meaning | effect |
 |---|---|---|
-| `normal` | there is room | none |
-| `moderate` | much work waits | bulk work is planned in larger batch windows, which pad less and answer later |
-| `severe` | waiting does not help | bulk streams leave half of the shared memory free, and new ones are refused |
+| `normal` | resources are free | none |
+| `moderate` | much work waits | larger batch windows for bulk work, which need less padding and delay answers |
+| `severe` | waiting does not reduce the load | bulk streams leave half of the shared memory free, and new bulk streams are refused |
 
-Interactive work and accepted uploads go on under `severe`.
+Interactive work and accepted uploads continue under `severe`.
 
-Full memory alone is not severe: one fast upload fills it on every healthy server, and a second one
-shares it. Severe is a store that does not answer while the place for its rows is nearly full, a
-server with nearly as many streams as it allows, or most streams waiting very long for memory.
+Full memory alone does not make the level `severe`: one fast upload fills the memory of every
+healthy server, and a second upload shares it. The level is `severe` if a store does not answer
+while the space for its rows is nearly full. It is also `severe` if nearly all allowed streams are
+open, or if at least half of the open streams have waited very long for memory.
 """  # noqa: E501 - a table
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
-# A level is left below this share of the threshold that entered it.
+# The level drops when the signals are below this share of the thresholds at which it rose.
 _LEAVE_SHARE = 0.8
 
 
@@ -36,7 +37,8 @@ class LoadTiming:
     """Intervals of sampling and leaving a load level."""
 
     interval_s: float = 0.25  # between two samples
-    # How long signals must stay lower: one upload makes memory swing with every row slice.
+    # How long signals must stay lower before the level drops. One upload makes the memory in use
+    # rise and fall with every row slice.
     leave_after_s: float = 3.0
 
 
@@ -53,17 +55,17 @@ class LoadSignals:
     """Inputs of the load level; shares are from 0 to 1."""
 
     memory: float = 0.0  # share of the shared memory in use
-    streams: float = 0.0  # share of the streams allowed that are open
-    # Share of the open streams that have waited very long for memory; 0 if only one has, because
-    # it waits for itself.
+    streams: float = 0.0  # open streams, as a share of the allowed ones
+    # Share of the open streams that have waited very long for memory. 0 if only one stream waits,
+    # because it waits for memory that it holds itself.
     starving: float = 0.0
     journal: float | None = None  # share of the journal's bytes in use; None without a journal
     store_unavailable: bool = False  # a store has failed and not answered since
-    queue: float = 0.0  # tokens that wait to be planned, in batch windows
+    queue: float = 0.0  # tokens that wait to be planned, counted in batch windows
 
 
 def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, str]:
-    """The level for signals, with thresholds scaled by `share`, and its reason."""
+    """Load level for signals, and its reason; `share` scales the thresholds."""
     held = signals.memory if signals.journal is None else signals.journal
     where = "the memory" if signals.journal is None else "the journal"
     severe = (
@@ -75,7 +77,7 @@ def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, 
         (signals.starving >= 0.5 * share, f"{signals.starving:.0%} of the streams starve"),
     )
     moderate = (
-        # Two of the larger windows: one to compute, one to gather meanwhile.
+        # This is two of the larger windows: one is computed while the other one fills.
         (signals.queue >= 8 * share, f"{signals.queue:.0f} windows of tokens wait"),
         (signals.memory >= 0.75 * share, f"{signals.memory:.0%} of the memory is in use"),
         (held >= 0.75 * share, f"{where} for the stores' rows is {held:.0%} full"),
@@ -88,12 +90,12 @@ def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, 
 
 
 class LoadMonitor:
-    """The current load level: entered at once, left after a delay. Thread-safe.
+    """Current load level: rises immediately, drops after a delay. Thread-safe.
 
     Args:
-        sample: Gives the signals; must not block.
-        telemetry: Gets the level, and the seconds spent in each level.
-        on_change: Called with each new level, in order; must not call `observe`.
+        sample: Returns the current signals. Must not block.
+        telemetry: Records the level, and the seconds spent in each level.
+        on_change: Called with each new level, in the order of the changes. Must not call `observe`.
         clock: Monotonic clock, in seconds.
     """
 
@@ -118,7 +120,7 @@ class LoadMonitor:
         telemetry.pressure_grade.observe(lambda: self.level)
 
     def start(self) -> None:
-        """Start a thread that observes until `close`."""
+        """Start a thread that calls `observe` regularly until `close`."""
         threading.Thread(target=self._run, name="load", daemon=True).start()
 
     def close(self) -> None:
@@ -126,7 +128,7 @@ class LoadMonitor:
         self._closed.set()
 
     def observe(self) -> LoadLevel:
-        """Take a sample and return the level that follows from it."""
+        """Take a sample of the signals, and return the resulting level."""
         signals = self._sample()
         with self._lock:
             now, before = self._clock(), self.level

@@ -1,8 +1,9 @@
 """Loading, retiring and closing of model versions, within a limit on memory.
 
-A version is `configured` until a call asks for it, then `loading` and `ready`. While `retiring` it
-takes no new calls, and its processes end after its last one. If memory is limited, the versions
-that were not used for longest are retired to make room, and are `configured` again.
+A version is `configured` until a call asks for it. It is then `loading`, and `ready` once it is
+loaded. A `retiring` version takes no new calls, and its processes end after its last call. If
+memory is limited, the least recently used versions are retired to make room. These versions become
+`configured` again.
 """
 
 from __future__ import annotations
@@ -25,21 +26,24 @@ IsCancelled = Callable[[], bool]
 class ModelTiming:
     """Waits and intervals of loading models."""
 
-    call_wait_s: float = 30.0  # of a call, for a model that is being loaded
-    room_wait_s: float = 30.0  # of a model, for others to make room
-    retry_ms: int = 2000  # until refused callers should try again
-    failed_s: float = 30.0  # in which calls do not try a model again that could not be loaded
-    poll_s: float = 0.1  # between two looks whether a waiting caller's client is gone
-    measure_s: float = 5.0  # between two measurements of memory
-    close_s: float = 10.0  # of `close`, for an engine that hangs while it loads
+    call_wait_s: float = 30.0  # longest wait of a call for a model that is being loaded
+    room_wait_s: float = 30.0  # longest wait of a model for memory that other models use
+    retry_ms: int = 2000  # delay after which refused callers should try again
+    failed_s: float = 30.0  # pause after a failed load; calls do not load the model meanwhile
+    poll_s: float = 0.1  # between two checks whether a waiting caller's client is gone
+    measure_s: float = 5.0  # between two measurements of the models' memory
+    close_s: float = 10.0  # longest wait of `close` for a model that is being loaded
 
 
 class ModelLifecycle:
-    """All versions of a server's models; arguments as of `ModelManager`. Thread-safe.
+    """All versions of a server's models. Thread-safe.
+
+    The arguments are those of `ModelManager`.
 
     Attributes:
-        changed: Guards `versions` and every version in it; notified of each change.
-        versions: By `name@hash`, in the order of first use.
+        changed: Condition that guards `versions` and every version in it. Notified after each
+            change.
+        versions: Versions by `name@hash`, in the order of first use.
     """
 
     def __init__(
@@ -52,11 +56,11 @@ class ModelLifecycle:
         self._source = source
         self._max_bytes = max_bytes
         self._limit_bytes = max_bytes or float("inf")
-        self._loading = threading.Lock()  # one load at a time: each measures what is left
+        self._loading = threading.Lock()  # one load at a time, as each checks the memory left
         self._closed = threading.Event()
 
     def version_of(self, bundle: ModelBundle) -> ModelVersion:
-        """The version of a bundle, made on first use."""
+        """The version of a bundle; created on first use."""
         return self.versions.setdefault(bundle.qualified_name, ModelVersion(bundle))
 
     def running(self) -> list[tuple[ModelVersion, ServedModel]]:
@@ -75,14 +79,16 @@ class ModelLifecycle:
         """Wait until the chosen version is loaded. The caller holds `changed`.
 
         Args:
-            choose: Gives the version; called again after every change.
-            is_cancelled: Whether the client is gone.
-            timeout_s: Longest wait.
-            retry_failed: Load a version that could not be loaded a moment ago.
+            choose: Returns the version to wait for. Called again whenever a version's state
+                changes.
+            is_cancelled: Returns whether the client is gone.
+            timeout_s: Longest wait, in seconds.
+            retry_failed: Load the version even if an attempt failed within the last `failed_s`
+                seconds.
 
         Raises:
             OverloadedError: The version is not loaded in time, or cannot be loaded now.
-            UnknownModelError: It needs more memory than `max_bytes`.
+            UnknownModelError: The version needs more memory than `max_bytes`.
             DrainingError: The server is shutting down.
         """
         deadline = self.clock() + timeout_s
@@ -91,7 +97,7 @@ class ModelLifecycle:
             version = choose()
             if self._closed.is_set():
                 raise self._draining("the server is shutting down")
-            if version.state == "retiring" and not version.closing:  # a call still holds it
+            if version.state == "retiring" and not version.closing:  # still held by a call
                 version.state = "ready"
             if version.state == "ready":
                 return version
@@ -108,9 +114,10 @@ class ModelLifecycle:
             self.changed.wait(self.timing.poll_s)
 
     def load_at_start(self) -> None:
-        """Load all versions while memory lasts, the first in any case.
+        """Load versions while memory lasts, and the first one in any case.
 
-        Raises the error of a version that does not run here.
+        A version that does not fit is loaded when a call asks for it. Raises the error of a version
+        that cannot be loaded.
         """
         for index, version in enumerate(list(self.versions.values())):
             if index and self._used_bytes() + version.needed_bytes > self._limit_bytes:
@@ -120,22 +127,27 @@ class ModelLifecycle:
             self._load(version)
             if version.cause is not None:
                 raise version.cause
-            if index and self._used_bytes() > self._limit_bytes:  # more than its files
+            if index and self._used_bytes() > self._limit_bytes:  # more than its files' size
                 with self.changed:
                     self.retire(version, returns=True)
         if self._max_bytes:
             threading.Thread(target=self._watch_memory, name="models", daemon=True).start()
 
     def retire(self, version: ModelVersion, *, returns: bool, force: bool = False) -> None:
-        """Refuse new calls to a version, or if it `returns`, until one loads it again.
+        """Take a version out of use, and close it after its last call.
 
-        With `force`, the calls that hold it end, too. The caller holds `changed`.
+        Without `returns`, new calls are refused. With `returns`, a new call makes the version ready
+        again. With `force`, the version is closed now, which ends the calls that hold it. The
+        caller holds `changed`.
         """
         version.state, version.returns = "retiring", returns
         self.close_unused(version, force=force)
 
     def close_unused(self, version: ModelVersion, *, force: bool = False) -> None:
-        """Close a retiring version that no call holds. The caller holds `changed`."""
+        """Close a retiring version that no call holds.
+
+        With `force`, close it even if calls hold it. The caller holds `changed`.
+        """
         unused = force or not version.num_calls
         if version.state == "retiring" and unused and not version.closing:
             version.closing = True
@@ -143,14 +155,17 @@ class ModelLifecycle:
         self.changed.notify_all()
 
     def measure_memory(self) -> None:
-        """Measure the memory of models, unless that was done a moment ago."""
+        """Measure each running model's memory, at most once in `measure_s` seconds."""
         for one, model in self.running():
             if self.clock() - one.measured >= self.timing.measure_s:
                 one.measured = self.clock()
                 one.memory_bytes = model.embedder.memory_bytes() or one.memory_bytes
 
     def unload_excess(self) -> None:
-        """Retire idle models until the others fit; keep the one used last."""
+        """Retire idle models, least recently used first, until memory suffices.
+
+        If all ready models are idle, the one used last is kept.
+        """
         self.measure_memory()
         with self.changed:
             ready = [one for one in self.versions.values() if one.state == "ready"]
@@ -160,7 +175,7 @@ class ModelLifecycle:
                     self.retire(one, returns=True)
 
     def close(self) -> None:
-        """End all models. Idempotent."""
+        """Close all models. Idempotent."""
         with self.changed:
             self._closed.set()
             self.changed.notify_all()
@@ -180,17 +195,17 @@ class ModelLifecycle:
 
     def _load_on_demand(self, version: ModelVersion) -> None:
         self._load(version)
-        if version.cause is not None:  # at the start, the caller says it
+        if version.cause is not None:  # at the start, `load_at_start` raises it
             log.error("%s cannot be loaded: %s", version.name, version.cause)
         self.unload_excess()
 
     def _load(self, version: ModelVersion) -> None:
-        """Make a version ready, or note why it is not. Never raises."""
+        """Load a version, or note why it cannot be loaded. Never raises."""
         model: ServedModel | None = None
         started = self.clock()
         try:
             with self._loading:
-                if self._closed.is_set():  # while others were loaded
+                if self._closed.is_set():  # closed while other models were loaded
                     raise self._draining("the server is shutting down")
                 self._make_room(version)
                 model = self._source.load_model(version.bundle)
@@ -201,10 +216,10 @@ class ModelLifecycle:
                     if version.state != "loading" or self._closed.is_set():
                         raise self._draining("the model is not needed any more")
                     version.model, version.state = model, "ready"
-                    version.bundle = model.bundle  # as it is on the disk now
+                    version.bundle = model.bundle  # as just read from the disk
                     version.last_used = self.clock()
                     self.changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - told to the callers that wait for it
+        except Exception as error:  # noqa: BLE001 - reported to the waiting callers
             if model is not None:
                 model.embedder.close()
             self._note_failure(version, error)
@@ -249,10 +264,10 @@ class ModelLifecycle:
         )
 
     def _make_room(self, version: ModelVersion) -> None:
-        """Wait until a version fits beside the others; retire idle ones for it.
+        """Retire idle versions, and wait until a version fits beside the others.
 
         Raises:
-            OverloadedError: The others were in use for too long.
+            OverloadedError: Calls used the other versions for too long.
             UnknownModelError: The version is larger than the limit.
         """
         self._check_fits(version)
@@ -284,7 +299,7 @@ class ModelLifecycle:
             self.unload_excess()
 
     def overloaded(self, message: str) -> OverloadedError:
-        """The refusal of a call that may come again in a moment."""
+        """Error that tells a client to repeat the call after `retry_ms`."""
         return OverloadedError(message, field="model", retry_after_ms=self.timing.retry_ms)
 
     def _draining(self, message: str) -> DrainingError:

@@ -34,7 +34,7 @@ from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
 
-# Padding lost to a window of this many runs is 1-2% on the corpus (docs/lab-book.md).
+# Runs per batch window. At this number, padding costs 1-2% on the corpus (docs/lab-book.md).
 _WINDOW_RUNS = 64
 
 
@@ -57,7 +57,7 @@ class ModelLoader:
         return self._registry.get_model(name)
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        # A flipped bit in the weights would make plausible vectors that are wrong.
+        # Verify the files: a flipped bit in the weights would give plausible but wrong vectors.
         bundle = self._registry.verify_model(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
@@ -106,9 +106,9 @@ class ModelLoader:
         )
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
-        if self.backend is None or bundle.output != "dense":  # entries are of one size
+        if self.backend is None or bundle.output != "dense":  # all entries have one size
             return None
-        # Vectors of engines and precisions differ in their last digits.
+        # Vectors differ in their last digits between engines and between precisions.
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
@@ -155,7 +155,10 @@ def _decide(
 
 
 def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
-    """The CPU instead of a GPU, in float32: its vectors are nearest to the GPU's."""
+    """Replicas on the CPU in place of a GPU.
+
+    They use float32, which gives the vectors that are nearest to the GPU's.
+    """
     backend = "null" if config.backend == "null" else "auto"
     asked = EngineConfig(device="cpu", backend=backend, precision="float32", threads=config.threads)
     rule = resolve_replicas(asked, host, bundle)
@@ -164,14 +167,17 @@ def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decisi
 
 
 def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
-    """Number of tokenizer processes: one does 8,000 texts/s, a GPU needs all cores."""
+    """Number of tokenizer processes.
+
+    One process tokenizes 8,000 texts/s. A GPU needs tokenizers on nearly all cores.
+    """
     on_gpu = any(one.device.startswith("cuda") for one in replicas)
     return max(1, cores - 1) if on_gpu else max(1, cores // 8)
 
 
 def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
-    """Bounds of row slices, which must fit the memory that is reserved for a stream."""
-    # In the batch window and as output, float32 each, and the small columns.
+    """Limits of row slices, which must fit into the memory reserved for a stream."""
+    # A row's vectors in float32, both in the batch window and as output, and the small columns.
     bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES
     slice_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
     return IntakeLimits(
@@ -179,7 +185,7 @@ def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> In
         max_row_bytes=config.max_row_bytes,
         slice_rows=max(16, min(MAX_SLICE_ROWS, reserve_bytes // 2 // bytes_per_row)),
         slice_bytes=max(4096, slice_bytes),
-        # Rows with several vectors have no table of vectors to look rows up in.
+        # If rows have several vectors, no table of vectors by dictionary value is kept.
         table_values=32 * 2**20 // (4 * bundle.dim) if bundle.output == "dense" else 0,
         bytes_per_row=bytes_per_row,
     )

@@ -1,8 +1,9 @@
-"""Names of models: which version a call gets, and how operators change that.
+"""Names of models: the version that a call gets, and changes by operators.
 
-A name stands for one version at a time. A swap lets it stand for another version once that is
-ready, and the old one retires after its last call. Versions of one name run side by side as
-`name@hash`. An alias divides calls between models. A call keeps the version that it began with.
+A name stands for one version at a time. A swap makes the name stand for another version as soon as
+that version is ready. The old version retires after its last call. Several versions of one model
+can run side by side, each under its `name@hash`. An alias divides calls between models. A call
+keeps the version that it began with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedMod
 
 log = logging.getLogger(__name__)
 
-# Commands that name no model get this alias, if there is one.
+# Alias for commands that name no model, if an alias of this name is set.
 DEFAULT_ALIAS = "default"
 
 
@@ -31,8 +32,9 @@ class ModelManager:
 
     Args:
         default: The model of commands that name none.
-        loadable: Names that operators may load beside those of the start; ANY_MODEL: all.
-        max_bytes: Memory for the processes of all models; 0: no limit.
+        loadable: Names of models that operators may load, besides the names passed to `start`.
+            ANY_MODEL permits all.
+        max_bytes: Most memory for the processes of all models, in bytes; 0: no limit.
         clock: Monotonic clock, in seconds.
     """
 
@@ -50,14 +52,16 @@ class ModelManager:
         self._default = default
         self._loadable = set(loadable)
         self._lifecycle = ModelLifecycle(source, max_bytes, clock, timing or ModelTiming())
-        self._changed = self._lifecycle.changed  # guards the names, too
+        self._changed = self._lifecycle.changed  # guards `_current` and `_aliases`, too
         self._current: dict[str, ModelVersion] = {}
         self._aliases: dict[str, Alias] = {}
 
     def start(self, names: Iterable[str], aliases: Iterable[Alias] = ()) -> None:
-        """Load models while memory lasts, the default first; others on demand.
+        """Load models while memory lasts, the default model first.
 
-        Raises FletcherError if one is not installed or does not run, or an alias names another.
+        Models that do not fit are loaded when a call asks for them. Raises FletcherError if a model
+        is not installed or cannot be loaded, or if an alias names a model that is not among these
+        models.
         """
         for name in dict.fromkeys((self._default, *names)):
             version = self._lifecycle.version_of(self._source.find_bundle(name))
@@ -71,7 +75,7 @@ class ModelManager:
         self._lifecycle.load_at_start()
 
     def close(self) -> None:
-        """End all models. Idempotent."""
+        """Close all models. Idempotent."""
         self._lifecycle.close()
 
     # For calls.
@@ -85,18 +89,18 @@ class ModelManager:
         dataset_model: str | None = None,
         is_cancelled: IsCancelled = lambda: False,
     ) -> Iterator[ServedModel]:
-        """Keep the model that a name stands for loaded while the body runs.
+        """Lease the model that a name stands for: keep it loaded while the body runs.
 
-        A model that is not loaded is loaded first, and the call waits for it, but not forever.
+        If the model is not loaded, the call loads it and waits up to `ModelTiming.call_wait_s`.
 
         Args:
-            name: A command's `model`; None: the default.
-            alias_key: An alias gives calls of the same key the same model; empty: any.
-            dataset_model: `name@hash` that an alias gives if it has it.
-            is_cancelled: Whether the client is gone.
+            name: A command's `model`; None: the default model.
+            alias_key: Calls with the same key get the same model of an alias; empty: a random one.
+            dataset_model: Model to choose if it is one of the alias' models, as `name@hash`.
+            is_cancelled: Returns whether the client is gone.
 
         Raises:
-            UnknownModelError: No model has that name, or it needs too much memory.
+            UnknownModelError: No model has that name, or the model needs too much memory.
             OverloadedError: The model is not loaded in time, or cannot be loaded now.
         """
         key = alias_key or uuid.uuid4().hex
@@ -128,13 +132,13 @@ class ModelManager:
     def load_model(self, name: str, is_cancelled: IsCancelled = lambda: False) -> str:
         """Load a model, and return its `name@hash` when it is ready.
 
-        If its name stands for another version already, both run side by side.
+        If the name already stands for another version, both versions run side by side.
 
         Raises:
-            UnknownModelError: The model may not be loaded, is not installed, or needs too much
-                memory.
+            UnknownModelError: Loading the model is not permitted, or the model is not installed or
+                needs too much memory.
             InvalidCommandError: The name is an alias, or the version runs with other exits or int8
-                ranges than are installed.
+                ranges than the installed bundle has.
             OverloadedError: The model cannot be loaded now.
         """
         bundle = self._find_loadable(name)
@@ -144,11 +148,11 @@ class ModelManager:
             return version.name
 
     def swap_model(self, name: str, is_cancelled: IsCancelled = lambda: False) -> str:
-        """Let a name stand for the version installed under it, or for `name@hash`.
+        """Make a model's name stand for its installed version, or for `name@hash`.
 
-        New calls get that version as soon as it is ready. Calls that began before end with the old
-        one, which then retires unless an alias names it. If the new version cannot be loaded,
-        nothing changes. Raises as `load_model`.
+        New calls get the new version as soon as it is ready. Earlier calls keep the old version,
+        which then retires unless an alias names it. If the new version cannot be loaded, nothing
+        changes. Raises the same errors as `load_model`.
         """
         bundle = self._find_loadable(name)
         with self._changed:
@@ -164,13 +168,13 @@ class ModelManager:
     def unload_model(self, name: str, *, force: bool = False) -> str:
         """Take a version out of service, and return its `name@hash`.
 
-        Its calls go on to their end. With `force`, they end with a retryable error, and the version
-        is gone when this returns.
+        Calls that use the version run to their end. With `force`, these calls end with a retryable
+        error, and the version is closed before this method returns.
 
         Raises:
-            UnknownModelError: No such model runs.
-            InvalidCommandError: It is the default, or an alias sends calls to it.
-            OverloadedError: It is being loaded.
+            UnknownModelError: The server has no version of that name.
+            InvalidCommandError: The version is the default, or an alias sends calls to it.
+            OverloadedError: The version is being loaded.
         """
         with self._changed:
             version = self._current.get(name) or self._lifecycle.versions.get(name)
@@ -189,10 +193,10 @@ class ModelManager:
             return version.name
 
     def set_alias(self, alias: Alias) -> None:
-        """Divide calls for a name between models; replaces the alias' models.
+        """Divide calls for a name between models; replace an alias of the same name.
 
         Raises:
-            UnknownModelError: One of the models does not run.
+            UnknownModelError: The server does not have one of the models.
             InvalidCommandError: A model has the alias' name.
         """
         with self._changed:
@@ -221,14 +225,17 @@ class ModelManager:
 
     @property
     def default(self) -> ModelVersion:
-        """Version for commands that name no model; the first of a default alias."""
+        """Version for commands that name no model.
+
+        If the alias `default` is set, this is the version of the alias' first model.
+        """
         with self._changed:
             alias = self._find_alias(None)
             return self._find_version(alias.targets[0][0] if alias else self._default)
 
     @property
     def serves(self) -> bool:
-        """Whether commands that name no model are answered, now or once it is loaded."""
+        """Whether the default model is ready, or can be loaded when a call asks for it."""
         version = self.default
         if version.state == "ready" and version.model is not None:
             return version.model.embedder.ready
@@ -239,15 +246,15 @@ class ModelManager:
         return {version.name: model for version, model in self._lifecycle.running()}
 
     def queued(self, stage: str) -> int:
-        """Items that wait for a stage of `Embedder.queued`, in all models."""
+        """Number of items in one of the queues of `Embedder.queued`, over all models."""
         return sum(model.embedder.queued(stage) for model in self.running().values())
 
     def queued_windows(self) -> float:
-        """Tokens of all models that wait to be planned, in batch windows."""
+        """Tokens that wait to be planned, over all models, counted in batch windows."""
         return sum(model.embedder.queued_windows() for model in self.running().values())
 
     def describe(self) -> list[dict[str, Any]]:
-        """Each version's state, calls and memory, ready for JSON."""
+        """State, calls and memory of each version, in types that JSON has."""
         self._lifecycle.measure_memory()
         default = self.default
         with self._changed:
@@ -322,7 +329,7 @@ class ModelManager:
         )
 
     def _targets(self) -> dict[str, str]:
-        """Names that receive other names' calls, each with the reason."""
+        """Names of models that are the default or in an alias, each with the reason."""
         targets = {self._default: "it is the default"}
         for alias in self._aliases.values():
             targets |= {name: f"alias {alias.name} sends calls to it" for name, _ in alias.targets}
@@ -338,9 +345,9 @@ class ModelManager:
                 )
 
     def _find_loadable(self, name: str) -> ModelBundle:
-        """Find an installed bundle, in any version of a permitted name."""
+        """Find an installed bundle by a permitted name, or by its `name@hash`."""
         short = name.partition("@")[0]
-        if short in self._aliases:  # a version would make the name ambiguous
+        if short in self._aliases:  # a model of that name would make the name ambiguous
             raise InvalidCommandError(
                 f"`model` is {name!r}, but {short} is an alias; name a model", field="model"
             )

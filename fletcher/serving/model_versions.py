@@ -22,10 +22,10 @@ class ServedModel:
     bundle: ModelBundle
     embedder: Embedder
     engine: Mapping[str, Any]  # how the engine of its replicas was chosen, for `stats`
-    limits: IntakeLimits  # row slices that the width of its vectors allows
+    limits: IntakeLimits  # limits of row slices, which depend on the vectors' width
 
     def gives_float16(self, spec: VectorSpec) -> bool:
-        """Whether the graph may give float16, because vectors stay as they are."""
+        """Whether the model may output float16, as nothing else changes its vectors."""
         return (
             spec.dtype == "float16"
             and spec.output == "dense"
@@ -43,7 +43,7 @@ class ModelSource(Protocol):
         ...
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """Start a model's processes, and warm them up; on an error nothing is left."""
+        """Start and warm up a model's processes; after an error, no process is left."""
         ...
 
 
@@ -54,33 +54,33 @@ class ModelVersion:
     bundle: ModelBundle
     state: State = "configured"
     model: ServedModel | None = None  # its processes, if there are any
-    num_calls: int = 0  # that hold it
+    num_calls: int = 0  # calls that hold the version
     last_used: float = 0.0  # when a call last began or ended, by the lifecycle's clock
-    memory_bytes: int = 0  # of its processes when last measured; 0: never
-    measured: float = float("-inf")  # when that was
-    returns: bool = True  # after retiring it is `configured`, not `gone`
+    memory_bytes: int = 0  # memory of its processes when last measured; 0: never measured
+    measured: float = float("-inf")  # time of the last measurement
+    returns: bool = True  # whether it is `configured` after retiring, or `gone`
     closing: bool = False  # its processes are being closed
     failure: FletcherError | None = None  # told to callers if it could not be loaded
     cause: Exception | None = None  # why it could not be loaded
-    failed_until: float = float("-inf")  # until when calls do not try again
+    failed_until: float = float("-inf")  # time until which calls do not load it again
 
     @property
     def name(self) -> str:
-        """`name@hash`."""
+        """Name of the version: `name@hash`."""
         return self.bundle.qualified_name
 
     @property
     def idle(self) -> bool:
-        """Whether it runs and no call holds it."""
+        """Whether the version is ready and no call holds it."""
         return self.state == "ready" and not self.num_calls
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it retires for good."""
+        """Whether the version is retiring and cannot be loaded again by a call."""
         return self.state == "retiring" and not self.returns
 
     def is_outdated(self, installed: ModelBundle) -> bool:
-        """Whether its exits or int8 ranges differ from the installed ones."""
+        """Whether the running version has other exits or int8 ranges than `installed`."""
         running = self.model
         return (
             running is not None
@@ -90,7 +90,7 @@ class ModelVersion:
 
     @property
     def needed_bytes(self) -> int:
-        """Memory of its processes as measured; before that, the size of its files."""
+        """Measured memory of the processes; before a measurement, the size of the files."""
         return self.memory_bytes or self.bundle.num_bytes
 
 

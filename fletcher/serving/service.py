@@ -21,7 +21,7 @@ class Service:
     """Parts of a running server that calls use."""
 
     models: ModelManager
-    budget: MemoryBudget  # of all streams
+    budget: MemoryBudget  # memory of all streams
     delivery: Delivery
     admission: Admission
     answers: AnswerCompression
@@ -50,7 +50,7 @@ class Service:
 
 
 def _workers(running: dict[str, ServedModel], kind: str) -> list[dict[str, Any]]:
-    """Workers of one kind, of all models."""
+    """Statistics of all models' `tokenizers` or `replicas`."""
     return [
         {"model": name, **worker}
         for name, model in running.items()

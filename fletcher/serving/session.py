@@ -10,9 +10,10 @@ A protocol adapter (`fletcher.flight.put`, `exchange` or `embed_action`) takes t
         for result in session.results(upload_id):  # on this thread or another
             ...
 
-The session leases the model, resolves the command against it, checks the input and cuts it into
-row slices, opens a stream, assembles vectors to output batches and accounts for their memory. When
-it is left, all of that is given back, whichever step failed.
+The session leases the model and resolves the command against it. It checks the input, cuts it into
+row slices and opens a stream. It assembles vectors into output batches and accounts for their
+memory. When the session is left, the lease, the stream and the memory are released, even if a step
+failed.
 """
 
 from __future__ import annotations
@@ -45,29 +46,29 @@ from fletcher.serving.service import Service
 from fletcher.serving.slice_result import RowRanges, SliceResult
 from fletcher.telemetry.tracing import Span
 
-# Which rows of a slice are to be embedded for this call, as first and last offsets in the upload.
+# Returns the rows of a slice that this call embeds, as first and last offsets in the upload.
 Claim = Callable[[RowSlice], RowRanges]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedCall:
-    """Arguments of a session, as its protocol adapter gives them."""
+    """Arguments of a session, set by its protocol adapter."""
 
-    name: str  # of the call's span: `do_put`, `do_exchange` or `embed`
+    name: str  # name of the call's span: `do_put`, `do_exchange` or `embed`
     command: EmbedCommand
-    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)  # that the destination takes
-    include_text: bool = False  # in the output, if the command does not say
-    whole_rows: bool = False  # all chunks of a text leave in one output batch, not as ready
+    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)  # vector types that the destination takes
+    include_text: bool = False  # return texts, unless the command says otherwise
+    whole_rows: bool = False  # put all chunks of a text into one output batch
     small_is_interactive: bool = True  # batches of a few short rows overtake bulk work
     abort: bool = False  # any failed row ends the call, whatever the command says
-    alias_key: str = ""  # calls of one key get one model of an alias; empty: `upload_id`
-    dataset_model: str | None = None  # `name@hash` that an alias gives if it has it
-    trace: Any = None  # the caller's, as `Telemetry.extract` returned it
+    alias_key: str = ""  # calls with one key get the same model of an alias; empty: `upload_id`
+    dataset_model: str | None = None  # `name@hash` to choose if it is in the alias
+    trace: Any = None  # the caller's trace, from `Telemetry.extract`
     is_cancelled: Callable[[], bool] = lambda: False  # whether the client is gone
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
-    """Context of one call that embeds; leaving it gives back all that it took.
+    """Context of one call that embeds; its resources are released on exit.
 
     Entering leases the model and resolves the command. One thread calls `open_input`, `admit`,
     `submit_batch` and `end_input`, in this order. The same thread or another one iterates over
@@ -75,8 +76,8 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
     Attributes:
         model: The leased model.
-        spec: Vectors of the call.
-        intake: The input, from `open_input` on.
+        spec: Dimensions, layers, type and norm of the call's vectors.
+        intake: Checks and slices the input; set by `open_input`.
 
     Raises:
         FletcherError: On entering, if the model is unknown, cannot be loaded now, or cannot give
@@ -116,11 +117,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         self._exits.__exit__(*error)
 
     def open_input(self, schema: pa.Schema) -> pa.Schema:
-        """Check the input's schema, and return the output's.
+        """Check the input's schema, and return the output's schema.
 
         Raises:
-            UnknownColumnError, ColumnTypeError, InvalidCommandError: The input lacks a column
-                that the command names, or a column has another type.
+            UnknownColumnError, ColumnTypeError, InvalidCommandError: The input lacks a column that
+                the command names, or a column has the wrong type.
         """
         call, command = self._call, self._call.command
         kind = DocumentIntake if command.continuous else Intake
@@ -168,16 +169,16 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         """Submit a received batch; block while the stream's memory is used up.
 
         Args:
-            batch: As received.
-            batch_id: Its number.
-            row_first: Offset of its first row in the call or upload.
-            document_end: The last row ends its document; of a `continuous` command.
-            skip: Tells which rows need no vector.
-            claim: Called once for each row slice, before it is submitted. A slice without claimed
+            batch: The batch as received.
+            batch_id: Number of the batch.
+            row_first: Offset of the batch's first row in the call or upload.
+            document_end: Whether the last row ends its document, for `continuous` commands.
+            skip: Returns the rows of a slice that need no vector.
+            claim: Claims rows of a slice before the slice is submitted. A slice without claimed
                 rows has no result, unless later slices need its dictionary values.
 
         Raises:
-            FletcherError: The batch is invalid (nothing of it was submitted), or the stream was
+            FletcherError: The batch is invalid, and nothing of it was submitted, or the stream was
                 closed.
         """
         telemetry, keep = self._service.telemetry, self._stream.allowance.keep_table
@@ -189,7 +190,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         self._submit_slices(slices, claim)
 
     def submit_rest(self) -> None:
-        """Submit the end of a document that was not ended (`continuous`)."""
+        """Submit the rest of a `continuous` document whose end was not marked."""
         self._submit_slices(self.intake.rest())
 
     def end_input(self) -> None:
@@ -199,8 +200,9 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     def embed_batch(self, batch: pa.RecordBatch, upload_id: str) -> Iterator[SliceResult]:
         """Submit the call's only batch and yield its `results` on this thread.
 
-        A batch of several slices is submitted on a second thread, because the last slice may fit
-        only after the first has left. Rows are not counted as received.
+        A batch of several slices is submitted on a second thread, because its last slice may fit
+        into memory only after its first slice has left. The metric of received rows does not count
+        the batch.
         """
         slices = list(self.intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
 
@@ -224,17 +226,17 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         """Yield results in the order of submission; end after `end_input`.
 
         Args:
-            upload_id: Names rows that came without an id.
+            upload_id: Prefix of the ids that are made for rows without an id.
 
         Raises:
             DrainingError: The session was closed before its end.
-            FletcherError: A row failed and the command says `on_error: abort`, or its error is
-                retryable.
+            FletcherError: A row failed, and its error is retryable or failed rows end the call
+                (`on_error: abort`).
         """
         assembling = self._assembler(upload_id)
         for embedded in self._stream.results():
             result = self._assemble(assembling, embedded)
-            del embedded  # the next one may be long in coming
+            del embedded  # free its memory: the next one may take long
             if result is not None:
                 yield result
                 result.release_unheld()
@@ -266,11 +268,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         return assembler(self._output, self.spec, upload_id, whole_rows=True, max_kept_bytes=most)
 
     def _assemble(self, assembling: Assembler, embedded: Result) -> SliceResult | None:
-        """One result, or None if its text goes on in the next one."""
+        """Result of a slice; None if the slice's text continues in the next slice."""
         allowance, num_bytes, row_bytes = self._stream.allowance, embedded.num_bytes, 0
         row_slice, ranges = embedded.context
         output = assembling.assemble(row_slice, embedded.embeddings)
-        # Results that leave at once may exceed the allowance by one output batch.
+        # Without `whole_rows`, results may exceed the allowance by one output batch.
         if self._call.whole_rows:
             if assembling.kept_bytes or output is None:
                 allowance.grow_row(assembling.kept_bytes)
@@ -303,11 +305,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 def _resolve_command(
     served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> tuple[VectorSpec, TextTreatment]:
-    """Make every choice that a command leaves open.
+    """Resolve a command: choose every setting that it leaves open.
 
     Raises:
-        DimensionMismatchError, InvalidCommandError: The model cannot give such vectors, or has no
-            such prompt or chunks.
+        DimensionMismatchError, InvalidCommandError: The model cannot give such vectors or chunks,
+            or has no such prompt.
     """
     model = served.bundle
     spec = vector_spec(model, command, dtypes, rules)
@@ -320,7 +322,7 @@ def _resolve_command(
         chunk_overhead = prompt_tokens(model, prompt, served.embedder.num_tokens)
         chunking = chunking and chunking.fitted(model.max_length, chunk_overhead)
         spec = replace(spec, chunking=chunking)
-    # The last layer is 0, however it was asked for, so that all such work runs together.
+    # The last layer is always given as 0, so that all work for the last layer runs together.
     layers = 0 if spec.layers == model.num_layers else spec.layers
     half = served.gives_float16(spec)
     return spec, TextTreatment(prompt, layers, spec.chunking, chunk_overhead, half)

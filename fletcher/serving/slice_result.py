@@ -8,20 +8,22 @@ from typing import Any
 from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# A report of a thousand errors must not grow with the ids sent.
+# Longest id in an error report, which may list a thousand rows.
 _MAX_ID_CHARACTERS = 1024
 
 RowRanges = list[tuple[int, int]]
 
 
 class SliceResult:
-    """Output of one row slice; its memory counts until the next result.
+    """Output of one row slice, and the memory that the slice takes.
+
+    The memory counts as used until the next result is requested; `hold` extends this.
 
     Attributes:
-        row_slice: The input.
+        row_slice: The row slice that was embedded.
         batch: Output rows.
-        errors: By row of the slice, why it has no vector.
-        ranges: Rows that were claimed, as first and last offsets in the upload; None: all.
+        errors: Errors of rows without a vector, by the row's index in the slice.
+        ranges: Claimed rows, as first and last offsets in the upload; None: all rows.
     """
 
     __slots__ = ("_output", "_release", "batch", "errors", "ranges", "row_slice")
@@ -41,11 +43,11 @@ class SliceResult:
         self._release: Callable[[], None] | None = release
 
     def place(self, row: int) -> int:
-        """The output row at which a row of the slice begins."""
+        """Index of the first output row of a row of the slice."""
         return self._output.first_row(row)
 
     def failed_ids(self) -> dict[int, str | int | None]:
-        """Ids of the rows in `errors`; text is cut after its first 1,024 characters."""
+        """Ids of the rows in `errors`; text ids are cut to 1,024 characters."""
         ids = {row: identifier.as_py() for row, identifier in self._output.ids().items()}
         return {
             row: one[:_MAX_ID_CHARACTERS] if isinstance(one, str) else one
@@ -53,7 +55,7 @@ class SliceResult:
         }
 
     def error_reports(self, limit: int) -> list[dict[str, Any]]:
-        """The first `limit` errors, as they cross the wire."""
+        """The first `limit` errors, in their form on the wire."""
         ids, row_first = self.failed_ids(), self.row_slice.row_first
         return [
             {"row": row_first + row, "id": ids[row], "code": error.code, "message": error.message}
@@ -61,12 +63,15 @@ class SliceResult:
         ]
 
     def hold(self) -> Callable[[], None]:
-        """Count the memory until the returned function is called, on any thread."""
+        """Keep the memory counted until the returned function is called.
+
+        Any thread may call the function.
+        """
         release, self._release = self._release, None
         assert release is not None
         return release
 
     def release_unheld(self) -> None:
-        """Give the memory back, unless `hold` was called."""
+        """Release the memory, unless `hold` was called."""
         if self._release is not None:
             self.hold()()

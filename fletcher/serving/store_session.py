@@ -32,12 +32,12 @@ class AckQueue:
     """Unacknowledged batches of one connection. Not thread-safe.
 
     Batches are acknowledged in the order of receipt, as soon as all their rows are covered. One
-    acknowledgement stands for every batch up to its own, so a slow reader gets fewer of them, and
-    no queue grows for it.
+    acknowledgement stands for its batch and for all batches before it. A slow reader therefore gets
+    fewer acknowledgements, instead of a growing queue of them.
 
     Args:
-        upload_id: The upload.
-        covers: Whether rows, given by first and last offset, may be acknowledged.
+        upload_id: Name of the upload, for the acknowledgements.
+        covers: Returns whether rows, given by first and last offset, may be acknowledged.
     """
 
     def __init__(self, upload_id: str, covers: Callable[[int, int], bool]) -> None:
@@ -55,7 +55,10 @@ class AckQueue:
         return bool(self._batches) and self._covers(*self._batches[0][1:])
 
     def next_ack(self, counts: Callable[[], dict[str, int]]) -> dict[str, Any] | None:
-        """Acknowledgement of all batches that are due, if any, with `counts`."""
+        """Remove all batches that are due, and return their acknowledgement.
+
+        Returns None if no batch is due. `counts` returns row counts to add to the acknowledgement.
+        """
         due = []
         while self.is_due:
             due.append(self._batches.popleft())
@@ -74,15 +77,15 @@ class AckQueue:
 class StoreSession(AbstractContextManager["StoreSession"]):
     """Context of one connection that embeds and stores rows of an upload.
 
-    One thread calls `open_input`, `admit`, `submit_batch` and `end_input`; a second one iterates
-    over `acknowledgements` from `admit` on. The session's own thread takes vectors to the sink.
-    The session sets the options of `call` that all uploads share.
+    One thread calls `open_input`, `admit`, `submit_batch` and `end_input`. After `admit`, a second
+    thread iterates over `acknowledgements`. The session starts a third thread, which passes vectors
+    to the sink. The session overrides the fields of `call` that are the same for all uploads.
 
     Attributes:
-        upload: The upload, from `admit` on.
+        upload: The upload; set by `admit`.
 
     Raises:
-        FletcherError: On entering, as `EmbedSession`, or if the store does not take such rows.
+        FletcherError: On entering, as with `EmbedSession`, or if the store does not take such rows.
     """
 
     upload: Upload
@@ -103,7 +106,8 @@ class StoreSession(AbstractContextManager["StoreSession"]):
     def __enter__(self) -> StoreSession:
         command, service = self._command, self._service
         store = _checked_store(service, command)
-        # A dataset has vectors of one model, so an alias divides datasets, not uploads.
+        # A dataset has vectors of one model, so an alias chooses a model per dataset, not per
+        # upload.
         dataset = command.dataset or ""
         divided = service.models.is_divided(command.model)
         call = replace(
@@ -159,7 +163,10 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._exits.callback(session.close)
 
     def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
-        """As `EmbedSession.submit_batch`, without rows that the upload has already."""
+        """Submit a batch, without rows that the upload has already.
+
+        See `EmbedSession.submit_batch`.
+        """
         self._session.submit_batch(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
         if batch.num_rows:
             with self.upload.changed:
@@ -167,11 +174,11 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                 self.upload.changed.notify_all()
 
     def end_input(self) -> None:
-        """End the input, and wait until all vectors are with the sink."""
+        """End the input, and wait until the sink has all vectors."""
         self._session.end_input()
         self._delivering.wait()
         if self._delivering.error is not None:
-            self._fail(self._delivering.error)  # rows claimed since the first time, too
+            self._fail(self._delivering.error)  # fail again: more rows were claimed meanwhile
         with self.upload.changed:
             self._ended = True
             self.upload.changed.notify_all()
@@ -179,9 +186,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
     def acknowledgements(self) -> Iterator[dict[str, Any]]:
         """Yield acknowledgements as they become due, and the summary last.
 
-        Ends when the upload has failed, or after `end_input` when all its rows are settled.
-        Iterate to the end even if the client is gone: until then its rows count in the stream's
-        memory, and a drain brings them to their store.
+        The iterator ends when the upload has failed, or after `end_input` once all rows are
+        settled. Iterate to the end even if the client is gone. Until then, the upload's rows take
+        the stream's memory, and this iterator flushes them to the store if the server shuts down.
         """
         upload, draining = self.upload, self._service.admission.draining
         finished = False
@@ -197,7 +204,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         yield upload.summary(self._session.spec.model)
 
     def close(self) -> None:
-        """Drop rows that are not with the sink, and wake waiting threads. Thread-safe."""
+        """Drop rows that the sink does not have, and wake waiting threads. Thread-safe."""
         self._session.close()
         with self.upload.changed:
             self.upload.changed.notify_all()
@@ -207,7 +214,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         return self.upload.failure is not None or (self._ended and self.upload.in_flight == 0)
 
     def _claim(self, row_slice: RowSlice) -> RowRanges:
-        """Rows of a slice that the upload has not received before."""
+        """Claim a slice's rows that the upload has not received before."""
         num_rows = row_slice.num_rows
         if not num_rows:
             return []
@@ -220,7 +227,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
     def _deliver(self) -> None:
         for result in self._session.results(self.upload.upload_id):
             self._deliver_slice(result)
-            del result  # the next one may be long in coming
+            del result  # free its memory: the next result may take long
         self._sink.flush()
 
     def _deliver_slice(self, result: SliceResult) -> None:
@@ -242,21 +249,21 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                     tuple(result.place(row) - begin for row in failed),
                     # The slice's memory is free once its last rows are stored.
                     result.hold() if is_last else lambda: None,
-                    # Of rows that are several chunks, none is skipped.
+                    # If rows have several chunks, no row is skipped.
                     tuple(row - low for row in row_slice.skipped.tolist() if low <= row <= high),
                     num_rows=last - first + 1,
                 )
             )
 
     def _fail(self, error: Exception) -> None:
-        """Fail the upload: clients may resume it and send unsecured rows again."""
+        """Fail the upload; a client may resume it and send unacknowledged rows again."""
         assert isinstance(error, FletcherError)  # BackgroundTask raises no other
         self._session.close()
         self.upload.fail(error)
 
 
 def _checked_store(service: Service, command: EmbedCommand) -> Store:
-    """Find the command's store, and refuse uploads that it does not take."""
+    """Find the command's store, and refuse uploads that the store does not take."""
     if command.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
     if command.continuous:
@@ -278,7 +285,7 @@ def _checked_store(service: Service, command: EmbedCommand) -> Store:
 
 
 def _check_output(session: EmbedSession, store: Store) -> None:
-    """Refuse vectors that a store does not take."""
+    """Refuse kinds of vectors and chunks that a store does not take."""
     spec = session.spec
     if spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(

@@ -1,4 +1,4 @@
-"""Store addresses: their forms, and opening the store at one."""
+"""Forms of store addresses, and opening of the store at an address."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class FlightStoreAddress:
     """Address of a Flight store.
 
     Attributes:
-        text: As the user wrote it.
-        data: Port of rows and searches.
-        meta: Port of the dataset list; None: the one that the store's capabilities name, else the
-            port after `data`'s, as Longbow has it by default.
+        text: The address as the user wrote it.
+        data: Address of the port for rows and searches.
+        meta: Address of the port for the dataset list. None: the port that the store's capabilities
+            name, or else the port after that of `data`, as is Longbow's default.
         profile: `auto`, `longbow` or `fletcher`.
     """
 
@@ -33,7 +33,7 @@ class FlightStoreAddress:
 
     @classmethod
     def from_text(cls, text: str) -> FlightStoreAddress:
-        """The address in `grpc://HOST:PORT?meta=PORT&profile=NAME`, its options optional.
+        """Parse `grpc://HOST:PORT?meta=PORT&profile=NAME`; both options may be left out.
 
         Raises:
             ConfigError: The address has another form.
@@ -58,7 +58,7 @@ class FlightStoreAddress:
 
     @property
     def meta_uri(self) -> str:
-        """Address of the port of the dataset list."""
+        """URI of the port for the dataset list."""
         return (self.meta or self.data.with_port(self.data.port + 1)).uri
 
 
@@ -73,8 +73,8 @@ def open_store(
 
     Args:
         address: One of FORMS.
-        timeout_s: Deadline of one call to a Flight store. It must suffice for a group of rows; a
-            shorter one notices a stalled store sooner.
+        timeout_s: Deadline of one call to a Flight store. It must suffice for a group of rows. A
+            shorter deadline detects a stalled store sooner.
         compression: Compression of rows sent to a Flight store; one of
             `fletcher.config.network.COMPRESSIONS`.
         message_bytes: Approximate size of a message to a Flight store. A client blocks after 4 to 7

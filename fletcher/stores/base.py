@@ -1,7 +1,8 @@
 """Interface of a vector store.
 
-Batches have the columns of `core.schema.output_schema`. `batch_key` names the group that a row was
-sent in: `upload_id:first-last`, both offsets inclusive, unique within a dataset.
+Batches have the columns of `core.schema.output_schema`. `batch_key` names the group in which a row
+was sent: `upload_id:first-last`. Both offsets are inclusive, and a group's key is unique within a
+dataset.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class StoreCapabilities:
         upsert: Rows can be replaced by id.
         drops_repeated_keys: The store recognises a group sent again under its `batch_key`.
         durable: Rows survive a crash of the store's process once `append` has returned.
-        counts_groups: A group counts as stored if the store has as many rows as the key says. The
-            store cannot confirm a group of which some rows were not sent.
-        outputs: Kinds of `vector`, as in VectorSpec; all but `dense` are stored and not searched.
+        counts_groups: A group counts as stored if the store has as many of its rows as the key
+            says. The store therefore cannot confirm a group of which some rows were not sent.
+        outputs: Kinds of `vector` that are stored, as in VectorSpec. Only `dense` is searched.
     """
 
     dtypes: tuple[str, ...]
@@ -56,7 +57,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A condition on one column; `logic` joins it to the previous one."""
+    """A condition on one column; `logic` joins it to the previous condition."""
 
     field: str
     operator: Operator
@@ -85,7 +86,7 @@ class DatasetWriter(Protocol):
         """
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        """The keys among `batch_keys` that are not stored, in their order."""
+        """The keys among `batch_keys` that are not stored, in the same order."""
 
     def close(self) -> None:
         """Release the dataset (lock, connection). Idempotent."""
@@ -111,8 +112,8 @@ class Store(Protocol):
         replaces rows of the same id.
 
         Raises:
-            ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset holds vectors
-                of another model, another width, or a column of another type.
+            ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset has vectors of
+                another model or width, or a column of another type.
             StoreUnavailableError: The store does not answer, or the dataset has another writer.
         """
 
@@ -142,10 +143,10 @@ class Store(Protocol):
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        """The k nearest rows to a vector, float32 [dim], by cosine, best first.
+        """The k rows nearest to a vector, float32 [dim], by cosine; best first.
 
         Returns:
-            `columns`, chosen as in `scan`, and `score` float32, the cosine.
+            Table with `columns`, chosen as in `scan`, and the cosine as `score`, float32.
 
         Raises:
             UnknownDatasetError, UnknownColumnError, DimensionMismatchError.

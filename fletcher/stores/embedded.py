@@ -1,4 +1,4 @@
-"""Base of the stores in a folder, and of their writers."""
+"""Base classes of stores in a folder and of their writers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fletcher.util.locks import FileLock
 
 
 class EmbeddedStore(Store):
-    """Datasets in a folder, which is created if missing. Thread-safe.
+    """Store of datasets in a folder, which is created if missing. Thread-safe.
 
     Raises:
         StoreError: The folder cannot be created.
@@ -53,12 +53,13 @@ class EmbeddedStore(Store):
         return [info for info in found if info is not None]
 
     def lock_dataset(self, dataset: str) -> FileLock:
-        """Take the right to write to a dataset.
+        """Lock a dataset for writing.
 
         Lance rebases a stale commit silently, so two writers would store a group twice unnoticed.
 
         Raises:
-            StoreUnavailableError: Another writer holds the lock, or its file cannot be opened.
+            StoreUnavailableError: Another writer holds the lock, or the lock's file cannot be
+                opened.
         """
         try:
             return FileLock(self.folder / f".{dataset}.lock")
@@ -102,4 +103,4 @@ class EmbeddedWriter(DatasetWriter):
                 self._lock.release()
 
     def finish(self) -> None:
-        """Last work before the lock is released."""
+        """Finish the writer's work, before `close` releases the lock."""

@@ -77,10 +77,10 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
 
 
 def cosine(vector: Vector, reader: VectorReader) -> Scores:
-    """Scoring function: the cosine of each row's `vector` to a query, float32 [dim].
+    """Function that scores rows by the cosine of `vector` to a query, float32 [dim].
 
-    It returns float32 [num_rows], -inf for a null or zero vector. The query stays float32 whatever
-    the rows' type, because quantizing it too loses precision.
+    The function returns float32 [num_rows], with -inf for a null or zero vector. The query stays
+    float32 for all types of rows, because quantizing the query, too, loses precision.
     """
     query = vector / np.linalg.norm(vector)
 
@@ -101,7 +101,7 @@ def nearest(
 ) -> pa.Table:
     """The k best rows of a stream, best first: `columns` and `score` float32.
 
-    Holds at most k rows and one batch in memory. A score of -inf leaves a row out.
+    Holds at most k rows and one batch in memory. Rows with a score of -inf are left out.
     """
     fields = [rows.schema.field(name) for name in columns]
     best = pa.schema(fields, metadata=rows.schema.metadata).empty_table()

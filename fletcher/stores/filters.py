@@ -1,4 +1,4 @@
-"""Conditions on rows: Longbow's JSON, SQL for LanceDB, expressions for Parquet."""
+"""Conversion of filters to Longbow's JSON, LanceDB's SQL and Parquet expressions."""
 
 from __future__ import annotations
 

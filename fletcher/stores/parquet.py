@@ -38,8 +38,8 @@ _SUFFIX = ".parquet"
 class ParquetStore(EmbeddedStore):
     """Folders of Parquet files, one file per group.
 
-    A group's file is named after its key, so that storing it again changes nothing. Search compares
-    every vector with numpy, which suits tens of thousands of rows.
+    A group's file is named after its key, so storing the group again changes nothing. Search
+    compares every vector with numpy, which suits tens of thousands of rows.
     """
 
     scheme = "parquet"
@@ -73,7 +73,8 @@ class ParquetStore(EmbeddedStore):
                 stored = schema
                 with atomic_path(folder / _SCHEMA_FILE) as temporary:
                     pq.write_metadata(schema, temporary)
-            # The files found here count as stored, so sync them: their writer may have died first.
+            # Sync the files found here, as they count as stored: their writer may have died before
+            # its sync.
             sync_path(folder)
             sync_path(self.folder)
             undo.pop_all()
@@ -148,7 +149,9 @@ class ParquetWriter(EmbeddedWriter):
         super().__init__(store, dataset, lock)
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Write a file for every key without one; a crash leaves no incomplete file.
+        """Write one file for each batch key that has no file yet.
+
+        A crash leaves no incomplete file.
 
         Raises:
             StoreUnavailableError: A file could not be written; files of earlier keys may exist.

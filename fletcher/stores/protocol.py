@@ -1,6 +1,6 @@
 """Protocol of the Flight store and `fletcher store`, beyond Longbow's calls.
 
-Bodies are JSON. Unknown fields are ignored, as Longbow ignores them.
+Bodies are JSON. Unknown fields are ignored, as in Longbow.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import msgspec
 
 from fletcher.stores.base import WriteMode
 
-# First segment of the DoExchange path that stores rows and acknowledges them.
+# First part of the path of a DoExchange that stores rows and acknowledges them.
 INGEST = "ingest"
 
-# Actions that Longbow lacks. A store that answers `capabilities` has the other two.
+# Actions that Longbow lacks. A store that answers `capabilities` also has the other two.
 CAPABILITIES = "capabilities"
 MISSING_KEYS = "missing-keys"
 STORED_RANGES = "stored-ranges"
@@ -40,7 +40,7 @@ class MissingKeysRequest(msgspec.Struct):
 
 
 class MissingKeysAnswer(msgspec.Struct):
-    """The requested keys that are not stored, in their order."""
+    """The requested keys that are not stored, in the order of the request."""
 
     missing: list[str]
 
@@ -59,11 +59,11 @@ class StoredRangesAnswer(msgspec.Struct):
 
 
 class GroupHeader(msgspec.Struct):
-    """Metadata of a message of rows.
+    """Metadata of a message that contains rows.
 
     Attributes:
         group_rows: Number of rows in the group that the message belongs to; None: unknown.
-        mode: How the group is written.
+        mode: Write mode of the group.
     """
 
     group_rows: Annotated[int, msgspec.Meta(ge=0)] | None = None

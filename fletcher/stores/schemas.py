@@ -1,4 +1,4 @@
-"""Checks of rows against a dataset's schema, and batches converted to it."""
+"""Checks of rows against a dataset's schema, and conversion of batches to it."""
 
 from __future__ import annotations
 
@@ -43,11 +43,14 @@ _OTHERS = (
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
-    """Refuse a schema that does not fit a dataset's; columns may be added or missing.
+    """Refuse a schema that does not fit the schema of a dataset.
+
+    Columns may be added or missing.
 
     Raises:
         DimensionMismatchError: `vector` has another width.
-        ModelMismatchError: Another model, exit layer, pooling or normalisation.
+        ModelMismatchError: The vectors have another model, exit layer, pooling, normalisation or
+            quantization.
         ColumnTypeError: A column has another type.
     """
     _check_width(dataset, stored, offered)
@@ -68,8 +71,8 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
 def check_storable(schema: pa.Schema) -> None:
     """Refuse columns of types that a store cannot write.
 
-    A store fails on them only when rows arrive, and then retries would delay all its datasets. All
-    accepted types were written, replaced and read with LanceDB 0.40.
+    A store would fail on such columns only when rows arrive, and its retries would delay all its
+    datasets. All accepted types were written, replaced and read with LanceDB 0.40.
 
     Raises:
         ColumnTypeError: A column does not hold numbers, texts, bytes, times, or lists, structs and
@@ -107,7 +110,7 @@ def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(new)):
         return
     if have.value_type != new.value_type:
-        return  # reported as another type: the width of packed bits is no number of dimensions
+        return  # reported as another type: packed bits have fewer bytes than dimensions
     if have.list_size != new.list_size:
         raise DimensionMismatchError(
             f"schema mismatch: `vector` has {new.list_size} dimensions, dataset `{dataset}` has "
@@ -173,7 +176,7 @@ def new_fields(stored: pa.Schema, offered: pa.Schema) -> list[pa.Field]:
 
 
 def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with the columns of `schema`, in its order; missing ones are null."""
+    """The batch with the columns of `schema`, in that order; missing columns are null."""
     if batch.schema.equals(schema):
         return batch
 
@@ -229,7 +232,7 @@ def wanted_columns(dataset: str, schema: pa.Schema, columns: Names) -> list[str]
 
 
 def last_of_each_id(table: pa.Table) -> pa.Table:
-    """The table with only the last row of each `id`; order is kept."""
+    """The table with only the last row of each `id`, in the same order of rows."""
     numbered = pa.table({"id": table.column("id"), "row": np.arange(table.num_rows)})
     last = numbered.group_by("id").aggregate([("row", "max")]).column("row_max")
     if len(last) == table.num_rows:
@@ -253,7 +256,7 @@ def limit_rows(
 
 
 def count_batch_keys(batch: pa.RecordBatch) -> dict[str, int]:
-    """Number of rows by `batch_key`; empty for a batch without that column."""
+    """Number of rows per `batch_key`; empty for a batch without that column."""
     if "batch_key" not in batch.schema.names:
         return {}
     counts = batch.column("batch_key").drop_null().value_counts()

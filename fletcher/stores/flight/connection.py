@@ -25,7 +25,7 @@ def store_call(what: str) -> Iterator[None]:
     """Context that turns errors of a Flight call into a `FletcherError`.
 
     Args:
-        what: The action, for the message, such as "writing to dataset `d`".
+        what: Description of the call for error messages, such as "writing to dataset `d`".
 
     Raises:
         RequestError, UnauthenticatedError, UnauthorizedError: The store refuses the call.
@@ -38,9 +38,10 @@ def store_call(what: str) -> Iterator[None]:
 
 
 class FlightConnection:
-    """Clients of a store's ports, one each, with a deadline per call. Thread-safe.
+    """Connection to a store: one client per port, a deadline per call. Thread-safe.
 
-    `address` is replaced once the capabilities name the meta port. See `open_store` for the rest.
+    `address` is replaced once the capabilities name the meta port. See `open_store` for the other
+    arguments.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class FlightConnection:
             body: JSON as bytes, or an object to encode.
 
         Returns:
-            Its first result; empty if it has none.
+            The action's first result; empty if the action has no result.
 
         Raises:
             FletcherError: As `store_call`.
@@ -98,7 +99,8 @@ class FlightConnection:
         """The rows of a DoGet from a dataset.
 
         Raises:
-            UnknownDatasetError: The answer has no schema, as Longbow's for a dataset without rows.
+            UnknownDatasetError: The answer has no schema, which is Longbow's answer for a dataset
+                without rows.
             FletcherError: As `store_call`, with `what`.
         """
         try:

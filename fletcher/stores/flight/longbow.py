@@ -1,7 +1,7 @@
 """Conversion of rows for Longbow, and its capabilities.
 
-Longbow indexes float32 only, stores timestamps without a zone, appends repeats, and reports no
-number of rows.
+Longbow indexes float32 only and stores timestamps without a zone. If rows are sent twice, Longbow
+stores them twice. It does not report the number of rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def longbow_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch converted to a schema of `longbow_schema`.
+    """The batch converted to a schema from `longbow_schema`.
 
     Raises:
         RequestError: A row has no vector, which Longbow does not accept.
@@ -80,7 +80,8 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 def without_stored(batch: pa.RecordBatch, stored: Counter[str]) -> pa.RecordBatch:
     """The batch without the first `stored[key]` rows of each key; reduces `stored`.
 
-    Longbow keeps the order of a stream, so the rows it has of a group are the group's first ones.
+    Longbow keeps the order in which rows were sent, so its rows of a group are the group's first
+    rows.
     """
     if not stored or "batch_key" not in batch.schema.names:
         return batch

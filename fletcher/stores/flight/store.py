@@ -1,4 +1,4 @@
-"""Store behind Arrow Flight: Longbow, or a server with its calls."""
+"""Store reached by Arrow Flight: Longbow, or a server with Longbow's calls."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ _log = logging.getLogger(__name__)
 class FlightStore(Store):
     """A Flight store; connects on first use. Thread-safe, except for its writers.
 
-    The profile decides which promises of the server are relied on. `fletcher`: every dtype, repeats
-    dropped by the server, ids in their type, appends durable. `longbow`: float32, no promise beyond
-    the acknowledgement. `auto` asks the store for its capabilities and takes `longbow` if it has
-    none.
+    The profile in the store's address says what the server can do. A `fletcher` server takes every
+    dtype, drops repeated groups, keeps the type of ids and appends durably. A `longbow` server
+    takes float32 and promises nothing beyond the acknowledgement. `auto` asks the store for its
+    capabilities, and means `longbow` if the store reports none.
 
     Args:
-        connection: To the store; closed with it.
+        connection: Connection to the store; `close` closes it, too.
     """
 
     def __init__(self, connection: FlightConnection) -> None:
@@ -104,7 +104,7 @@ class FlightStore(Store):
 
     def datasets(self) -> list[DatasetInfo]:
         """See `Store.datasets`. For a Longbow, `num_rows` is its number of batches."""
-        assert self.capabilities  # may name the meta port
+        assert self.capabilities  # the answer may name the meta port
         meta = self._connection.address.meta_uri
         what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
         with store_call(what):
@@ -116,7 +116,8 @@ class FlightStore(Store):
         """See `Store.dataset`. For a Longbow, `num_rows` is its number of batches."""
         check_dataset(name)
         if not self._is_fletcher:
-            # Longbow's GetFlightInfo reports an unknown dataset by an error like any other.
+            # Longbow's GetFlightInfo reports an unknown dataset with the same error as other
+            # failures.
             return next((info for info in self.datasets() if info.name == name), None)
         descriptor = flight.FlightDescriptor.for_path(name)
         try:
@@ -127,7 +128,7 @@ class FlightStore(Store):
             return None
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        """See `Store.stored_ranges`. A Longbow's group counts once it is complete."""
+        """See `Store.stored_ranges`. For a Longbow, only complete groups count."""
         check_dataset(dataset)
         if self._is_fletcher:
             request = protocol.StoredRangesRequest(dataset, upload_id)
@@ -136,7 +137,8 @@ class FlightStore(Store):
             except UnknownDatasetError:
                 return []
             return msgspec.json.decode(answer, type=protocol.StoredRangesAnswer).ranges
-        # These two enclose all keys of the upload, and keys of uploads with a longer name.
+        # All keys of the upload are between these two, and so are keys of uploads with a longer
+        # name.
         low, high = f"{upload_id}:", f"{upload_id};"
         bounds = (Filter("batch_key", ">=", low), Filter("batch_key", "<=", high))
         counts = self._count_keys(dataset, bounds)
@@ -172,7 +174,7 @@ class FlightStore(Store):
     ) -> pa.Table:
         """See `Store.search`. A Longbow returns only `id` and `score`.
 
-        For text ids, its `id` is a row number.
+        If ids are texts, Longbow returns row numbers as `id`.
 
         Raises:
             RequestError: Other columns than `id` are requested of a Longbow.
@@ -239,7 +241,8 @@ class FlightStore(Store):
             answer = self._connection.run_action(protocol.CAPABILITIES, {})
             can = msgspec.json.decode(answer, type=protocol.CapabilitiesAnswer)
         except UnavailableError as error:
-            # Longbow calls an unknown action an internal error, so ask whether it is up.
+            # Longbow reports an unknown action as an internal error, so check whether Longbow is
+            # up.
             unknown = _is_unknown_action(error.__cause__)
             if address.profile == "fletcher" or not unknown or not self._is_up():
                 refused = "connection refused" in error.message.lower()
@@ -283,7 +286,7 @@ def _info(one: flight.FlightInfo) -> DatasetInfo:
 
 
 def _is_unknown_action(error: BaseException | None) -> bool:
-    """Whether a server without an action may have raised this: UNKNOWN or INTERNAL.
+    """Whether the error may mean an action that the server lacks: UNKNOWN or INTERNAL.
 
     `fletcher store` sends `extra_info` with all its errors, so an error that has it does not count.
     """

@@ -31,13 +31,13 @@ def exchange_rows(
     """Send rows by DoExchange and wait for the acknowledgement of every message.
 
     Args:
-        connection: To the store.
-        dataset: Receives the rows.
-        rows: Cut into messages.
+        connection: Connection to the store.
+        dataset: Dataset that receives the rows.
+        rows: Rows to send; they are cut into messages.
         metadata: Sent with every message.
-        await_first: Wait for the first message's acknowledgement before sending the second. A store
-            without acknowledged ingest answers something else and ends the call, and that answer is
-            lost while more is being sent.
+        await_first: Wait for the first message's acknowledgement before sending the second message.
+            A store without acknowledged ingest sends another answer and ends the call. That answer
+            would be lost if more messages were being sent.
 
     Raises:
         NotIngestError: The store has no acknowledged ingest; nothing is stored.
@@ -82,7 +82,7 @@ def exchange_rows(
 
 
 def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -> bool:
-    """Send rows by DoPut, whose return promises only that the store received them.
+    """Send rows by DoPut, which confirms only that the store received them.
 
     Returns:
         Whether the store asks to slow down because its write-ahead log is nearly full.
@@ -115,14 +115,14 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
 
 
 def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Slices of about `message_bytes`, without a copy; at least one."""
+    """Cut rows into slices of about `message_bytes`, without a copy; at least one."""
     step = max(1, rows.num_rows * message_bytes // max(rows.nbytes, 1))
     for first in range(0, max(rows.num_rows, 1), step):
         yield rows.slice(first, step)
 
 
 def _await_acks(reader: Any, sent: list[int], what: str) -> None:
-    """Read an acknowledgement for each message; `sent` has their numbers of rows."""
+    """Read one acknowledgement per message; `sent` has the messages' numbers of rows."""
     for number, rows in enumerate(sent):
         try:
             answer = _next_ack(reader)

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 class FlightWriter(DatasetWriter):
     """Writer to a Flight store. Every append is a separate call. One thread owns it.
 
-    `schema` is that of the rows as they are sent.
+    `schema` is the schema of the rows that are sent.
     """
 
     def __init__(self, connection: FlightConnection, dataset: str, schema: pa.Schema) -> None:
@@ -37,7 +37,7 @@ class FlightWriter(DatasetWriter):
 class FletcherWriter(FlightWriter):
     """Writer to `fletcher store`.
 
-    An append travels as one group, which the server commits whole or not at all.
+    Each append is sent as one group. The server commits all rows of the group or none.
     """
 
     def __init__(
@@ -76,14 +76,15 @@ class FletcherWriter(FlightWriter):
 
 
 class LongbowWriter(FlightWriter):
-    """Writer to a Longbow, which creates a dataset by its first append.
+    """Writer to a Longbow, where the first append creates the dataset.
 
-    Rows are sent by its acknowledged DoExchange, or by DoPut if the store has none. Longbow appends
-    repeats, so after a doubtful send `missing_keys` counts the stored rows of each key, and the
-    next `append` of that key sends only the rest.
+    Rows are sent by Longbow's acknowledged DoExchange, or by DoPut if the store lacks that call. If
+    rows are sent twice, Longbow stores them twice. After a send with unknown outcome,
+    `missing_keys` therefore counts the stored rows of each key. The next `append` of such a key
+    sends only the missing rows.
 
-    `schema` is one of `longbow_schema`. `count_keys` counts the stored rows by batch key, among
-    rows of a dataset that meet filters.
+    `schema` comes from `longbow_schema`. `count_keys` takes a dataset and filters, and returns the
+    number of stored rows per batch key, among rows that meet the filters.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class LongbowWriter(FlightWriter):
         missing = []
         for key in batch_keys:
             counts = self._count_keys(self._dataset, [Filter("batch_key", "=", key)])
-            # Rows without a vector were never sent, so a group may be whole with fewer rows: it
-            # counts as missing, and its next append sends nothing.
+            # Rows without a vector were never sent, so a complete group may have fewer rows than
+            # its key says. The group then counts as missing, and its next append sends nothing.
             num_rows = num_group_rows(key)
             if not num_rows or counts[key] < num_rows:
                 self._stored[key] = counts[key]

@@ -1,12 +1,12 @@
 """Repair of LanceDB tables after a power loss.
 
 A commit is acknowledged once all its files are synced. A power loss before that may leave a
-truncated manifest, or a complete one that names a truncated file. Lance then refuses the table, or
-fails when it reads the rows. The previous version is complete, and the sender sends the
-unacknowledged rows again.
+truncated manifest, or a complete manifest that names a truncated file. Lance then refuses the
+table, or fails when it reads the rows. The table's previous version is complete, and the sender
+sends the unacknowledged rows again.
 
-The layout is Lance's: https://lance.org/format/table/. A manifest ends with its offset, the
-format's version and a magic number; data files end with the magic number as well.
+The layout is Lance's: https://lance.org/format/table/. A manifest file ends with the manifest's
+offset, the format's version and a magic number. Data files also end with the magic number.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 _MAGIC = b"LANC"
 _FOOTER = struct.Struct("<QHH4s")
 _HINT = "latest_version_hint.json"
-_NEWEST_FIRST = 1 << 63  # version numbers from here on count down
+_NEWEST_FIRST = 1 << 63  # numbers in file names from here on count down
 _TORN = ".torn"
 
 
 def set_torn_versions_aside(folder: Path) -> int:
     """Rename manifests of a table's newest incomplete versions; return their number.
 
-    The caller holds the lock of the table, in the folder `NAME.lance`.
+    `folder` is the table's folder `NAME.lance`. The caller holds the table's lock.
     """
     num_torn = 0
     for manifest in _newest_first(folder / "_versions"):

@@ -33,19 +33,20 @@ SCAN_BUFFER_BYTES = 64 << 20
 
 # Approximate size of a scanned batch; a column may be as wide as 64 Ki numbers.
 SCAN_BATCH_BYTES = 2 << 20
-# Rows of a scanned batch whose rows have several vectors: 1 to 100 KiB each.
+# Rows of a scanned batch if rows have several vectors and take 1 to 100 KiB each.
 LIST_SCAN_ROWS = 256
 
-# Search of binary vectors: candidates by Hamming distance per requested row, which a float32 query
-# then ranks again, because it loses less than a binary one. Share of float32's first 10 among 40
-# (all-MiniLM-L6-v2, 6,000 texts, 1,000 queries): 0.882 by Hamming distance alone, 0.944 with 2
-# candidates per row, 0.963 with 4, 0.967 with 8, 0.968 with all rows.
+# Search of binary vectors: number of candidates by Hamming distance per requested row. A float32
+# query then ranks the candidates again, because it loses less than a binary query. Share of
+# float32's first 10 rows among 40 returned rows (all-MiniLM-L6-v2, 6,000 texts, 1,000 queries):
+# 0.882 by Hamming distance alone, 0.944 with 2 candidates per row, 0.963 with 4, 0.967 with 8,
+# 0.968 with all rows.
 HAMMING_CANDIDATES = 8
 MAX_HAMMING_CANDIDATES = 10_000
 
 
 def _lancedb() -> Any:
-    # Lance reads this once, when its library is loaded.
+    # Lance reads this variable once, when its library is loaded.
     os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(SCAN_BUFFER_BYTES))
     try:
         import lancedb
@@ -63,7 +64,7 @@ class LanceStore(EmbeddedStore):
     """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
     Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
-    tools. A million rows of 384 float16 take about a second on two cores.
+    tools. A search of a million rows of 384 float16 takes about a second on two cores.
 
     Raises:
         StoreError: LanceDB is not installed, or the folder cannot be created or written.
@@ -163,14 +164,14 @@ class LanceStore(EmbeddedStore):
 
         if reader.dtype in ("int8", "ubinary"):
             read = list(dict.fromkeys([*wanted, "vector"]))
-            if reader.dtype == "int8":  # which LanceDB stores and cannot search
+            if reader.dtype == "int8":  # LanceDB stores int8 but cannot search it
                 rows = self.scan(dataset, columns=read, filters=filters)
             else:
                 limit = max(k, min(k * HAMMING_CANDIDATES, MAX_HAMMING_CANDIDATES))
                 rows = found(pack_signs(asked), "hamming", read, limit).to_reader()
             return nearest(rows, cosine(asked, reader), k=k, columns=wanted)
         rows = found(asked, "cosine", wanted, k)
-        # By rounding, a vector's distance to itself may be slightly below 0.
+        # Because of rounding, a vector's distance to itself may be slightly below 0.
         score = np.clip(1.0 - rows.column("_distance").to_numpy(), -1.0, 1.0).astype(np.float32)
         return rows.select(wanted).append_column("score", pa.array(score))
 

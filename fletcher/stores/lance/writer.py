@@ -32,15 +32,15 @@ from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
 
-# Each append adds a fragment. Fragments below LARGE_ROWS slow scans down; larger ones do not, and
-# rewriting them took 250 to 500 MB and both cores for seconds. Compaction rewrites every fragment
-# below Lance's target of 1 Mi rows. It therefore waits until the new rows are a quarter of the rows
-# to rewrite, or until there are COMPACT_FRAGMENTS_AT_MOST fragments.
+# Each append adds a fragment. Fragments below LARGE_ROWS slow scans down. Larger fragments do not,
+# and rewriting them took 250 to 500 MB and both cores for seconds. Compaction rewrites every
+# fragment below Lance's target of 1 Mi rows. Compaction therefore waits until the new rows are a
+# quarter of the rows to rewrite, or until there are COMPACT_FRAGMENTS_AT_MOST fragments.
 COMPACT_FRAGMENTS = 20
 COMPACT_FRAGMENTS_AT_MOST = 200
 LARGE_ROWS = 8192
 FRAGMENT_ROWS = 1 << 20
-# Old versions stay for this long, for readers in other processes.
+# Old versions are kept for this long, for readers in other processes.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
 KEEP_FOREVER = dt.timedelta(days=36500)
 
@@ -48,13 +48,14 @@ KEEP_FOREVER = dt.timedelta(days=36500)
 class LanceWriter(EmbeddedWriter):
     """The only writer of a LanceDB table; see `DatasetWriter`. One thread owns it.
 
-    Rows survive a power loss once `append` has returned: it syncs the commit's files and folders
-    (1 to 6 ms on a local SSD), which LanceDB does not do.
+    Rows survive a power loss once `append` has returned. For this, `append` syncs the commit's
+    files and folders, which LanceDB does not do. It takes 1 to 6 ms on a local SSD.
 
     Args:
-        store, dataset, lock, table: Of the table, which is open.
-        mode: How the table was opened. `upsert`: every append replaces rows of the same `id`;
-            `overwrite`: the table was emptied, and `close` frees the disk space of its old rows.
+        store, dataset, lock, table: Store, name, write lock and open table of the dataset.
+        mode: Mode in which the table was opened. With `upsert`, every append replaces rows of the
+            same `id`. With `overwrite`, the table was emptied, and `close` frees the disk space of
+            its old rows.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class LanceWriter(EmbeddedWriter):
         return count
 
     def finish(self) -> None:
-        """Wait for a compaction; compact if due."""
+        """Wait for a running compaction, and compact if due."""
         try:
             self._join_compaction()
             if self._mode == "overwrite" or self._compaction_due(COMPACT_FRAGMENTS // 2):
@@ -157,7 +158,7 @@ class LanceWriter(EmbeddedWriter):
         if _holds_nan(table):
             raise _nan_refused()
         merge = self._table.merge_insert("id").when_matched_update_all()
-        # Unlike `add`, a merge takes null vectors for bad ones and refuses them by default.
+        # Unlike `add`, a merge treats null vectors as bad vectors and refuses them by default.
         merge.when_not_matched_insert_all().execute(table, on_bad_vectors="null")
 
     def _compaction_due(self, fragments: int) -> bool:
@@ -168,8 +169,8 @@ class LanceWriter(EmbeddedWriter):
         return (small and share) or self._small_fragments >= COMPACT_FRAGMENTS_AT_MOST
 
     def _start_compaction(self) -> None:
-        # In the background, since a million rows take some 4 s. Appends continue meanwhile: Lance
-        # commits an append and a rewrite of other fragments in any order.
+        # Compact in the background, since a million rows take some 4 s. Appends continue meanwhile:
+        # Lance commits an append and a rewrite of other fragments in any order.
         self._join_compaction()
         self._small_fragments = self._rows_since = 0
         name = f"compact-{self.dataset}"
@@ -203,11 +204,11 @@ class _SyncedFolder:
     def sync_new_files(self, *, settled: bool) -> None:
         """Sync new files, then the folders that hold them.
 
-        Lance changes no file in place except its version hint, which it can do without.
+        Lance changes no file in place except its version hint, which it does not need.
 
         Args:
-            settled: Nothing else writes to the table now. Otherwise a new file may be incomplete,
-                and the next call syncs it again.
+            settled: Whether nothing else writes to the table now. If false, a new file may be
+                incomplete, and the next call syncs it again.
         """
         with self._mutex:
             present = set()
