@@ -96,9 +96,7 @@ class Delivery:
     def open_upload(self, options: EmbedCommand, schema: pa.Schema) -> tuple[Upload, DatasetSink]:
         """Open or resume an upload. Each call needs one call of `close_upload` later.
 
-        Args:
-            options: The client's command, with `dataset` set.
-            schema: Schema of the upload's output columns, without `batch_key`.
+        `options` must name a dataset; `schema` is that of the output columns, without `batch_key`.
 
         Raises:
             UploadConflictError: The upload is in progress with other options.
