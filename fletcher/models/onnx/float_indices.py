@@ -69,7 +69,7 @@ def _attributes(node: NodeProto) -> dict[str, int]:
 
 
 def needs_float32(bundle: ModelBundle) -> bool:
-    """Whether Fletcher wrote a bundle's graphs with indexes in floating point, as it did once.
+    """Whether an older Fletcher wrote the graphs, with indexes in floating point.
 
     Graphs of .onnx files are not judged: some of their comparisons of floats are harmless.
 

@@ -99,8 +99,8 @@ class SparseWriter(TransformerWriter):
         value = graph.node("Add", (value, bias), "weights.each")
         # relu and log are monotonic, so the maximum can be taken before them.
         last = graph.constant("weights.axis", [2])
-        padding = (self.padding_scores(mask), last)
-        padding = graph.node("Unsqueeze", padding, "weights.padding.each")
+        scores = (self.padding_scores(mask), last)
+        padding = graph.node("Unsqueeze", scores, "weights.padding.each")
         value = graph.node("Add", (value, padding), "weights.seen")
         value = graph.node("ReduceMax", (value, self.second), "weights.greatest", keepdims=0)
         value = graph.node("Relu", (value,), "weights.positive")

@@ -95,7 +95,7 @@ class TransformerWriter:
         return hidden
 
     def mask(self) -> str:
-        """Declare the input `attention_mask`, int64 [B, L], 1 for tokens and 0 for padding."""
+        """Declare the input `attention_mask`, int64 [B, L]: 1 for tokens, 0 for padding."""
         mask = self.graph.input("attention_mask", np.int64, ("batch", "length"))
         self.graph.node("Shape", (mask,), "input.length", start=1, end=2)
         return mask
