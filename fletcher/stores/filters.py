@@ -40,9 +40,9 @@ _UNIT_NAMES = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "N
 
 
 def to_json(filters: Filters) -> list[dict[str, Any]]:
-    """The filters as Longbow's JSON, with the operators `in`, `is null` and `not` added.
+    """The filters as Longbow's JSON, with operators of our own.
 
-    A Longbow refuses the added operators; `check_longbow` says so first.
+    A Longbow does not know `in`, `is null` and `not`; `check_longbow` refuses them.
     """
     return [_to_object(one, "and") for one in filters]
 
