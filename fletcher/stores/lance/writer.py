@@ -19,6 +19,7 @@ from fletcher.errors import InvalidCommandError, RequestError, StoreUnavailableE
 from fletcher.stores.base import WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
 from fletcher.stores.filters import quoted
+from fletcher.stores.lance.repair import newest_version, note_synced
 from fletcher.stores.schemas import (
     align_batch,
     check_compatible,
@@ -211,6 +212,7 @@ class _SyncedFolder:
                 incomplete, and the next call syncs it again.
         """
         with self._mutex:
+            version = newest_version(self._folder)
             present = set()
             changed: set[str] = set()
             for folder, folders, names in os.walk(self._folder):
@@ -229,6 +231,7 @@ class _SyncedFolder:
             if not self._synced:
                 sync_path(self._folder.parent)
             self._synced = present if settled else self._synced & present
+            note_synced(self._folder, version)
 
 
 def check_new_columns(schema: pa.Schema) -> None:
