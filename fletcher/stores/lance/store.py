@@ -89,9 +89,7 @@ class LanceStore(EmbeddedStore):
         def connect(to: Path) -> Any:
             # Commits of other processes are visible at once.
             consistency = dt.timedelta(0)
-            return lancedb.connect(
-                str(to), read_consistency_interval=consistency, session=session
-            )
+            return lancedb.connect(str(to), read_consistency_interval=consistency, session=session)
 
         self._connect = connect
         self._database = connect(folder)
