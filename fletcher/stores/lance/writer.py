@@ -52,16 +52,8 @@ KEEP_VERSIONS = dt.timedelta(minutes=10)
 # Columns that LanceDB adds to results, or computes. Stored columns of these names break searches.
 _OWN_COLUMNS = frozenset(
     [
-        "_distance",
-        "_score",
-        "_relevance_score",
-        "_rowid",
-        "_rowaddr",
-        "_rowoffset",
-        "_indices",
-        "_fragid",
-        "_row_created_at_version",
-        "_row_last_updated_at_version",
+        *("_distance", "_score", "_relevance_score", "_rowid", "_rowaddr", "_rowoffset"),
+        *("_indices", "_fragid", "_row_created_at_version", "_row_last_updated_at_version"),
     ]
 )
 KEEP_FOREVER = dt.timedelta(days=36500)
