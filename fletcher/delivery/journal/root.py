@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def survey_journals(root: Path) -> list[JournalContent]:
     """
     found = []
     for store, dataset, folder in journal_folders(root):
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
         if names:
             waits = any(name.endswith(WAITING) for name in names)
             found.append(JournalContent(store, dataset, folder, waits))
