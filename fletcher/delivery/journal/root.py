@@ -78,9 +78,9 @@ class JournalContent:
 
 
 def survey_journals(root: Path) -> list[JournalContent]:
-    """The content of all journals under `root`. Deletes empty folders, and opens no file.
+    """The content of all journals under `root`, without those that are empty.
 
-    Called before the first sink is made.
+    Deletes empty folders, and opens no file. Called before the first sink is made.
     """
     found = []
     for store, dataset, folder in journal_folders(root):
