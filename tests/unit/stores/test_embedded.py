@@ -416,6 +416,79 @@ def test_a_nan_is_refused_and_the_table_stays_whole(tmp_path, mode):
     assert store.dataset("d").num_rows == 2
 
 
+def carried(kind: pa.DataType, values: list, first: int = 0) -> pa.RecordBatch:
+    """Rows with a carried column `x` and a null vector in the second row."""
+    batch = rows.batch(first, len(values), null_rows=(1,))
+    place = batch.schema.get_field_index("batch_key")
+    return batch.add_column(place, pa.field("x", kind), pa.array(values, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [
+        (pa.list_(pa.float16(), 2), [np.float16(1), np.float16("nan")]),
+        (pa.list_(pa.float32(), 3), [1.0, float("nan"), float("inf")]),
+        (pa.list_(pa.float64(), 1), [float("nan")]),
+        (pa.list_(pa.float32()), [float("nan")]),
+        (pa.struct([("a", pa.list_(pa.float32(), 1))]), {"a": [float("nan")]}),
+        (pa.float32(), float("nan")),
+    ],
+)
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+def test_nan_in_a_carried_column_is_stored(store, kind, bad, mode):
+    if mode == "upsert" and store.address.startswith("parquet"):
+        pytest.skip("a Parquet store does not replace rows")
+    sent = [carried(kind, [bad, None, bad]), carried(kind, [bad, bad], first=3)]
+    writer = store.open_writer("d", sent[0].schema, mode)
+    for batch in sent:
+        writer.append([batch])
+    writer.close()
+    read = ["id", "vector", "x"]
+    found = store.scan("d", columns=read).read_all().sort_by("id")
+    expected = pa.Table.from_batches(sent).select(read)
+    # NaN is unequal to itself, but its text is not.
+    assert str(found.to_pylist()) == str(expected.to_pylist())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_distance", "_rowid", "_score", "_relevance_score", "_rowaddr", "_ROWID", "_rowoffset"],
+)
+def test_a_column_of_lancedb_itself_is_refused_by_name(tmp_path, name):
+    store = open_store(f"lance:{tmp_path}")
+    schema = rows.schema().append(pa.field(name, pa.float64()))
+    with pytest.raises(InvalidCommandError, match=name):
+        store.open_writer("d", schema, "append")
+    assert store.dataset("d") is None
+    store.close()
+
+
+_DEEP = pa.struct([("f", pa.list_(pa.list_(pa.int32())))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "readable"),
+    [
+        (pa.list_(_DEEP), False),
+        (pa.list_(pa.struct([("b", pa.list_(pa.list_(pa.utf8())))])), False),
+        (pa.struct([("g", pa.list_(_DEEP))]), False),
+        (_DEEP, True),
+        (pa.list_(pa.struct([("f", pa.list_(pa.int32()))])), True),
+        (pa.map_(pa.utf8(), pa.list_(pa.list_(pa.float64()))), True),
+    ],
+)
+def test_a_nested_column_is_refused_unless_it_reads_back(tmp_path, kind, readable):
+    """Such rows were acknowledged, stored, and made the dataset unreadable."""
+    store = open_store(f"lance:{tmp_path}")
+    schema = rows.schema().append(pa.field("x", kind))
+    if readable:
+        store.open_writer("d", schema, "append").close()
+    else:
+        with pytest.raises(ColumnTypeError, match="LanceDB cannot read back"):
+            store.open_writer("d", schema, "append")
+    store.close()
+
+
 def test_misaligned_buffers_are_taken(tmp_path):
     good = rows.batch(0, 50)
     raw = b"\0" + good.column("vector").values.buffers()[1].to_pybytes()
