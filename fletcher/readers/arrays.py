@@ -10,6 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
+from fletcher.core.encodings import (
+    extension_texts,
+    is_extension,
+    is_text,
+    is_text_extension,
+    runs_as_dictionary,
+)
 from fletcher.errors import ColumnTypeError, InvalidUtf8Error
 
 BATCH_BYTES = 4 << 20  # approximate maximum size of a batch
@@ -18,21 +25,18 @@ _OFFSETS = (types.is_string, types.is_large_string, types.is_binary, types.is_la
 _VIEWS = (types.is_string_view, types.is_binary_view)
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is one of the string types that are neither encoded nor nested."""
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
 def plain_type(kind: pa.DataType, name: str, where: str) -> pa.DataType:
-    """The type with which a column is sent: without dictionaries, runs, views and extensions.
+    """The type with which a column is sent.
+
+    It has no dictionaries, runs, views and extensions.
 
     docs/python.md lists the stand-ins.
 
     Raises:
         ColumnTypeError: The type is an extension without a stand-in.
     """
-    if isinstance(kind, pa.BaseExtensionType):
-        if kind.extension_name in ("arrow.uuid", "arrow.json"):
+    if is_extension(kind):
+        if is_text_extension(kind):
             return pa.utf8()
         raise ColumnTypeError(
             f"{where}: column `{name}` is {kind}, an extension type; cast it to "
@@ -73,14 +77,10 @@ def decode(array: pa.Array, target: pa.DataType) -> pa.Array:
     Raises:
         pa.ArrowException: Arrow cannot convert the values without loss.
     """
-    if isinstance(array.type, pa.BaseExtensionType):
-        if array.type.extension_name == "arrow.uuid":
-            return pa.array(
-                [None if one is None else str(one) for one in array.to_pylist()], target
-            )
-        array = array.storage
+    if is_text_extension(array.type):
+        array = extension_texts(array)
     if types.is_run_end_encoded(array.type):
-        array = _runs_as_dictionary(array)
+        array = runs_as_dictionary(array)
     if types.is_dictionary(array.type):
         values = decode(array.dictionary, target)
         return values.take(array.indices)
@@ -126,9 +126,9 @@ def _first_bad_row(column: pa.Array) -> int | None:
 
 
 def cut(batch: pa.RecordBatch, batch_rows: int) -> Batches:
-    """Cut a batch into slices of at most `batch_rows` rows and about BATCH_BYTES when decoded.
+    """Cut a batch into slices of at most `batch_rows` rows and about BATCH_BYTES.
 
-    A larger row becomes one slice.
+    The size is that of the decoded values. A larger row becomes one slice.
     """
     for start in range(0, batch.num_rows, batch_rows):
         part = batch.slice(start, batch_rows)
@@ -144,10 +144,10 @@ def cut(batch: pa.RecordBatch, batch_rows: int) -> Batches:
 
 def _row_sizes(column: pa.Array) -> npt.NDArray[np.int64]:
     """int64 [num_rows], the decoded size of each row; an average for nested values."""
-    if isinstance(column.type, pa.BaseExtensionType):
+    if is_extension(column.type):
         column = column.storage
     if types.is_run_end_encoded(column.type):
-        column = _runs_as_dictionary(column)
+        column = runs_as_dictionary(column)
     if types.is_dictionary(column.type):
         values = _row_sizes(column.dictionary)
         if len(values) == 0:
@@ -167,11 +167,3 @@ def _row_sizes(column: pa.Array) -> npt.NDArray[np.int64]:
         sizes: npt.NDArray[np.int64] = lengths.astype(np.int64) + 8
         return sizes
     return np.full(len(column), column.nbytes // max(1, len(column)) + 1, np.int64)
-
-
-def _runs_as_dictionary(array: pa.RunEndEncodedArray) -> pa.DictionaryArray:
-    """A run-end encoded array as a dictionary, whose size can be told before it is decoded."""
-    indices = pa.array(np.arange(len(array.values), dtype=np.int32))
-    runs = pa.RunEndEncodedArray.from_arrays(array.run_ends, indices)
-    part = runs.slice(array.offset, len(array))
-    return pa.DictionaryArray.from_arrays(pc.run_end_decode(part), array.values)

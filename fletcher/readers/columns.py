@@ -154,7 +154,7 @@ class Selection:
     def conform(
         self, batch: pa.RecordBatch, schema: pa.Schema, where: str, row_first: int
     ) -> pa.RecordBatch:
-        """The columns to send of a batch, converted to `schema`, which is that of all files.
+        """The columns to send of a batch, converted to `schema`, that of all files.
 
         Raises:
             ColumnTypeError: A value cannot be converted without loss; the message names its row.

@@ -26,7 +26,7 @@ _END = b"(end of file)"
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a file separates and quotes values.
+    """A file's way to separate and quote values.
 
     Attributes:
         delimiter: One ASCII character.
@@ -92,7 +92,7 @@ class CsvFile:
             selection.pick_names(self._header, name, counts.__getitem__) if self._header else []
         )
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
+    def read_batches(self) -> Iterator[pa.RecordBatch]:
         """The rows as texts. A carried value without quotes and content is null.
 
         Raises:

@@ -1,4 +1,7 @@
-"""Types of CSV columns: a column has a type only if its values can be written back as they were."""
+"""Types of CSV columns.
+
+A column has a type other than text only if its values can be written back as they were.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,7 @@ class CsvTypes:
         """Whether a column's type depends on its values."""
         return bool(self._selection.carried)
 
-    def observe(self, batch: pa.RecordBatch) -> None:
+    def observe_texts(self, batch: pa.RecordBatch) -> None:
         """Take texts into account."""
         for name, texts in zip(batch.schema.names, batch.columns, strict=True):
             if texts.null_count == len(texts):

@@ -18,7 +18,8 @@ from fletcher.readers.columns import Selection
 from fletcher.readers.csv_rows import CsvFile, Dialect
 from fletcher.readers.csv_types import CsvTypes
 from fletcher.readers.files import Format, InputFile, guess_notice, sniff
-from fletcher.readers.json_rows import JsonGroup, JsonTypes, read_groups
+from fletcher.readers.json_rows import JsonGroup, read_groups
+from fletcher.readers.json_types import JsonTypes
 from fletcher.readers.lines import read_text, read_whole_file
 from fletcher.readers.streams import OpenFile, open_stream, utf8_stream
 from fletcher.readers.tables import (
@@ -37,7 +38,7 @@ BatchesWithPosition = Iterator[tuple[pa.RecordBatch, int]]
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How files are read.
+    """Options for reading files.
 
     Attributes:
         delimiter: Delimiter of CSV and TSV; None: comma and tab.
@@ -105,7 +106,7 @@ class FileReader:
                     break
             elif kind == "jsonl":
                 groups = self._counted(read_groups(stream, file.name, self.selection.batch_rows))
-                names = self._json.observe(groups, file.name)
+                names = self._json.observe_file(groups, file.name)
                 if names is not None:
                     self._schemas.append((lambda: self._json.schema(names), file.name))
             else:
@@ -124,8 +125,8 @@ class FileReader:
         if not csv.chosen:
             return
         if self._csv.needed:
-            for batch in csv.batches():
-                self._csv.observe(batch)
+            for batch in csv.read_batches():
+                self._csv.observe_texts(batch)
                 self._num_rows += batch.num_rows
                 if self.is_satisfied:
                     break
@@ -171,7 +172,7 @@ class FileReader:
 
     def _read_json(self, groups: Iterator[JsonGroup], name: str) -> Iterator[pa.RecordBatch]:
         if name not in self._surveyed and (first := next(groups, None)) is not None:
-            self._json.observe(iter([first]), name)
+            self._json.observe_file(iter([first]), name)
             groups = chain([first], groups)
         for group in groups:
             yield self._json.convert(group, name)
@@ -179,9 +180,9 @@ class FileReader:
     def _read_csv(self, csv: CsvFile) -> Iterator[pa.RecordBatch]:
         observed = csv.name in self._surveyed
         rows = 0
-        for batch in csv.batches():
+        for batch in csv.read_batches():
             if not observed:
-                self._csv.observe(batch)
+                self._csv.observe_texts(batch)
                 observed = True
             for start in range(0, batch.num_rows, self.selection.batch_rows):
                 part = batch.slice(start, self.selection.batch_rows)
@@ -220,7 +221,7 @@ def _is_seekable(opened: OpenFile, kind: Format) -> bool:
 
 
 def _seekable_path(file: InputFile, opened: OpenFile, kind: Format) -> Path:
-    """The path of a file with an index. Raises InvalidCommandError if it is read as a stream."""
+    """The path of a file with an index. Raises InvalidCommandError for a stream."""
     if file.path is None or file.size is None or opened.compression is not None:
         form = "a Parquet file" if kind == "parquet" else "an Arrow file"
         remedy = "give it as a file, not through a pipe"

@@ -112,7 +112,7 @@ class _Walk:
         self._left_out: dict[str, list[str]] = {}
 
     def search(self, folder: Path) -> None:
-        """Search a folder and its subfolders. Raises InvalidCommandError if one is unreadable."""
+        """Search a folder with its subfolders. Raises InvalidCommandError if unreadable."""
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -128,17 +128,17 @@ class _Walk:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 if path.suffix == ".lance" or path.resolve() in self._excluded:
-                    self._leave_out("of a store", path)
+                    self._leave_out("belong to a store", path)
                 else:
                     self.search(path)
             elif entry.is_symlink() and not path.exists():
-                self._leave_out("that leads nowhere", path)
+                self._leave_out("are links to nowhere", path)
             elif entry.is_dir():
-                self._leave_out("that is a link to a folder; name it to read it", path)
+                self._leave_out("are links to folders; name one to read it", path)
             elif not entry.is_file():
-                self._leave_out("that is no regular file", path)
+                self._leave_out("are no regular files", path)
             elif listed is not None and entry.name not in listed:
-                self._leave_out("that the Hugging Face dataset does not list as data", path)
+                self._leave_out("are no data of the Hugging Face dataset", path)
             else:
                 self.files.append(path)
 
@@ -147,11 +147,7 @@ class _Walk:
         lines = []
         for reason, paths in self._left_out.items():
             shown = paths[:MAX_KINDS] + (["others"] if len(paths) > MAX_KINDS else [])
-            subject = "1 path" if len(paths) == 1 else f"{len(paths):,} paths"
-            lines.append(
-                f"{subject} {reason} in {self._top} {'is' if len(paths) == 1 else 'are'} skipped "
-                f"({', '.join(shown)})"
-            )
+            lines.append(f"skipped in {self._top}: {', '.join(shown)}: {reason}")
         if self.unknown:
             lines.append(_unknown_files(self._top, self.unknown))
         return lines
@@ -172,7 +168,7 @@ class _Walk:
 
 
 def _hugging_face_files(folder: Path, names: set[str]) -> set[str] | None:
-    """The files of a folder that hold a Hugging Face dataset's rows; None: no such dataset.
+    """The files with the rows of a Hugging Face dataset; None: the folder is none.
 
     `state.json` lists them. Other Arrow files are caches. Without a list, all but the descriptions
     hold rows.

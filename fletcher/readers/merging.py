@@ -51,7 +51,7 @@ def merged_schema(schemas: Sequence[tuple[pa.Schema, str]], selection: Selection
 
 
 def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds all values of two plain types without loss; None if there is none.
+    """The type that holds all values of two plain types; None if there is none.
 
     A cast to it must still be checked: int64 becomes float64 only up to 2^53, for example.
     """

@@ -104,6 +104,8 @@ class TextSource:
         selection: Columns and rows to read from the files.
         schema: Schema of every batch. The text is utf8, the id utf8 or an integer type.
         total_bytes: Size of all files; None unless all are regular files.
+        limit: Maximum number of rows of the next iteration; None: no limit.
+        rows_read: Rows of the latest iteration so far.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ class TextSource:
         self.files = files
         self.selection = reader.selection
         self._reader = reader
+        self.limit = reader.selection.limit
+        self.rows_read = 0
         self._bytes_read = 0
         self._parts: list[TextSource] | None = None
         sizes = [file.size for file in files if file.size is not None]
@@ -144,7 +148,7 @@ class TextSource:
         return sum(part.bytes_read for part in self._parts)
 
     def by_file(self) -> list[TextSource]:
-        """A source for each file, all with the schema of this one. They replace this source."""
+        """A source for each file with the schema of this one. They replace this source."""
         if self._parts is None:
             self._parts = [
                 TextSource([one], self._reader, self._plain_schema) for one in self.files
@@ -167,7 +171,7 @@ class TextSource:
         return self._conformed(self._read_files())
 
     def content_hash(self) -> str:
-        """SHA-256 in hex of the files' contents, and of the options that decide their rows.
+        """SHA-256 in hex of the files' contents and of the options that decide rows.
 
         Neither the limit nor the carried columns count: rows of the same files are the same rows.
 
@@ -208,7 +212,8 @@ class TextSource:
         return merged_schema(schemas, self.selection)
 
     def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
-        left = self.selection.limit
+        left = self.limit
+        self.rows_read = 0
         rows, last = 0, ""
         for batch, where in found:
             rows, last = (rows if where == last else 0), where
@@ -216,6 +221,7 @@ class TextSource:
             if part.num_rows:
                 yield self.selection.conform(part, self._plain_schema, where, rows)
                 rows += part.num_rows
+                self.rows_read += part.num_rows
             if left is not None:
                 left -= part.num_rows
                 if left == 0:

@@ -150,7 +150,7 @@ class _Members(io.RawIOBase):
 
 
 def check_encoding(encoding: str) -> None:
-    """Raise InvalidCommandError unless `encoding` names a text encoding that Python knows."""
+    """Raise InvalidCommandError unless `encoding` names a text encoding of Python."""
     try:
         "".encode(encoding)
         codecs.getincrementaldecoder(encoding)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from fletcher.readers.arrays import BATCH_BYTES, Batches, check_arrays, cut, is_text
+from fletcher.core.encodings import is_text
+from fletcher.readers.arrays import BATCH_BYTES, Batches, check_arrays, cut
 from fletcher.readers.columns import Selection, arrow_paths, take_paths
 
 # A row group's encoded columns may stand for far more bytes. A batch of nested columns is made so
@@ -76,7 +77,7 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
 def _rows_per_batch(
     file: pq.ParquetFile, tops: list[str], texts: list[str], batch_rows: int
 ) -> int:
-    """Rows per batch of about BATCH_BYTES, computed from the row group with the largest rows."""
+    """Rows per batch of about BATCH_BYTES, by the row group with the largest rows."""
     rows = float(batch_rows)
     for index in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(index)

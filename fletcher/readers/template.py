@@ -58,7 +58,7 @@ class TextTemplate:
         return tuple(dict.fromkeys(name for name, is_column in self.pieces if is_column))
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        """Raise ColumnTypeError unless the template's columns are strings, integers or bools."""
+        """Raise ColumnTypeError unless the columns are strings, integers or bools."""
         for name in self.names:
             kind = schema.field(name).type
             if not (types.is_string(kind) or types.is_integer(kind) or types.is_boolean(kind)):

@@ -289,7 +289,7 @@ def test_json_values_that_are_nested_travel_as_json(tmp_path):
     ("name", "data", "kind", "said"),
     [
         ("t.jsonl", b'{"text": "a"}\n{"text": }\n', InvalidCommandError, "line 2 is not JSON"),
-        ("t.jsonl", b'3\n', InvalidCommandError, "line 1 is not a JSON object"),
+        ("t.jsonl", b"3\n", InvalidCommandError, "line 1 is not a JSON object"),
         ("t.jsonl", b'[{"text": "a"},\n3]', InvalidCommandError, "element 2 is not a JSON object"),
         ("t.jsonl", b'[{"text": "a"},\n{}', InvalidCommandError, "ends early"),
         ("t.jsonl", b'{"text": 3}\n', ColumnTypeError, "line 1: `text` is an integer"),
