@@ -27,7 +27,7 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.stores.address import open_store
-from fletcher.stores.base import Filter, Store
+from fletcher.stores.base import Combination, Comparison, Store
 from tests.doubles import store_rows as rows
 
 
@@ -83,7 +83,7 @@ def test_quantized_rows_are_searched_with_the_query_in_float32(store, dtype):
     assert found.column_names == ["id", "score"]
     assert found.column("id").to_pylist() == [f"id{row}" for row in best]
     np.testing.assert_allclose(found.column("score").to_numpy(), cosines[best], atol=1e-5)
-    only = [Filter("id", "=", "id3")]
+    only = [Comparison("id", "=", "id3")]
     assert store.search("d", vectors[42], k=5, filters=only).column("id").to_pylist() == ["id3"]
     assert store.search("d", vectors[0], k=1000, columns=["id"]).num_rows == 299
     with pytest.raises(DimensionMismatchError, match=r"8 dimensions.*has 64"):
@@ -170,29 +170,28 @@ def test_filters_limit_and_columns(store):
     def ids(*filters, **more):
         return store.scan("d", columns=["id"], filters=filters, **more).read_all()["id"].to_pylist()
 
-    assert ids(Filter("id", "=", "o'brien")) == ["o'brien"]
-    assert ids(Filter("id", "=", "' OR 1=1 --")) == []
-    assert ids(Filter("id", "=", "id1"), Filter("id", "=", "id2", "or")) == ["id1", "id2"]
-    assert ids(Filter("id", "=", "x"), limit=3) == ["x"] * 3
-    assert ids(Filter("token_count", ">", 3)) == []
-    assert ids(Filter("token_count", "<=", 3), limit=1) == ["id0"]
-    assert len(ids(Filter("timestamp", "<", "2023-11-14T22:13:20.000000+00:00"))) == 0
-    assert len(ids(Filter("timestamp", ">=", "2023-11-14T22:13:20.000000+00:00"))) == 20
-    nested = Filter(
-        "", "=", None, "and", (Filter("id", "=", "id3"), Filter("id", "=", "id4", "or"))
-    )
-    assert ids(Filter("token_count", "=", 3), nested) == ["id3", "id4"]
-    assert len(ids(Filter("id", "!=", None))) == 20
-    best = store.search("d", rows.vectors(5, 1)[0], k=1, filters=[Filter("id", "!=", "id5")])
+    assert ids(Comparison("id", "=", "o'brien")) == ["o'brien"]
+    assert ids(Comparison("id", "=", "' OR 1=1 --")) == []
+    either = Combination("or", (Comparison("id", "=", "id1"), Comparison("id", "=", "id2")))
+    assert ids(either) == ["id1", "id2"]
+    assert ids(Comparison("id", "=", "x"), limit=3) == ["x"] * 3
+    assert ids(Comparison("token_count", ">", 3)) == []
+    assert ids(Comparison("token_count", "<=", 3), limit=1) == ["id0"]
+    assert len(ids(Comparison("timestamp", "<", "2023-11-14T22:13:20.000000+00:00"))) == 0
+    assert len(ids(Comparison("timestamp", ">=", "2023-11-14T22:13:20.000000+00:00"))) == 20
+    nested = Combination("or", (Comparison("id", "=", "id3"), Comparison("id", "=", "id4")))
+    assert ids(Comparison("token_count", "=", 3), nested) == ["id3", "id4"]
+    assert len(ids(Comparison("id", "!=", None))) == 20
+    best = store.search("d", rows.vectors(5, 1)[0], k=1, filters=[Comparison("id", "!=", "id5")])
     assert best["id"].to_pylist() != ["id5"]
     with pytest.raises(UnknownColumnError, match="no column `nope`; it has id, vector"):
-        ids(Filter("nope", "=", 1))
+        ids(Comparison("nope", "=", 1))
     with pytest.raises(UnknownColumnError):
         store.scan("d", columns=["nope"])
     with pytest.raises(ColumnTypeError, match="`token_count`"):
-        ids(Filter("token_count", "=", "3' OR '1'='1"))
+        ids(Comparison("token_count", "=", "3' OR '1'='1"))
     with pytest.raises(ColumnTypeError):
-        ids(Filter("vector", "=", 3))
+        ids(Comparison("vector", "=", 3))
 
 
 def test_nonsense_queries_are_refused(store):
