@@ -26,7 +26,7 @@ _FORMAT_NAMES: dict[Format, str] = {
     "parquet": "a Parquet file",
     "csv": "CSV with a header",
     "tsv": "TSV with a header",
-    "jsonl": "JSON lines or an array of JSON objects",
+    "jsonl": "JSON lines",
     "arrow": "Arrow IPC",
     "text": "plain text, one text a line",
 }

@@ -233,7 +233,7 @@ def _is_flat_text(kind: pa.DataType) -> bool:
 
 
 def _plain(field: pa.Field) -> pa.Field:
-    """Returns the field of a column after decoding dictionaries, runs, views and UUIDs.
+    """Returns the field of a column after decoding encodings, views and UUIDs.
 
     Stores read none of them.
     """
