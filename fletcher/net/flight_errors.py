@@ -24,6 +24,7 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
     errors.RequestError: flight.FlightServerError,
     errors.UnavailableError: flight.FlightUnavailableError,
     errors.DeadlineExceededError: flight.FlightTimedOutError,
+    errors.CancelledError: flight.FlightCancelledError,
     errors.UnauthenticatedError: flight.FlightUnauthenticatedError,
     errors.UnauthorizedError: flight.FlightUnauthorizedError,
     errors.InternalError: flight.FlightInternalError,

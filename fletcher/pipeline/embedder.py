@@ -18,7 +18,7 @@ from fletcher.pipeline.cache import EmbeddingCache
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.interactive.path import InlineModel, InteractiveHost, InteractivePath
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.pipeline.scheduler import BatchingConfig, ModelShape, Scheduler
+from fletcher.pipeline.scheduler import BatchingConfig, ModelShape, Runners, Scheduler
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.telemetry.tracing import Span, Telemetry
 from fletcher.workers.messages import WorkerSpec
@@ -77,9 +77,8 @@ class Embedder:
         self._closed = False
         self._nothing = EmbeddingBatch.zeros(0, model.dim)
         self._usage = DeviceUsage(telemetry, model.name)
-        self._scheduler = Scheduler(
-            model, batching, self._usage, telemetry, lambda: self.replicas.concurrency
-        )
+        runners = Runners(lambda: self.replicas.concurrency, self._rate)
+        self._scheduler = Scheduler(model, batching, self._usage, telemetry, runners)
         self._interactive = InteractivePath(
             inline or InlineModel(),
             InteractiveHost(
@@ -146,7 +145,9 @@ class Embedder:
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """Opens a stream for one client call; the caller closes it."""
-        stream = EmbedStream(self._budget.open_allowance(), self._enqueue, trace)
+        stream = EmbedStream(
+            self._budget.open_allowance(), self._enqueue, trace, self._scheduler.remove_stream
+        )
         with self._opening:
             self._streams.add(stream)
             closed = self._closed
@@ -217,6 +218,10 @@ class Embedder:
                 for one in self.replicas.statistics()
             ],
         }
+
+    def _rate(self) -> float:
+        """Tokens that all replicas compute in a second; 0 before the first measurement."""
+        return sum(self.replicas.rate(name) for name in self.replicas.names)
 
     def _busy_share(self, device: str) -> float:
         return self._usage.busy(device).recent_share(self.replicas.concurrency_of(device))

@@ -40,7 +40,9 @@ from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.stream import EmbedStream, Result
 from fletcher.pipeline.vector_spec import check_late, vector_spec
+from fletcher.serving.admission import Place
 from fletcher.serving.background import BackgroundTask
+from fletcher.serving.callers import Caller
 from fletcher.serving.model_versions import ServedModel
 from fletcher.serving.service import Service
 from fletcher.serving.slice_result import RowRanges, SliceResult
@@ -64,7 +66,7 @@ class EmbedCall:
     alias_key: str = ""  # calls with one key get the same model of an alias; empty: `upload_id`
     dataset_model: str | None = None  # `name@hash` to choose if it is in the alias
     trace: Any = None  # the caller's trace, from `Telemetry.extract`
-    is_cancelled: Callable[[], bool] = lambda: False  # whether the client is gone
+    caller: Caller | None = None  # None: nobody who could leave
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
@@ -89,9 +91,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     intake: Intake
     _treatment: TextTreatment
     _output: pa.Schema
-    _stream: EmbedStream
+    _stream: EmbedStream = None  # type: ignore[assignment]  # until `admit`
 
     def __init__(self, service: Service, call: EmbedCall) -> None:
+        self._place: Place | None = None
+        self._failure: FletcherError | None = None  # the caller left
         self._service = service
         self._call = call
         self._exits = ExitStack()
@@ -104,13 +108,15 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 call.command.model,
                 alias_key=call.alias_key or call.command.upload_id or "",
                 dataset_model=call.dataset_model,
-                is_cancelled=call.is_cancelled,
+                is_cancelled=call.caller.is_cancelled if call.caller else lambda: False,
             )
             self.model = exits.enter_context(lease)
             self.spec, self._treatment = _resolve_command(
                 self.model, call.command, call.dtypes, service.outputs
             )
             self._exits = exits.pop_all()
+        if call.caller is not None:
+            call.caller.bind(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -150,10 +156,12 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             OverloadedError, DrainingError: As `Admission.admit`.
         """
         service, embedder = self._service, self.model.embedder
-        self._exits.enter_context(service.admission.admit(embedder, bulk=bulk))
+        self._place = self._exits.enter_context(service.admission.admit(embedder, bulk=bulk))
         span = self._exits.enter_context(service.telemetry.span(self._call.name, self._call.trace))
         self._stream = embedder.open_stream(span)
         self._exits.callback(self._stream.close)
+        if self._failure is not None:  # the caller left meanwhile
+            self.abandon(self._failure)
         return span
 
     def submit_batch(
@@ -245,6 +253,21 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     def close(self) -> None:
         """Drop submitted rows and wake waiting threads. Thread-safe, idempotent."""
         self._stream.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all submitted rows have been yielded as results."""
+        return self._stream is None or self._stream.idle
+
+    def abandon(self, error: FletcherError) -> None:
+        """Drop all work and give the call's place back; waiting threads get the error.
+
+        Thread-safe, idempotent.
+        """
+        self._failure = error
+        if self._place is not None and self._stream is not None:
+            self._stream.close(error)
+            self._place.give_back()
 
     def _submit_slices(self, slices: Iterable[RowSlice], claim: Claim | None = None) -> None:
         for row_slice in slices:

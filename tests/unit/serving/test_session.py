@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fletcher.errors import (
     UnknownModelError,
 )
 from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.serving.callers import Caller
 from fletcher.serving.load_level import LoadSignals
 from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.serving.slice_result import SliceResult
@@ -301,11 +303,11 @@ def test_a_failed_submission_of_one_batch_is_told(
 
 
 def test_the_lease_is_asked_for_as_the_call_says(fakes: FakeService) -> None:
-    gone = threading.Event()
-    asked = call(model="m", alias_key="k", dataset_model="m@1", is_cancelled=gone.is_set)
+    caller = Caller(SimpleNamespace(is_cancelled=lambda: False))
+    asked = call(model="m", alias_key="k", dataset_model="m@1", caller=caller)
     with EmbedSession(fakes.service, asked) as session:
         assert session.model.bundle is fakes.models.served.bundle
-        options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": gone.is_set}
+        options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": caller.is_cancelled}
         assert fakes.models.leased == [("m", options)]
 
 
