@@ -105,6 +105,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._ended = False
         self._leaving = threading.Lock()
         self._left = False  # this connection no longer counts among the upload's
+        self._num_claimed = self._num_delivered = 0  # rows claimed here, and those with the sink
 
     def __enter__(self) -> StoreSession:
         command, service = self._command, self._service
@@ -242,7 +243,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         if not num_rows:
             return []
         new = self.upload.claim_rows(row_slice.row_first, row_slice.row_first + num_rows - 1)
-        num_known = num_rows - sum(last - first + 1 for first, last in new)
+        num_new = sum(last - first + 1 for first, last in new)
+        num_known = num_rows - num_new
+        self._num_claimed += num_new
         if num_known:
             self._service.telemetry.rows_deduplicated.add(num_known)
         return new
@@ -277,13 +280,14 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                     num_rows=last - first + 1,
                 )
             )
+            self._num_delivered += last - first + 1
 
     def _fail(self, error: Exception) -> None:
         """Fail the upload; a client may resume it and send unacknowledged rows again."""
         assert isinstance(error, FletcherError)  # BackgroundTask raises no other
         self._session.close()
         if self._left and self.upload.failure is None:  # other connections feed the upload
-            if not self.upload.in_flight:
+            if self._num_claimed == self._num_delivered:
                 return
             error = OverloadedError("another connection of this upload ended; send again")
         self.upload.fail(error)

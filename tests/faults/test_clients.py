@@ -101,9 +101,13 @@ def test_a_client_killed_in_its_upload(
         for line in process.stdout:
             if int(line) >= 2000:
                 break
+        body = {"upload_id": "u", "dataset": dataset}
+        eventually(
+            lambda: action(client, "upload_status", body)["rows_durable"] > 0, "a row is durable"
+        )
         process.kill()
     eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
-    status = action(client, "upload_status", {"upload_id": "u", "dataset": dataset})
+    status = action(client, "upload_status", body)
     assert status["complete"] is False
     received = status["rows_durable"]
     assert received > 0

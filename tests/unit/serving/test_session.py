@@ -414,3 +414,26 @@ def test_long_texts_in_parts_are_claimed_once_and_their_memory_comes_back(
         assert np.array_equal(list(result.errors), [0])
         assert result.ranges == [(3, 3)]
     assert claimed == [(3, 0)]
+
+
+@pytest.mark.parametrize("before_admission", [True, False])
+def test_an_abandoned_call_gives_all_back_and_says_why(
+    fakes: FakeService, before_admission: bool
+) -> None:
+    fakes.embedder.holds = True
+    gone = OverloadedError("silent")
+    with EmbedSession(fakes.service, call()) as session:
+        session.open_input(SCHEMA)
+        assert session.idle
+        if before_admission:
+            session.abandon(gone)
+        session.admit(bulk=True)
+        if not before_admission:
+            session.submit_batch(texts(1, 2), 0, 0)
+            assert not session.idle
+            session.abandon(gone)
+        assert fakes.held()["streams"] == fakes.held()["bytes"] == 0
+        with pytest.raises(OverloadedError, match="silent"):
+            session.submit_batch(texts(1), 1, 2)
+        with pytest.raises(OverloadedError, match="silent"):
+            list(session.results("u"))
