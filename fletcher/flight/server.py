@@ -21,6 +21,7 @@ from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory
 from fletcher.flight.put import put
 from fletcher.net.address import FlightAddress
 from fletcher.net.connections import ServerConnections
+from fletcher.net.flight_answers import action_results, flight_info, schema_result
 from fletcher.net.flight_errors import handler_errors, without_traceback
 from fletcher.serving.callers import CallWatch
 from fletcher.serving.service import Service
@@ -89,7 +90,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling(), self._callers.watch(context) as caller:
             body = action.body.to_pybytes() if action.body else b""
-            return [run_action(self._service, action.type, body, caller)]
+            return action_results(run_action(self._service, action.type, body, caller))
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
         return [(name, action.description) for name, action in ACTIONS.items()]
@@ -98,11 +99,9 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         with self._handling():
             delivery = self._service.delivery
             if not delivery.stores:
-                return
+                return iter(())
             _, store = delivery.store(None)
-            infos = store.datasets()
-        for info in infos:
-            yield _flight_info(info)
+            return iter([_flight_info(info) for info in store.datasets()])
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
         with self._handling():
@@ -114,12 +113,12 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             with self._handling():
                 command = parse_descriptor(descriptor)
                 if command.dataset is not None:
-                    return flight.SchemaResult(self._dataset(command).schema)
+                    return schema_result(self._dataset(command).schema)
                 call = EmbedCall(name="get_schema", command=command)
                 with EmbedSession(self._service, call) as session:
                     spec = session.spec
                 text = bool(command.include_text)
-                return flight.SchemaResult(output_schema(spec, id_type=pa.utf8(), text=text))
+                return schema_result(output_schema(spec, id_type=pa.utf8(), text=text))
         except flight.FlightError as error:
             raise without_traceback(error) from None
 
@@ -156,6 +155,4 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
 
 def _flight_info(info: DatasetInfo) -> Any:
-    descriptor = flight.FlightDescriptor.for_path(info.name)
-    num_bytes = -1 if info.num_bytes is None else info.num_bytes
-    return flight.FlightInfo(info.schema, descriptor, [], info.num_rows, num_bytes)
+    return flight_info(info.schema, info.name, info.num_rows, info.num_bytes)

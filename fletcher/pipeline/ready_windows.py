@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -26,7 +27,7 @@ class PlannedBatch:
 
 
 class ReadyWindows:
-    """Micro-batches of planned windows. Not thread-safe.
+    """Micro-batches of planned windows. Thread-safe.
 
     Each window in turn gives one micro-batch. So a small window, planned later than a large one,
     does not wait for all of it.
@@ -40,6 +41,7 @@ class ReadyWindows:
         self._batches: FairQueue[PlannedBatch] = FairQueue()
         self._num_left: dict[BatchWindow, int] = {}
         self._streams: Counter[Hashable] = Counter()  # number of windows of each stream
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._batches.weight
@@ -47,17 +49,31 @@ class ReadyWindows:
     def add_windows(self, windows: Iterable[BatchWindow]) -> None:
         """Adds windows that have at least one micro-batch each."""
         self.planned_at = now = time.monotonic()
-        for window in windows:
-            self._num_left[window] = len(window.row_sets)
-            self._streams.update(window.streams)
-            for rows in window.row_sets:
-                self._batches.add_item(window, PlannedBatch(window, rows, now))
+        with self._lock:
+            for window in windows:
+                self._num_left[window] = len(window.row_sets)
+                self._streams.update(window.streams)
+                for rows in window.row_sets:
+                    self._batches.add_item(window, PlannedBatch(window, rows, now))
+
+    def drop_closed(self) -> None:
+        """Drops the windows whose streams are all closed."""
+        with self._lock:
+            for window in list(self._num_left):
+                if all(stream.closed for stream in window.streams):
+                    self._batches.remove_owner(window)
+                    self._forget(window)
 
     def next_batch(self) -> PlannedBatch | None:
         """Takes the next micro-batch, without rows of closed streams, if any is left."""
         while self._batches:
-            planned = self._batches.next_item()
-            self._count_taken(planned.window)
+            with self._lock:
+                if not self._batches:
+                    return None
+                planned = self._batches.next_item()
+                self._num_left[planned.window] -= 1
+                if not self._num_left[planned.window]:
+                    self._forget(planned.window)
             rows = planned.window.wanted_rows(planned.rows)
             if rows is not None:
                 return PlannedBatch(planned.window, rows, planned.queued)
@@ -67,11 +83,9 @@ class ReadyWindows:
         """Whether micro-batches of a window with rows of this stream wait here."""
         return stream in self._streams
 
-    def _count_taken(self, window: BatchWindow) -> None:
-        self._num_left[window] -= 1
-        if not self._num_left[window]:
-            del self._num_left[window]
-            for stream in window.streams:
-                self._streams[stream] -= 1
-                if not self._streams[stream]:
-                    del self._streams[stream]
+    def _forget(self, window: BatchWindow) -> None:
+        del self._num_left[window]
+        for stream in window.streams:
+            self._streams[stream] -= 1
+            if not self._streams[stream]:
+                del self._streams[stream]

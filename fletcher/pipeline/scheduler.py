@@ -264,6 +264,12 @@ class InferenceStage(_Stage):
             self._bulk.add_item(ticket.stream, ticket, num_tokens)
             self._changed.notify()
 
+    def remove_stream(self, stream: EmbedStream) -> list[StreamTicket]:
+        removed = super().remove_stream(stream)
+        self._ready_interactive.drop_closed()
+        self._ready_bulk.drop_closed()
+        return removed
+
     def planned(self) -> int:
         """Number of micro-batches that wait for a device."""
         return len(self._ready_interactive) + len(self._ready_bulk)

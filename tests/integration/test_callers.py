@@ -39,34 +39,62 @@ def rows(number: int) -> pa.RecordBatch:
     return pa.record_batch({"id": ids, "text": [f"number {one}" for one in ids]}, SCHEMA)
 
 
-@pytest.fixture(scope="module")
-def stall() -> Iterator[threading.Event]:
-    """While set, no micro-batch reaches a model: what was sent waits in the queues."""
-    stalled, schedule = threading.Event(), InferenceStage.schedule
-    free = threading.Event()
+class Stall:
+    """Stops the model: while it lasts, no micro-batch reaches it, and texts wait in the queues."""
 
-    def stalling(self: InferenceStage, **options: Any) -> Any:
-        if stalled.is_set():
-            free.wait(0.01)
-            return None
-        return schedule(self, **options)
+    def __init__(self) -> None:
+        self._is_on = False
+        self._schedule = InferenceStage.schedule
+        self._num_scheduling = 0
+        self._changed = threading.Condition()
+
+    def begin(self) -> None:
+        with self._changed:
+            self._is_on = True
+            assert self._changed.wait_for(lambda: not self._num_scheduling, 30)
+
+    def end(self) -> None:
+        with self._changed:
+            self._is_on = False
+            self._changed.notify_all()
+
+    def schedule(self, stage: InferenceStage, **options: Any) -> Any:
+        with self._changed:
+            if self._is_on:
+                self._changed.wait(0.1)
+                return None
+            self._num_scheduling += 1
+        try:
+            return self._schedule(stage, **options)
+        finally:
+            with self._changed:
+                self._num_scheduling -= 1
+                self._changed.notify_all()
+
+
+@pytest.fixture(scope="module")
+def stall() -> Iterator[Stall]:
+    stall = Stall()
+
+    def schedule(stage: InferenceStage, **options: Any) -> Any:
+        return stall.schedule(stage, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InferenceStage, "schedule", stalling)
-        yield stalled
+        patch.setattr(InferenceStage, "schedule", schedule)
+        yield stall
 
 
 @pytest.fixture(scope="module")
-def server(start_server: StartServer, stall: threading.Event) -> Runtime:
+def server(start_server: StartServer, stall: Stall) -> Runtime:
     return start_server(isolate_engine=True)
 
 
 @pytest.fixture
-def stalled(server: Runtime, stall: threading.Event) -> Iterator[Runtime]:
-    assert is_idle(server)
-    stall.set()
+def stalled(server: Runtime, stall: Stall) -> Iterator[Runtime]:
+    eventually(lambda: is_idle(server), "nothing is left of the call before")
+    stall.begin()
     yield server
-    stall.clear()
+    stall.end()
 
 
 def is_idle(server: Runtime) -> bool:
@@ -149,7 +177,7 @@ class Embed:
 )
 def test_the_work_of_a_caller_that_left_leaves_all_queues(
     stalled: Runtime,
-    stall: threading.Event,
+    stall: Stall,
     caplog: pytest.LogCaptureFixture,
     kind: Callable[..., Any],
     how: str,
@@ -158,15 +186,15 @@ def test_the_work_of_a_caller_that_left_leaves_all_queues(
     before = num_cancelled(stalled)
     with flight.connect(stalled.address) as client:
         call = kind(client, how, done=done)
-        eventually(lambda: waits(stalled), "the texts wait for the model")
         if how == "cancel":
+            eventually(lambda: waits(stalled), "the texts wait for the model")
             call.cancel()
         with contextlib.suppress(flight.FlightError, pa.ArrowException):
             call.read()
     eventually(lambda: is_idle(stalled), "nothing of the call is left")
     eventually(lambda: num_cancelled(stalled) == before + 1, "it counts as cancelled")
     tokens = stalled.service.statistics()["fletcher.device.tokens"]
-    stall.clear()
+    stall.end()
     with flight.connect(stalled.address) as client:
         ((answer, _),) = exchange(client, [rows(1)], SCHEMA)
         assert answer.num_rows == 1
@@ -198,7 +226,7 @@ def test_the_work_of_a_killed_client_leaves_all_queues(stalled: Runtime) -> None
 def test_a_silent_client_gives_its_place_back_and_its_call_ends(
     start_server: StartServer, kind: str
 ) -> None:
-    server = start_server(idle_timeout=0.3, max_streams=1)
+    server = start_server(idle_timeout=0.3)
     silent = flight.connect(server.address)
     if kind == "put":
         writer, reader = silent.do_put(command(dataset="silent", upload_id="u"), SCHEMA)

@@ -153,6 +153,17 @@ def test_planned_rows_of_a_closed_stream_are_not_computed_and_reach_no_cache() -
     assert result.embeddings.embeddings.tolist() == [[1, 1]]
 
 
+def test_planned_windows_of_closed_streams_alone_leave_at_once() -> None:
+    owner = scheduler()
+    streams = [submit(owner, *[9] * 4)]
+    assert lengths_of(owner, 1) == [[9]]
+    assert owner.inference.planned() == 3
+    streams[0].close()
+    assert owner.inference.planned() == 0
+    assert lengths_of(owner) == []
+    assert not owner.inference._ready_bulk.has_stream(streams[0])
+
+
 def test_a_micro_batch_keeps_the_rows_of_open_streams() -> None:
     owner = scheduler(one_run)
     streams = [submit(owner, 1), submit(owner, 2, 3), submit(owner, 4)]
