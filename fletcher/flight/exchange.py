@@ -13,7 +13,6 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
-from fletcher.core.schema import VectorSpec
 from fletcher.errors import (
     BatchTooLargeError,
     CancelledError,
@@ -103,7 +102,7 @@ def exchange(
             for message in messages:
                 service.admission.check_draining()
                 if message.batch is not None:
-                    _check_size(message.batch.num_rows, session.spec)
+                    _check_size(message.batch.num_rows, session)
                     ends, row_first = message.metadata.document_end, message.row_first
                     session.submit_batch(
                         message.batch, message.batch_id, row_first, document_end=ends
@@ -158,6 +157,7 @@ class _Answers:
         self._chunk_rows = chunking is not None and chunking.rows
         self._parts: list[pa.RecordBatch] = []
         self._parts_bytes = 0
+        self._max_bytes = _max_output_bytes(session)
         self._errors: list[dict[str, Any]] = []
 
     def write_results(self) -> None:
@@ -182,18 +182,21 @@ class _Answers:
         if result.errors:
             self._errors += result.error_reports(MAX_REPORTED_ERRORS - len(self._errors))
         self._parts.append(batch)
-        # Only these columns may be larger than the message in which the rows arrived.
-        for name in {"vector", "text"} & set(batch.schema.names):
-            self._parts_bytes += batch.column(name).nbytes
-        if self._parts_bytes > _MAX_OUTPUT_BYTES:
-            raise _too_large(sum(part.num_rows for part in self._parts))
-        if row_slice.last or (self._chunk_rows and batch.num_rows):
+        self._parts_bytes += batch.nbytes
+        is_last = row_slice.last or (self._chunk_rows and batch.num_rows > 0)
+        if len(self._parts) > 1 or not is_last:
+            if self._parts_bytes > self._max_bytes:
+                raise _too_large(sum(part.num_rows for part in self._parts), self._max_bytes)
+            # The parts and their copy, which is the answer.
+            self._session.keep_bytes(2 * self._parts_bytes)
+        if is_last:
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata: dict[str, Any] = {"batch_id": row_slice.batch_id, "errors": self._errors}
             if self._chunk_rows:
                 metadata["last"] = row_slice.last
             self._parts, self._parts_bytes, self._errors = [], 0, []
             self._writer.write_batch(whole, metadata)
+            self._session.keep_bytes(0)
 
 
 def _check_command(command: EmbedCommand) -> None:
@@ -211,15 +214,21 @@ def _check_command(command: EmbedCommand) -> None:
         )
 
 
-def _check_size(num_rows: int, spec: VectorSpec) -> None:
-    """Refuse a batch whose dense vectors would be too large for one message."""
-    if spec.output == "dense" and num_rows * spec.num_bytes > _MAX_OUTPUT_BYTES:
-        raise _too_large(num_rows)
+def _max_output_bytes(session: EmbedSession) -> int:
+    """Largest answer to a batch: it is copied once while the answer is put together."""
+    return min(_MAX_OUTPUT_BYTES, session.max_kept_bytes // 2)
 
 
-def _too_large(num_rows: int) -> BatchTooLargeError:
+def _check_size(num_rows: int, session: EmbedSession) -> None:
+    """Refuse a batch whose dense vectors would be too large for one answer."""
+    spec, most = session.spec, _max_output_bytes(session)
+    if spec.output == "dense" and num_rows * spec.num_bytes > most:
+        raise _too_large(num_rows, most)
+
+
+def _too_large(num_rows: int, most: int) -> BatchTooLargeError:
     return BatchTooLargeError(
-        f"{num_rows} rows of a batch make more than {_MAX_OUTPUT_BYTES} bytes of vectors and text; "
-        "send smaller batches",
-        allowed=[f"<= {_MAX_OUTPUT_BYTES} bytes"],
+        f"{num_rows} rows of a batch make more than {most} bytes of vectors and text; send smaller "
+        "batches",
+        allowed=[f"<= {most} bytes"],
     )

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ class Embedder:
             telemetry,
         )
         # Every call asks for its prompt's number of tokens. Most calls use one of a few prompts.
-        self.num_tokens = lru_cache(_CACHED_PROMPTS)(self._num_tokens)
+        self._prompt_tokens: dict[str, int] = {}
 
         restarts, states, name = telemetry.worker_restarts, telemetry.worker_states, model.name
         events = PoolEvents(
@@ -155,12 +155,24 @@ class Embedder:
             stream.close()
         return stream
 
-    def _num_tokens(self, text: str) -> int:
-        """Number of a text's tokens, special ones included, at most `max_length`.
+    def num_tokens(
+        self, text: str, on_open: Callable[[EmbedStream], None] = lambda _stream: None
+    ) -> int:
+        """Number of a prompt's tokens, special ones included, at most `max_length`.
 
         If this process has no tokenizer, the text is embedded on the ordinary path to find the
-        number.
+        number. `on_open` gets the stream, and may close it to end the wait.
         """
+        found = self._prompt_tokens.get(text)
+        if found is None:
+            found = self._count_tokens(text, on_open)
+            with self._opening:
+                if len(self._prompt_tokens) >= _CACHED_PROMPTS:
+                    self._prompt_tokens.clear()
+                self._prompt_tokens[text] = found
+        return found
+
+    def _count_tokens(self, text: str, on_open: Callable[[EmbedStream], None]) -> int:
         data = text.encode()
         texts = TextBatch(data, np.array([0, len(data)], np.int64))
         tokens = self._interactive.tokenize(texts)
@@ -168,6 +180,7 @@ class Embedder:
             return len(tokens.input_ids)
         stream = self.open_stream()
         try:
+            on_open(stream)
             stream.submit(texts, None, num_bytes=0, priority="interactive")
             stream.end()
             (result,) = stream.results()

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ from fletcher.errors import DrainingError, FletcherError
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.chunk_assembly import assembler
 from fletcher.pipeline.document_assembly import DocumentAssembler
+from fletcher.pipeline.input.column_types import check_readable
 from fletcher.pipeline.input.documents import DocumentIntake
 from fletcher.pipeline.input.intake import Intake, Skip, TextTreatment
 from fletcher.pipeline.input.row_slice import RowSlice
@@ -95,6 +97,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
     def __init__(self, service: Service, call: EmbedCall) -> None:
         self._place: Place | None = None
+        self._counting: EmbedStream | None = None
         self._failure: FletcherError | None = None  # the caller left
         self._service = service
         self._call = call
@@ -111,12 +114,13 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 is_cancelled=call.caller.is_cancelled if call.caller else lambda: False,
             )
             self.model = exits.enter_context(lease)
+            if call.caller is not None:
+                call.caller.bind(self)
+            num_tokens = partial(self.model.embedder.num_tokens, on_open=self._open_count)
             self.spec, self._treatment = _resolve_command(
-                self.model, call.command, call.dtypes, service.outputs
+                self.model, call.command, call.dtypes, service.outputs, num_tokens
             )
             self._exits = exits.pop_all()
-        if call.caller is not None:
-            call.caller.bind(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -130,6 +134,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 the command names, or a column has the wrong type.
         """
         call, command = self._call, self._call.command
+        check_readable(schema, command)
         kind = DocumentIntake if command.continuous else Intake
         text = command.include_text
         self.intake = intake = kind(
@@ -250,6 +255,19 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 result.release_unheld()
             del result
 
+    @property
+    def max_kept_bytes(self) -> int:
+        """Largest `num_bytes` that `keep_bytes` accepts."""
+        return self._stream.allowance.max_row_bytes
+
+    def keep_bytes(self, num_bytes: int) -> None:
+        """Count memory of results that are kept beyond the next one; 0: nothing is kept.
+
+        Call it on the thread of `results`, without `whole_rows`. It waits while other streams keep
+        so much that there is no room.
+        """
+        self._stream.allowance.grow_row(num_bytes)
+
     def close(self) -> None:
         """Drop submitted rows and wake waiting threads. Thread-safe, idempotent."""
         self._stream.close()
@@ -265,9 +283,17 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         Thread-safe, idempotent.
         """
         self._failure = error
+        if self._counting is not None:
+            self._counting.close(error)
         if self._place is not None and self._stream is not None:
             self._stream.close(error)
             self._place.give_back()
+
+    def _open_count(self, stream: EmbedStream) -> None:
+        """Note the stream in which a prompt's tokens are counted, before `admit`."""
+        self._counting = stream
+        if self._failure is not None:  # the caller left meanwhile
+            stream.close(self._failure)
 
     def _submit_slices(self, slices: Iterable[RowSlice], claim: Claim | None = None) -> None:
         for row_slice in slices:
@@ -326,7 +352,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
 
 def _resolve_command(
-    served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
+    served: ServedModel,
+    command: EmbedCommand,
+    dtypes: tuple[str, ...],
+    rules: OutputConfig,
+    num_tokens: Callable[[str], int],
 ) -> tuple[VectorSpec, TextTreatment]:
     """Resolve a command: choose every setting that it leaves open.
 
@@ -342,7 +372,7 @@ def _resolve_command(
     if chunking is not None:
         check_late(model, chunking, spec.layers)
     if prompt or chunking is not None:
-        chunk_overhead = prompt_tokens(model, prompt, served.embedder.num_tokens)
+        chunk_overhead = prompt_tokens(model, prompt, num_tokens)
         chunking = chunking and chunking.fitted(model.max_length, chunk_overhead)
         spec = replace(spec, chunking=chunking)
     # The last layer is always given as 0, so that all work for the last layer runs together.
