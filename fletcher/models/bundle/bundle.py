@@ -115,6 +115,15 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
             return [self.graph]
         return [self.folder / block_file(layers) for layers in self.layers]
 
+    def graph_digests(self) -> dict[str, str]:
+        """SHA-256 of each graph file, by the file's name.
+
+        Other versions of Fletcher may write another graph for the same vectors, and so with the
+        same `hash`.
+        """
+        files = read_json(self.folder / MANIFEST)["files"]
+        return {name: one["sha256"] for name, one in files.items() if name.endswith(".onnx")}
+
     @property
     def graph_normalizes(self) -> bool:
         """Whether the graph normalizes embeddings and returns their norms as `norm`."""

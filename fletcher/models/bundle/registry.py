@@ -214,7 +214,7 @@ class Registry:
     def _place(
         self, staging: Path, name: str, new: ModelBundle, progress: Progress, *, replace: bool
     ) -> ModelBundle:
-        target = self._folder / name
+        target, buried = self._folder / name, None
         if target.exists():
             try:
                 present = self.verify_model(name)
@@ -222,9 +222,15 @@ class Registry:
                 progress(f"model {name} is damaged: replacing it")
                 self._discard(target)
             else:
-                if (present.hash, present.layers) == (new.hash, new.layers):
+                same = (present.hash, present.layers) == (new.hash, new.layers)
+                if same and present.graph_digests() == new.graph_digests():
                     return present
-                if present.hash == new.hash:
+                if same:
+                    progress(f"the graph of {name} was written by another Fletcher: replacing it")
+                    if present.calibration.ranges:
+                        present.calibration.save(staging, MANIFEST)
+                    buried = self._bury(target)
+                elif present.hash == new.hash:
                     exits = ", ".join(map(str, present.layers))
                     raise ModelError(
                         f"`name` {name} is taken by the same model with exits after layers "
@@ -232,20 +238,23 @@ class Registry:
                         f"remove {name}`",
                         field="name",
                     )
-                if not replace:
+                elif not replace:
                     raise ModelError(
                         f"`name` {name} is taken by another model ({present.hash}, the new one is "
                         f"{new.hash}); choose another with --name, keep both versions with "
                         f"--replace, or remove it first: `fletcher model remove {name}`",
                         field="name",
                     )
-                kept = self._folder / present.qualified_name
-                if kept.exists():
-                    self._discard(kept)
-                target.rename(kept)
-                progress(f"the replaced version is kept as {present.qualified_name}")
+                else:
+                    kept = self._folder / present.qualified_name
+                    if kept.exists():
+                        self._discard(kept)
+                    target.rename(kept)
+                    progress(f"the replaced version is kept as {present.qualified_name}")
         staging.chmod(0o755)  # only the owner can read a folder by mkdtemp
         staging.rename(target)
+        if buried is not None:
+            shutil.rmtree(buried, ignore_errors=True)
         again = self._folder / f"{name}@{new.hash}"
         if again.exists():  # a replaced version is the current one again
             self._discard(again)
@@ -255,9 +264,13 @@ class Registry:
 
     def _discard(self, folder: Path) -> None:
         """Delete a bundle: rename it first, so that no reader sees a part of the bundle."""
+        shutil.rmtree(self._bury(folder), ignore_errors=True)
+
+    def _bury(self, folder: Path) -> Path:
+        """Move a bundle into a hidden folder, from which the caller deletes it."""
         grave = Path(tempfile.mkdtemp(prefix=f".staging-{folder.name}~", dir=self._folder))
         folder.rename(grave / folder.name)
-        shutil.rmtree(grave, ignore_errors=True)
+        return grave
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
