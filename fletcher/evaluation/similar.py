@@ -99,7 +99,7 @@ def find_similar(
     num_rows = 0
     options = EmbedCommand(
         model=model,
-        text_column=candidates.selection.text,
+        text_column=candidates.selection.text_column,
         id_column=candidates.selection.id or "id",
         prompt=document,
         dtype="float32",
