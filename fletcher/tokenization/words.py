@@ -154,13 +154,16 @@ class Words:
         new = np.flatnonzero(fits & ~in_use)
         places, first_of_each = np.unique(places[new], return_index=True)
         new = new[first_of_each]
-        self._keys[:, places] = keys[:, new]
-        self._lengths[places] = lengths[new]
-        self._used[places] = True
-        column = np.arange(MAX_WORD_TOKENS)
         # Behind a short word's tokens, its place gets tokens of other words, which are never read.
         of_table = self._ids[: len(self._used) * MAX_WORD_TOKENS].reshape(-1, MAX_WORD_TOKENS)
-        of_table[places] = self._ids[starts[new][:, None] + column]
+        # Until everything else is written, the last part of the key says that the place is free.
+        # Any of these steps may lack memory, and a word must not be found with another's tokens.
+        self._keys[-1, places] = 0
+        of_table[places] = self._ids[starts[new][:, None] + np.arange(MAX_WORD_TOKENS)]
+        self._lengths[places] = lengths[new]
+        self._used[places] = True
+        self._keys[:-1, places] = keys[:-1, new]
+        self._keys[-1, places] = keys[-1, new]
 
 
 def _keys(view: npt.NDArray[np.uint8], bounds: Int64Array) -> _Keys:

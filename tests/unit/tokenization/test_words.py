@@ -74,3 +74,41 @@ def test_bytes_of_zero_do_not_make_one_word_of_two():
     texts = ["go", "go\0", "go\0\0", "\0", "", "go"]
     for _ in range(2):
         assert tokens(words, texts) == Library()(texts)
+
+
+class Fails:
+    """NumPy whose call number `at` lacks memory."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __getattr__(self, name):
+        function = getattr(np, name)
+        if isinstance(function, type | np.ufunc) or not callable(function):
+            return function
+
+        def call(*args, **named):
+            self.left -= 1
+            if not self.left:
+                raise MemoryError
+            return function(*args, **named)
+
+        return call
+
+
+def test_no_word_has_wrong_tokens_after_a_failure(monkeypatch):
+    texts = ["go the going computer aa bb", "cc the dd", "the ee ff go"]
+    at, failed = 0, True
+    while failed:
+        at, failed = at + 1, False
+        words = Words(Library(), BOUNDARIES, table_bits=3)
+        tokens(words, texts[:1])
+        with monkeypatch.context() as patched:
+            patched.setattr("fletcher.tokenization.words.np", Fails(at))
+            try:
+                tokens(words, texts)
+            except MemoryError:
+                failed = True
+        for _ in range(2):
+            assert tokens(words, texts) == Library()(texts), at
+    assert at > 20
