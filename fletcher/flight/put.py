@@ -51,10 +51,16 @@ def put(service: Service, command: EmbedCommand, caller: Caller, reader: Any, wr
                     upload.announce_total(message.metadata.rows)
         except Exception as error:  # noqa: BLE001 - raised below, after accepted rows are safe
             refusal = error
-        if caller.is_cancelled():
-            session.abandon(CancelledError("the client ended the upload before its end"))
-        # After a refusal, rows that were submitted before it still go to the store.
-        session.end_input()
+        try:
+            if caller.is_cancelled():
+                session.abandon(CancelledError("the client ended the upload before its end"))
+            # After a refusal, rows that were submitted before it still go to the store.
+            session.end_input()
+        except BaseException:
+            session.fail()
+            raise
+        finally:
+            answering.wait()
         answering.join()
         if refusal is not None and not isinstance(refusal, DrainingError):
             raise refusal
@@ -65,7 +71,11 @@ def put(service: Service, command: EmbedCommand, caller: Caller, reader: Any, wr
 
 
 def _acknowledge(session: StoreSession, caller: Caller, writer: Any) -> None:
-    """Write acknowledgements and the summary until the client is gone."""
+    """Write acknowledgements and the summary until the client is gone.
+
+    Raises:
+        CancelledError: The client is gone.
+    """
     client_gone = False
     for message in session.acknowledgements():
         if client_gone:
@@ -76,3 +86,5 @@ def _acknowledge(session: StoreSession, caller: Caller, writer: Any) -> None:
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             log.info("upload %s: the client is gone (%s)", message["upload_id"], error)
             client_gone = True
+    if client_gone:
+        raise CancelledError("the client is gone")

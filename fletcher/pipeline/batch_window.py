@@ -8,7 +8,7 @@ the rows. Every ticket gets its slice of that array.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -256,3 +256,13 @@ def _all_spans(parts: list[Spans]) -> Spans | None:
     if not parts:
         return None
     return Spans(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))
+
+
+def alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
+    """Groups tickets that use the same graph and get the same type of vectors."""
+    found: dict[tuple[int, bool, bool], list[StreamTicket]] = {}
+    for ticket in tickets:
+        texts = ticket.texts
+        late = texts.chunking is not None and texts.chunking.late
+        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
+    return found.values()

@@ -130,9 +130,11 @@ class Allowance:
         with budget._changed:
             if not self._closed and not self._fits(num_bytes, bulk=bulk):
                 budget._waiting[self] = budget._clock()
-                while not self._closed and not self._fits(num_bytes, bulk=bulk):
-                    budget._changed.wait()
-                budget._waiting.pop(self, None)
+                try:
+                    while not self._closed and not self._fits(num_bytes, bulk=bulk):
+                        budget._changed.wait()
+                finally:
+                    budget._waiting.pop(self, None)
             if self._closed:
                 raise DrainingError("the stream was closed")
             self._add(num_bytes)
@@ -226,7 +228,9 @@ class Allowance:
         self._budget._rows_used += num_bytes
 
     def _add(self, num_bytes: int) -> None:
-        before = self._beyond_reserve(self._used)
-        self._used += num_bytes
+        used = self._used + num_bytes
+        shared = self._beyond_reserve(used) - self._beyond_reserve(self._used)
+        # No call between these lines: they are done together or not at all.
+        self._used = used
         self._budget._used += num_bytes
-        self._budget._shared_used += self._beyond_reserve(self._used) - before
+        self._budget._shared_used += shared

@@ -10,24 +10,21 @@ Why no library: none batches by padded tokens, across callers, with two prioriti
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fletcher.core.batches import InferenceResult, Int32Array, Int64Array, MicroBatch, TextBatch
-from fletcher.pipeline.batch_window import BatchWindow
+from fletcher.pipeline.batch_window import BatchWindow, alike
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.fair_queue import FairQueue
 from fletcher.pipeline.ready_windows import PlannedBatch, ReadyWindows
-from fletcher.pipeline.stream import EmbedStream, StreamTicket, as_fletcher_error
+from fletcher.pipeline.stream import EmbedStream, StreamTicket, as_fletcher_error, end_calls
 from fletcher.pipeline.window_size import WindowSize
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.jobs import Job
-
-log = logging.getLogger(__name__)
 
 # Time between two windows for streams that have none yet, while other windows wait. New streams
 # share a window, which makes fuller runs.
@@ -188,22 +185,35 @@ class TokenizationStage(_Stage):
             ticket = self._next_ticket(self._interactive if urgent else self._bulk)
         if ticket is None:
             return None
+        try:
+            return self._job(ticket, urgent=urgent)
+        except BaseException as failure:  # noqa: BLE001 - ends the calls
+            with self._changed:
+                self._outstanding -= 1
+            end_calls([ticket], failure, "texts cannot be given to a tokenizer")
+            return None
+
+    def _job(self, ticket: StreamTicket, *, urgent: bool) -> Job:
         texts: TextBatch = ticket.texts
         span = self._telemetry.span("tokenize", ticket.stream.trace, texts=texts.num_texts)
         cost = texts.num_texts + len(texts.data)
         return Job(texts, (ticket, span, time.monotonic()), cost=cost, urgent=urgent)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        with self._changed:
+            self._outstanding -= 1
+        try:
+            self._take_result(job, result, error)
+        except BaseException as failure:  # noqa: BLE001 - ends the calls
+            end_calls([job.task[0]], failure, "tokens cannot be taken")
+
+    def _take_result(self, job: Job, result: Any, error: Exception | None) -> None:
         ticket, span, started = job.task
         span.end(error)
         self._telemetry.stage_duration.record(time.monotonic() - started, stage="tokenize")
-        with self._changed:
-            self._outstanding -= 1
-        if error is not None:
-            ticket.tokenized(as_fletcher_error(error))
-            return
-        ticket.tokenized(result)
-        self._tokenized(ticket)
+        ticket.tokenized(result if error is None else as_fletcher_error(error))
+        if error is None:
+            self._tokenized(ticket)
 
     def _next_ticket(self, queue: FairQueue[StreamTicket]) -> StreamTicket | None:
         while queue:
@@ -282,13 +292,23 @@ class InferenceStage(_Stage):
             # tokenizers' answers need the lock.
             self._plan_windows(self._tickets_of_new_streams(ready, urgent=urgent), ready)
             if (planned := ready.next_batch()) is not None:
-                return self._job(planned, urgent=urgent)
+                try:
+                    return self._job(planned, urgent=urgent)
+                except BaseException as failure:  # noqa: BLE001 - ends the calls
+                    end_calls(planned.window.tickets, failure, "a micro-batch cannot be formed")
+                    continue
             tickets = self._next_interactive() if urgent else self._next_bulk(deadline)
             if not tickets:
                 return None
             self._plan_windows(tickets, ready)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        try:
+            self._take_result(job, result, error)
+        except BaseException as failure:  # noqa: BLE001 - ends the calls
+            end_calls(job.task[0].window.tickets, failure, "vectors cannot be taken")
+
+    def _take_result(self, job: Job, result: Any, error: Exception | None) -> None:
         planned, span = job.task
         span.end(error)
         window, rows = planned.window, planned.rows
@@ -340,21 +360,18 @@ class InferenceStage(_Stage):
         return self._oldest_bulk + self._batching.max_queue_delay_s - now
 
     def _plan_windows(self, taken: list[StreamTicket], ready: ReadyWindows) -> None:
-        windows = []
-        for tickets in _alike(taken):
-            try:
+        try:
+            windows = []
+            for tickets in alike(taken):
                 window = BatchWindow(tickets, self._model.dim, self._plan)
-            except Exception as error:  # else it would end the dispatcher
-                log.exception("a batch window cannot be planned")
-                for ticket in tickets:
-                    ticket.finish(as_fletcher_error(error))
-                continue
-            if window.row_sets:
-                windows.append(window)
-            else:
-                window.finish_tickets()
-        if windows:
-            ready.add_windows(windows)
+                if window.row_sets:
+                    windows.append(window)
+                else:
+                    window.finish_tickets()
+            if windows:
+                ready.add_windows(windows)
+        except BaseException as failure:  # noqa: BLE001 - ends the calls
+            end_calls(taken, failure, "a batch window cannot be planned")
 
     def _plan(self, lengths: Int32Array) -> list[Int64Array]:
         return self._batching.plan(lengths, self._runners.count())
@@ -380,13 +397,3 @@ class InferenceStage(_Stage):
         if not batch.layers:
             return num_tokens
         return max(1, round(num_tokens * batch.layers / self._model.num_layers))
-
-
-def _alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
-    """Groups tickets that use the same graph and get the same type of vectors."""
-    found: dict[tuple[int, bool, bool], list[StreamTicket]] = {}
-    for ticket in tickets:
-        texts = ticket.texts
-        late = texts.chunking is not None and texts.chunking.late
-        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
-    return found.values()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fletcher.core.batches import Carry, EmbeddingBatch, Priority, TextBatch, TokenBatch
-from fletcher.errors import DrainingError, FletcherError, InternalError
+from fletcher.errors import DrainingError, FletcherError, InternalError, OverloadedError
 from fletcher.pipeline.memory_budget import Allowance
 from fletcher.telemetry.tracing import Span
+from fletcher.util.insist import insist
+
+log = logging.getLogger(__name__)
 
 _RETRY_MS = 5000
 
@@ -24,6 +29,25 @@ def as_fletcher_error(error: Exception) -> FletcherError:
     if isinstance(error, FletcherError):
         return error
     return InternalError(f"{type(error).__name__} while working on this batch; the log has more")
+
+
+def unexpected_failure() -> OverloadedError:
+    """Error for a client after an error of an unknown kind, such as a lack of memory."""
+    return OverloadedError(
+        "the server failed on this call in an unexpected way, and its log has the cause; try again",
+        retry_after_ms=_RETRY_MS,
+    )
+
+
+def end_calls(tickets: Iterable[StreamTicket], error: BaseException, what: str) -> None:
+    """End the calls of tickets whose work failed in an unexpected way. Never raises.
+
+    No row is reported as failed: the client sends the rows without an answer again. `what` says in
+    the log what could not be done.
+    """
+    log.error("%s", what, exc_info=error)
+    for ticket in tickets:
+        insist(functools.partial(ticket.stream.close, unexpected_failure()), what)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +144,7 @@ class EmbedStream:
         self._tickets: deque[StreamTicket] = deque()
         self._ended = False
         self.closed = False
+        self._dropped = False  # whether `on_close` was called
         # Set if the stream was closed before all results were read.
         self._cut_off: FletcherError | None = None
         self._seam: Seam | None = None  # of the text that was submitted last
@@ -143,8 +168,14 @@ class EmbedStream:
             self.allowance.acquire(num_bytes, bulk=priority == "bulk")
         except DrainingError as error:
             raise self._cut_off or error from None
-        ticket = StreamTicket(self, texts, context, num_bytes, priority)
-        before = None
+        try:
+            self._add_ticket(StreamTicket(self, texts, context, num_bytes, priority))
+        except BaseException as error:  # else `results` would wait for a ticket that nobody has
+            self.close(error if isinstance(error, FletcherError) else unexpected_failure())
+            raise
+
+    def _add_ticket(self, ticket: StreamTicket) -> None:
+        texts, before = ticket.texts, None
         with self._changed:
             self._tickets.append(ticket)
             if texts.num_texts:
@@ -216,15 +247,16 @@ class EmbedStream:
         `error`: raised by `submit` and `results` from now on; None: a DrainingError.
         """
         with self._changed:
-            was_closed, self.closed = self.closed, True
+            self.closed = True
             if self._cut_off is None and (self._tickets or not self._ended):
                 stopped = DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
                 self._cut_off = error or stopped
             self._tickets.clear()
             self._changed.notify_all()
         self.allowance.close()
-        if not was_closed:
+        if not self._dropped:
             self._on_close(self)
+            self._dropped = True
 
     @property
     def idle(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import threading
 from collections.abc import Callable
 
 from fletcher.errors import FletcherError, InternalError
+from fletcher.util.insist import insist
+from fletcher.util.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +19,13 @@ class BackgroundTask:
     Args:
         name: Name of the thread.
         work: Runs on the thread.
-        on_failure: Called on the thread with the error that `join` raises.
+        on_failure: Called on the thread with the error that `join` raises, until it raises
+            nothing itself.
         expected: Errors that `join` raises as they are. Any other error is logged and becomes an
             InternalError.
+
+    Raises:
+        OverloadedError: The thread cannot start.
     """
 
     def __init__(
@@ -33,8 +39,8 @@ class BackgroundTask:
         self._work = work
         self._on_failure = on_failure
         self._expected = expected
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._name = name
+        self._thread = start_thread(name, self._run)
 
     def wait(self) -> None:
         """Wait for the thread's end; its error, if any, is then in `error`."""
@@ -51,8 +57,8 @@ class BackgroundTask:
             self._work()
         except self._expected as error:
             self.error = error
-        except Exception:
-            log.exception("%s failed", self._thread.name)
+        except BaseException:  # also a panic of a Rust library
+            log.exception("%s failed", self._name)
             self.error = InternalError("the server failed on this call; its log has more")
         if self.error is not None:
-            self._on_failure(self.error)
+            insist(functools.partial(self._on_failure, self.error), self._name)

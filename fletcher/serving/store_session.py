@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,11 +22,15 @@ from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InvalidCommandError, OverloadedError
 from fletcher.pipeline.input.intake import Skip
 from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.stream import unexpected_failure
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.serving.slice_result import RowRanges, SliceResult
 from fletcher.stores.base import Store
+from fletcher.util.insist import insist
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 
@@ -171,13 +177,28 @@ class StoreSession(AbstractContextManager["StoreSession"]):
     def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
         """Submit a batch, without rows that the upload has already.
 
-        See `EmbedSession.submit_batch`.
+        See `EmbedSession.submit_batch`. After an error of an unknown kind the upload fails, because
+        rows may be claimed that nobody has.
         """
-        self._session.submit_batch(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
-        if batch.num_rows:
-            with self.upload.changed:
-                self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
-                self.upload.changed.notify_all()
+        try:
+            self._session.submit_batch(
+                batch, batch_id, row_first, skip=self._skip, claim=self._claim
+            )
+            if batch.num_rows:
+                with self.upload.changed:
+                    self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
+                    self.upload.changed.notify_all()
+        except FletcherError:
+            raise
+        except BaseException as error:
+            log.exception("upload %s: a batch cannot be submitted", self.upload.upload_id)
+            raise self.fail() from error
+
+    def fail(self) -> FletcherError:
+        """Fail the upload after an error of an unknown kind, and return its error."""
+        failure = unexpected_failure()
+        insist(functools.partial(self._fail, failure), "failing an upload")
+        return failure
 
     def end_input(self) -> None:
         """End the input, and wait until the sink has all vectors."""

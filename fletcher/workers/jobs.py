@@ -46,5 +46,5 @@ class JobSource(Protocol):
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
         """Takes a job's result or its error.
 
-        Called once for each job. Must return quickly.
+        Called once for each job, and again if it raises. Must return quickly.
         """

@@ -22,6 +22,7 @@ Failures are handled as follows:
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fletcher.errors import InternalError, OverloadedError
+from fletcher.util.insist import insist
 from fletcher.workers.jobs import Job, JobSource
 from fletcher.workers.roster import PoolConfig, PoolEvents, Roster, start_failures
 from fletcher.workers.worker_handle import WorkerHandle
@@ -177,7 +179,7 @@ class WorkerPool:
         while self._urgent_asked and self._dispatching_urgent.acquire(blocking=False):
             try:
                 self._urgent_asked = False
-                self._send_urgent_jobs()
+                insist(self._send_urgent_jobs, f"{self._config.name}: sending urgent jobs")
             finally:
                 self._dispatching_urgent.release()
 
@@ -200,23 +202,30 @@ class WorkerPool:
     def _dispatch_bulk(self) -> None:
         """Sends bulk jobs: waits for a worker with room, then asks the source for a job."""
         while not self.closing.is_set():
-            handle, retry = self._free_worker()
-            if self.closing.is_set():
-                return
-            if retry:
-                job: Job | None = self._retries.popleft()
-            else:
-                timeout_s = self._config.timing.idle_poll_s
-                job = self._source.schedule(urgent=False, timeout_s=timeout_s)
-            if job is None:
-                continue
-            # The wait for the job may have been long, so the worker is checked again.
-            if self.gone:
-                self.finish_job(job, None, self.error())
-                continue
-            if handle is None or not handle.usable:
-                self._retries.appendleft(job)
-                continue
+            insist(self._dispatch_one, f"{self._config.name}: sending jobs")
+
+    def _dispatch_one(self) -> None:
+        handle, retry = self._free_worker()
+        if self.closing.is_set():
+            return
+        if retry:
+            job: Job | None = self._retries[0]
+        else:
+            timeout_s = self._config.timing.idle_poll_s
+            job = self._source.schedule(urgent=False, timeout_s=timeout_s)
+        if job is None:
+            return
+        if not retry:
+            self._retries.appendleft(job)  # so that no failure below loses it
+        # The wait for the job may have been long, so the worker is checked again.
+        gone = self.gone
+        if not gone and (handle is None or not handle.usable):
+            return
+        error = self.error() if gone else None
+        self._retries.remove(job)
+        if error is not None:
+            self.finish_job(job, None, error)
+        elif handle is not None:
             self._send(handle, job)
             self.dispatch_urgent()  # for jobs that found no room while this one was sent
 
@@ -241,12 +250,17 @@ class WorkerPool:
     def _send(self, handle: WorkerHandle, job: Job) -> None:
         try:
             handle.send_job(job)
-        except Exception as error:
+        except BaseException as error:
             log.exception("%s: a job cannot be sent", self._config.name)
             reason = f"{type(error).__name__} while sending to a worker; the log has more"
-            self.finish_job(job, None, InternalError(reason))
-        with self.changed:
-            self._roster.charge(handle, job.cost)
+            job.attempts += 1
+            self.retry_job(job, InternalError(reason))
+            return
+        try:
+            with self.changed:
+                self._roster.charge(handle, job.cost)
+        except BaseException:
+            log.exception("%s: a job is not charged", self._config.name)
 
     # Methods that worker handles call, see `Owner`
 
@@ -268,13 +282,16 @@ class WorkerPool:
             self.changed.notify_all()
 
     def finish_job(self, job: Job, result: Any, error: Exception | None) -> None:
-        try:
-            self._source.update(job, result, error)
-        except Exception:
-            log.exception("%s: a job's result cannot be taken", self._config.name)
+        insist(
+            functools.partial(self._source.update, job, result, error),
+            f"{self._config.name}: taking a job's result",
+        )
 
     def _watch(self) -> None:
         """Ends workers whose jobs run too long; counts the time without usable workers."""
+        insist(self._watch_workers, f"{self._config.name}: watching workers")
+
+    def _watch_workers(self) -> None:
         timing = self._config.timing
         last = time.monotonic()
         while not self.closing.wait(min(timing.watch_s, timing.answer_timeout_s / 4)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import BackendError, InternalError
+from fletcher.util.insist import insist
 from fletcher.workers.health import RESTART_BACKOFF, Health
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import (
@@ -172,7 +174,7 @@ class WorkerHandle:
         """Sends a job to the worker; if the worker just died, the job is retried.
 
         Raises:
-            Exception: The job cannot be pickled, and was not sent.
+            Exception: The job cannot be encoded, and was not sent.
         """
         with self._owner.changed:
             job_id, self._next_id = self._next_id, self._next_id + 1
@@ -191,6 +193,9 @@ class WorkerHandle:
                 send(connection, request)
         except OSError:
             pass  # the worker is gone: the reader notices, and retries the job
+        except BaseException:  # the worker may have half a request: the reader retries its jobs
+            log.exception("%s: a request cannot be sent; replacing the worker", self.spec.name)
+            self.kill()
 
     def kill(self) -> None:
         process = self.process
@@ -274,7 +279,7 @@ class WorkerHandle:
                 message = receive(connection)
             except (EOFError, OSError):
                 return
-            except Exception:
+            except BaseException:
                 log.exception("%s sent an answer that cannot be read", self.spec.name)
                 return
             # Such errors are not the request's fault: another worker may succeed.
@@ -284,23 +289,32 @@ class WorkerHandle:
             with self._owner.changed:
                 job = self._jobs.pop(message.job_id)
                 self.load -= job.cost
-                if failed:
-                    self.health.record_failure()
-                elif isinstance(message, Response) and not job.probe:
-                    self._failures = 0
-                    others = self._owner.least_slowness(self)
-                    self.health.record_answer(job.cost, message.seconds, others)
-                self._owner.review(self)
-            if isinstance(message, Response):
-                self._finish(job, message.payload, None)
-            elif failed:
-                log.error("%s: %s", self.spec.name, message.traceback)
-                job.attempts += 1
-                self._retry(job, message.error)
-            else:
-                self._finish(job, None, message.error)
+                job.attempts += failed
+            # The job is only here now, so none of these steps may be left out.
+            name = self.spec.name
+            insist(functools.partial(self._note_answer, job, message, failed), f"{name}: health")
+            insist(functools.partial(self._take_answer, job, message, failed), f"{name}: a result")
             self._owner.dispatch_urgent()
-            self._send_probe()
+            insist(self._send_probe, f"{name}: a probe")
+
+    def _note_answer(self, job: Job, message: Response | Failure, failed: bool) -> None:
+        with self._owner.changed:
+            if failed:
+                self.health.record_failure()
+            elif isinstance(message, Response) and not job.probe:
+                self._failures = 0
+                others = self._owner.least_slowness(self)
+                self.health.record_answer(job.cost, message.seconds, others)
+            self._owner.review(self)
+
+    def _take_answer(self, job: Job, message: Response | Failure, failed: bool) -> None:
+        if isinstance(message, Response):
+            self._finish(job, message.payload, None)
+        elif failed:
+            log.error("%s: %s", self.spec.name, message.traceback)
+            self._retry(job, message.error)
+        else:
+            self._finish(job, None, message.error)
 
     def _finish(self, job: Job, result: Any, error: Exception | None) -> None:
         if not job.probe:

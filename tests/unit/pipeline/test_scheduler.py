@@ -17,7 +17,8 @@ from fletcher.core.batches import (
     TokenBatch,
 )
 from fletcher.core.chunking import Chunking
-from fletcher.errors import InternalError
+from fletcher.errors import InternalError, OverloadedError
+from fletcher.pipeline.batch_window import BatchWindow
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.scheduler import BatchingConfig, InferenceStage, ModelShape, Scheduler
@@ -66,14 +67,49 @@ def tokenized(
     return stream, tickets[0]
 
 
-def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
+@pytest.mark.parametrize("urgent", [False, True])
+def test_a_window_that_cannot_be_planned_ends_its_calls_alone(urgent: bool) -> None:
     # The error went on to the pool's dispatcher and ended it, and the tickets were lost.
     stage = make(broken)
+    stream, ticket = tokenized(priority="interactive" if urgent else "bulk")
+    stage.add_ticket(ticket)
+    assert stage.schedule(urgent=urgent) is None
+    with pytest.raises(OverloadedError, match="unexpected way"):
+        list(stream.results())
+
+
+def failing(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
+def test_a_micro_batch_that_cannot_be_formed_ends_its_calls_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = make(one_run)
     stream, ticket = tokenized()
     stage.add_ticket(ticket)
-    assert stage.schedule(urgent=False) is None
-    (result,) = stream.results()
-    assert isinstance(result.embeddings, InternalError)
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchWindow, "micro_batch", failing)
+        assert stage.schedule(urgent=False) is None
+    with pytest.raises(OverloadedError, match="unexpected way"):
+        list(stream.results())
+    _, other = tokenized()
+    stage.add_ticket(other)
+    assert stage.schedule(urgent=False) is not None
+
+
+def test_a_result_that_cannot_be_taken_ends_its_calls_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = make(one_run)
+    stream, ticket = tokenized()
+    stage.add_ticket(ticket)
+    job = stage.schedule(urgent=False)
+    assert job is not None
+    monkeypatch.setattr(BatchWindow, "take_result", failing)
+    stage.update(job, None, InternalError("lost"))
+    with pytest.raises(OverloadedError, match="unexpected way"):
+        list(stream.results())
 
 
 def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
@@ -241,15 +277,6 @@ def test_interactive_work_that_waits_together_runs_together() -> None:
     assert not job.urgent
     assert len(job.payload.lengths) == 1
     assert stage.schedule(urgent=False) is None
-
-
-def test_interactive_work_that_cannot_be_planned_fails_alone() -> None:
-    stage = make(broken)
-    stream, ticket = tokenized(priority="interactive")
-    stage.add_ticket(ticket)
-    assert stage.schedule(urgent=True) is None
-    (result,) = stream.results()
-    assert isinstance(result.embeddings, InternalError)
 
 
 def test_a_batch_that_leaves_early_costs_its_share_of_the_layers() -> None:
