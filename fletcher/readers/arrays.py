@@ -84,7 +84,23 @@ def decode(array: pa.Array, target: pa.DataType) -> pa.Array:
     if types.is_dictionary(array.type):
         values = decode(array.dictionary, target)
         return values.take(array.indices)
-    return array if array.type == target else pc.cast(array, target)
+    if array.type == target:
+        return array
+    # pyarrow 26 makes invalid arrays when it casts slices of list views.
+    if types.is_struct(target) and types.is_struct(array.type):
+        fields = [array.field(number) for number in range(target.num_fields)]
+        values = [decode(one, field.type) for one, field in zip(fields, target, strict=True)]
+        return pa.StructArray.from_arrays(values, fields=list(target), mask=array.is_null())
+    if types.is_list(target) or types.is_large_list(target):
+        lengths = pc.list_value_length(array).fill_null(0).to_numpy().astype(np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        kind = pa.int32() if types.is_list(target) else pa.int64()
+        make = pa.ListArray if types.is_list(target) else pa.LargeListArray
+        values = decode(array.flatten(), target.value_type)
+        return make.from_arrays(
+            pa.array(offsets).cast(kind), values, type=target, mask=array.is_null()
+        )
+    return pc.cast(array, target)
 
 
 def check_arrays(batch: pa.RecordBatch, where: str, row_first: int) -> None:
@@ -114,6 +130,10 @@ def check_arrays(batch: pa.RecordBatch, where: str, row_first: int) -> None:
 
 
 def _first_bad_row(column: pa.Array) -> int | None:
+    if types.is_dictionary(column.type):
+        value = _first_bad_row(column.dictionary)
+        rows = [] if value is None else pc.equal(column.indices, value).to_pylist()
+        return rows.index(True) if True in rows else None
     if not (types.is_string(column.type) or types.is_large_string(column.type)):
         return None
     raw = column.view(pa.binary() if types.is_string(column.type) else pa.large_binary())
