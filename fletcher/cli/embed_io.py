@@ -73,7 +73,7 @@ def _standard_input() -> BufferedReader:
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
-def lines(stdin: BufferedReader) -> Iterator[str]:
+def lines(stdin: Any) -> Iterator[str]:
     """Lines of standard input, blank ones too, without a byte-order mark.
 
     Raises InvalidCommandError if a line is not UTF-8.

@@ -86,20 +86,35 @@ def decode(array: pa.Array, target: pa.DataType) -> pa.Array:
         return values.take(array.indices)
     if array.type == target:
         return array
-    # pyarrow 26 makes invalid arrays when it casts slices of list views.
+    if types.is_nested(target):
+        return _decode_nested(array, target)
+    return pc.cast(array, target)
+
+
+def _decode_nested(array: pa.Array, target: pa.DataType) -> pa.Array:
+    """The array as a nested type. The casts of pyarrow 26 make invalid list views."""
+    nulls = array.is_null()
     if types.is_struct(target) and types.is_struct(array.type):
         fields = [array.field(number) for number in range(target.num_fields)]
         values = [decode(one, field.type) for one, field in zip(fields, target, strict=True)]
-        return pa.StructArray.from_arrays(values, fields=list(target), mask=array.is_null())
+        return pa.StructArray.from_arrays(values, fields=list(target), mask=nulls)
+    if types.is_map(target) and types.is_map(array.type):
+        offsets = pa.array(array.offsets.to_numpy().copy())
+        keys, items = decode(array.keys, target.key_type), decode(array.items, target.item_type)
+        return pa.MapArray.from_arrays(offsets, keys, items, type=target, mask=nulls)
+    if types.is_fixed_size_list(target) and types.is_fixed_size_list(array.type):
+        size = target.list_size
+        values = array.values.slice(array.offset * size, len(array) * size)
+        return pa.FixedSizeListArray.from_arrays(
+            decode(values, target.value_type), type=target, mask=nulls
+        )
     if types.is_list(target) or types.is_large_list(target):
         lengths = pc.list_value_length(array).fill_null(0).to_numpy().astype(np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        kind = pa.int32() if types.is_list(target) else pa.int64()
-        make = pa.ListArray if types.is_list(target) else pa.LargeListArray
+        ends = pa.array(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+        is_small = types.is_list(target)
+        make, kind = (pa.ListArray, pa.int32()) if is_small else (pa.LargeListArray, pa.int64())
         values = decode(array.flatten(), target.value_type)
-        return make.from_arrays(
-            pa.array(offsets).cast(kind), values, type=target, mask=array.is_null()
-        )
+        return make.from_arrays(ends.cast(kind), values, type=target, mask=nulls)
     return pc.cast(array, target)
 
 

@@ -13,6 +13,7 @@ import struct
 import pyarrow as pa
 
 from fletcher.errors import BatchTooLargeError
+from fletcher.readers.streams import PieceStream
 
 # Most bytes of a compressed record batch after decompression.
 MAX_DECODED_BYTES = 1 << 30
@@ -39,7 +40,7 @@ def check_message(message: pa.Message, place: str) -> None:
 
 
 def _decoded_bytes(message: pa.Message) -> int:
-    """Bytes of a message's buffers after decompression; 0 for one that is not compressed."""
+    """Bytes of a message's buffers after decompression; 0 for a plain one."""
     header = message.metadata.to_pybytes()
     root = _u32(header, 0)
     kind_at = _field(header, root, 1)
@@ -84,7 +85,7 @@ def _u32(data: bytes, at: int) -> int:
     return int(struct.unpack_from("<I", data, at)[0])
 
 
-class CheckedStream(io.RawIOBase):
+class CheckedStream(PieceStream):
     """An Arrow IPC stream whose messages are checked before they are decoded.
 
     Raises the errors of `check_message` when it is read.
@@ -94,23 +95,15 @@ class CheckedStream(io.RawIOBase):
         self._messages = pa.ipc.MessageReader.open_stream(stream)
         self._name = name
         self._number = 0
-        self._ready = memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        if not self._ready:
-            try:
-                message = self._messages.read_next_message()
-            except StopIteration:
-                return 0
-            check_message(message, f"{self._name}: message {self._number}")
-            self._number += 1
-            self._ready = memoryview(message.serialize()).cast("B")
-        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
+    def _next_piece(self, size: int) -> pa.Buffer | None:  # noqa: ARG002 - a message is a piece
+        try:
+            message = self._messages.read_next_message()
+        except StopIteration:
+            return None
+        check_message(message, f"{self._name}: message {self._number}")
+        self._number += 1
+        return message.serialize()
 
 
 def check_file(mapped: pa.MemoryMappedFile, name: str) -> None:

@@ -41,14 +41,13 @@ def stream_schema(stream: io.BufferedReader, name: str, selection: Selection) ->
 
 
 def _selected(schema: pa.Schema, name: str, selection: Selection) -> pa.Schema:
-    paths = arrow_paths(selection, schema, name)
-    return take_paths(_empty(schema, paths), paths).schema
-
-
-def _empty(schema: pa.Schema, paths: dict[str, tuple[str, ...]]) -> pa.RecordBatch:
-    tops = [schema.field(top) for top in dict.fromkeys(path[0] for path in paths.values())]
-    arrays = [pa.array([], field.type) for field in tops]
-    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(tops))
+    kinds = {}
+    for wanted, (top, *fields) in arrow_paths(selection, schema, name).items():
+        kind = schema.field(top).type
+        for field in fields:
+            kind = kind.field(field).type
+        kinds[wanted] = kind
+    return pa.schema(kinds)
 
 
 def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShare:
