@@ -11,6 +11,7 @@ from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand
+from fletcher.core.owner import certificate_owner, token_owner
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.serving.session import EmbedCall
@@ -56,13 +57,16 @@ def _read_tokens(path: Path) -> tuple[str, ...]:
 
 
 class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Middleware that refuses calls without an accepted bearer token."""
+    """Middleware that refuses calls without an accepted bearer token.
+
+    It tells the handler whose token it is.
+    """
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         super().__init__()
         self._tokens = [token.encode() for token in tokens]
 
-    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Owner:
         """Check one call's token, in constant time. Raises FlightUnauthenticatedError."""
         values = headers.get("authorization") or headers.get("Authorization") or [""]
         scheme, _, token = values[0].partition(" ")
@@ -77,6 +81,13 @@ class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         if not any(matches):
             error = UnauthenticatedError("the token is not valid", field="authorization")
             raise to_flight_error(error)
+        return _Owner(token_owner(token.strip().encode()))
+
+
+class _Owner(flight.ServerMiddleware):  # type: ignore[misc]
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
 
 
 class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
@@ -99,6 +110,18 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         """The trace named in the headers, if traces are recorded."""
         trace = self._telemetry.extract(headers)
         return None if trace is None else _Trace(trace)
+
+
+def upload_owner(context: Any) -> str:
+    """The owner of a caller's uploads; empty: anonymous.
+
+    It is the caller's token, else its certificate.
+    """
+    middleware = context.get_middleware("token")
+    if middleware is not None:
+        return str(middleware.owner)
+    subject = context.peer_identity()
+    return certificate_owner(bytes(subject)) if subject else ""
 
 
 def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:

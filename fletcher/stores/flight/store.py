@@ -286,7 +286,10 @@ class FlightStore(Store):
 
 
 def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges of an answer. Raises StoreUnavailableError if they are no row offsets."""
+    """The ranges of an answer.
+
+    Raises StoreUnavailableError if they are no row offsets.
+    """
     if all(0 <= first <= last for first, last in ranges):
         return ranges
     raise StoreUnavailableError("the store's answer names ranges that are no rows", field="store")
