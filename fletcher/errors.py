@@ -15,7 +15,8 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── BatchTooLargeError         batch_too_large
 │   ├── DimensionMismatchError     dimension_mismatch
 │   ├── ModelMismatchError         model_mismatch
-│   └── UploadConflictError        upload_conflict
+│   ├── UploadConflictError        upload_conflict
+│   └── NotFiniteError             not_finite
 ├── UnavailableError               the same request may succeed later; its own code: unavailable
 │   ├── OverloadedError            overloaded
 │   ├── DrainingError              draining
@@ -136,6 +137,10 @@ class ModelMismatchError(RequestError): ...
 
 
 class UploadConflictError(RequestError): ...
+
+
+class NotFiniteError(RequestError):
+    """A vector with NaN, infinity, or a number that its element type cannot hold."""
 
 
 class UnavailableError(FletcherError):

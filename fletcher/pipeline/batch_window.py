@@ -28,6 +28,7 @@ from fletcher.core.batches import (
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import StreamTicket
+from fletcher.vectors.finite import not_finite_error, rows_not_finite
 from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
 Plan = Callable[[Int32Array], list[Int64Array]]
@@ -103,6 +104,8 @@ class BatchWindow:
             error = result if isinstance(result, FletcherError) else self._store(rows, result)
             if error is not None:
                 self._errors.update(dict.fromkeys(rows.tolist(), error))
+            elif not isinstance(result, FletcherError):
+                self._add_row_errors(rows, result)
             self._remaining -= 1
             if self._remaining:
                 return
@@ -192,6 +195,18 @@ class BatchWindow:
                 self._norms = np.zeros(self._vector_starts[-1], np.float32)
             self._norms[targets] = result.norms.reshape(-1)
         return None
+
+    def _add_row_errors(self, rows: Int64Array, result: InferenceResult) -> None:
+        """Records the rows that the engine failed on, or whose vectors are not finite."""
+        counts = result.counts
+        if counts is None and self._spans is not None:
+            counts = self._spans.counts[rows]
+        found = rows_not_finite(result.embeddings, result.norms, counts)
+        if found:
+            error = not_finite_error(self._dtype.name)
+            self._errors.update({int(rows[place]): error for place in found})
+        if result.errors:
+            self._errors.update({int(rows[place]): one for place, one in result.errors.items()})
 
     def _store_ragged(
         self, rows: Int64Array, vectors: FloatArray, counts: Int32Array

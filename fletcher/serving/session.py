@@ -36,7 +36,7 @@ from fletcher.pipeline.document_assembly import DocumentAssembler
 from fletcher.pipeline.input.documents import DocumentIntake
 from fletcher.pipeline.input.intake import Intake, Skip, TextTreatment
 from fletcher.pipeline.input.row_slice import RowSlice
-from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
+from fletcher.pipeline.prompts import prompt_tokens
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.stream import EmbedStream, Result
 from fletcher.pipeline.vector_spec import check_late, vector_spec
@@ -313,7 +313,7 @@ def _resolve_command(
     """
     model = served.bundle
     spec = vector_spec(model, command, dtypes, rules)
-    prompt = resolve_prompt(model, command.prompt)
+    prompt = spec.prompt
     chunking = Chunking.from_text(command.chunking or "none")
     chunk_overhead = 0
     if chunking is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from fletcher.core.batches import EmbeddingBatch, TextBatch
-from fletcher.errors import ConfigError, RowTooLargeError
+from fletcher.errors import ConfigError, NotFiniteError, RowTooLargeError
 from fletcher.pipeline.cache import _ENTRY_BYTES, EmbeddingCache, MemoryCache
 from fletcher.pipeline.disk_cache import DiskCache
 from fletcher.telemetry.tracing import Telemetry
@@ -211,3 +212,20 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="embedding_cache_dir"):
         DiskCache(tmp_path / "file", 64 * MIB)
+
+
+@pytest.mark.parametrize("norm", [None, np.nan, np.inf])
+def test_failed_texts_leave_the_others_their_norms(norm: float | None) -> None:
+    cache = cache_of()
+    first = cache.look_up(texts("a", "b"))
+    first.complete(vectors(first.missing))
+    lookup = cache.look_up(texts("a", "bad", "b"))
+    result = vectors(lookup.missing)
+    norms = None if norm is None else np.array([norm], np.float32)
+    failed = replace(result, norms=norms, errors={0: NotFiniteError("NaN")})
+    found = lookup.complete(failed)
+    assert isinstance(found, EmbeddingBatch)
+    assert list(found.errors) == [1]
+    assert found.norms is not None
+    assert found.norms[[0, 2]] == pytest.approx([1.1, 1.1])
+    assert words_of(cache.look_up(texts("bad", "a")).missing) == ["bad"]
