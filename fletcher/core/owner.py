@@ -1,8 +1,9 @@
 """Owners of uploads, and the ids that their uploads have in journal and stores.
 
 An upload belongs to its caller: the holder of a bearer token, the subject of a client certificate
-(its first alternative name, else its common name), or anonymous. An id of a caller has no dot, so the id with the owner's name after a dot cannot be
-another caller's. Anonymous uploads keep their plain id, as all uploads of earlier releases do.
+(its first alternative name, else its common name), or anonymous. An id of a caller has no dot, so
+the id with the owner's name after a dot cannot be another caller's. Anonymous uploads keep their
+plain id, as all uploads of earlier releases do.
 """
 
 from __future__ import annotations
