@@ -14,6 +14,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.core.owner import certificate_owner, token_owner
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
+from fletcher.serving.callers import Caller
 from fletcher.serving.session import EmbedCall
 from fletcher.telemetry.tracing import Telemetry
 
@@ -112,25 +113,27 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         return None if trace is None else _Trace(trace)
 
 
-def upload_owner(context: Any) -> str:
+def upload_owner(caller: Caller) -> str:
     """The owner of a caller's uploads; empty: anonymous.
 
     It is the caller's token, else its certificate.
     """
-    middleware = context.get_middleware("token")
+    middleware = caller.get_middleware("token")
     if middleware is not None:
         return str(middleware.owner)
-    subject = context.peer_identity()
-    return certificate_owner(bytes(subject)) if subject else ""
+    subject = caller.peer_identity()
+    return certificate_owner(subject) if subject else ""
 
 
-def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:
-    """Arguments of a session, with trace and cancellation from the call's context."""
-    middleware = context.get_middleware("trace")
+def embed_call(
+    name: str, command: EmbedCommand, caller: Caller, *, abort: bool = False
+) -> EmbedCall:
+    """Arguments of a session, with the caller and its trace."""
+    middleware = caller.get_middleware("trace")
     return EmbedCall(
         name=name,
         command=command,
         abort=abort,
         trace=None if middleware is None else middleware.trace,
-        is_cancelled=context.is_cancelled,
+        caller=caller,
     )
