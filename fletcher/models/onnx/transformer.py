@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fletcher.models.bundle.bundle import HANDED_ON, HIDDEN
-from fletcher.models.bundle.spec import Pooling
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
 from fletcher.models.onnx.graph import GraphBuilder
+from fletcher.models.onnx.pooling import write_pooling
 
 # Score of masked tokens. Its exp is 0 in float32, and float16 and bfloat16 can represent it.
 MASKED_SCORE = -10_000.0
@@ -50,9 +50,7 @@ class TransformerWriter:
         self.second = graph.constant("index.second", [1])
         self._made: dict[str, str] = {}
 
-    def write(
-        self, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool, layers: range
-    ) -> str:
+    def write(self, pooling: str, dense: Sequence[Dense], *, normalize: bool, layers: range) -> str:
         """Write the complete model, or one block of the model, which ends at an exit.
 
         The inputs are `input_ids` and `attention_mask`, int64 [B, L], where rows are padded at
@@ -61,7 +59,7 @@ class TransformerWriter:
         `hidden` of the next block, which has `hidden` instead of `input_ids`.
 
         Args:
-            pooling: Pooling of token embeddings at each exit.
+            pooling: str of token embeddings at each exit.
             dense: Linear layers after pooling.
             normalize: Divide embeddings by their norm, and add the output `norm`.
             layers: Indexes of the block's layers, counted from 0.
@@ -126,7 +124,7 @@ class TransformerWriter:
         return self.encoder.after_attention(name, attended, hidden)
 
     def head(
-        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+        self, hidden: str, mask: str, pooling: str, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
         """Write the graph's end, from token embeddings to the graph's outputs.
 
@@ -134,8 +132,13 @@ class TransformerWriter:
         returns. The other parameters are as in `write`.
         """
         graph = self.graph
-        pool = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling]
-        value, width = self.encoder.denses(pool(hidden, mask), dense, self.architecture.hidden)
+        usual = {"cls": self._cls, "mean": self._mean, "last_token": self._last}
+        if pooling in usual:
+            value = usual[pooling](hidden, mask)
+        else:
+            value = write_pooling(self.encoder, pooling, hidden, mask)
+        width = self.architecture.hidden * (1 + pooling.count("+"))
+        value, width = self.encoder.denses(value, dense, width)
         if not normalize:
             graph.node("Identity", (value,), "embedding")
             graph.output("embedding", np.float32, ("batch", width))
@@ -221,9 +224,12 @@ class TransformerWriter:
             # Computed in float32, as in PyTorch, so that late positions have the same angles.
             powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
             frequencies = np.float32(1) / np.float32(theta) ** powers
+            scale = np.float32(1)
+            if architecture.yarn:
+                frequencies, scale = yarn_frequencies(frequencies, theta, architecture.yarn)
             positions = np.arange(architecture.max_length, dtype=np.float32)
             angles = (positions[:, None] * frequencies)[:, None, :]
-            cosines, sines = np.cos(angles), np.sin(angles)
+            cosines, sines = np.cos(angles) * scale, np.sin(angles) * scale
             for part, halves in (("cos", (cosines, cosines)), ("sin", (-sines, sines))):
                 table = self.graph.constant(f"{name}.{part}.all", np.concatenate(halves, axis=-1))
                 self._cut(f"{name}.{part}", table)
@@ -337,6 +343,30 @@ class TransformerWriter:
         if name not in self._made:
             self._made[name] = make(name)
         return self._made[name]
+
+
+def yarn_frequencies(
+    frequencies: Array, theta: float, yarn: tuple[float, ...]
+) -> tuple[Array, np.float32]:
+    """Frequencies that YaRN scales, float32 [width / 2], and the factor of sines and cosines.
+
+    Slow rotations are slowed down by the factor, fast ones stay as they are, and those between are
+    mixed (https://arxiv.org/abs/2309.00071, section 3.2).
+    """
+    factor, positions, fast, slow, scale, truncate = yarn
+    width = 2 * len(frequencies)
+
+    def bound(rotations: float) -> float:
+        return width * math.log(positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = bound(fast), bound(slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (np.arange(width // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    slowed = np.clip(ramp, 0, 1).astype(np.float32)
+    mixed = frequencies / np.float32(factor) * slowed + frequencies * (1 - slowed)
+    return np.asarray(mixed, np.float32), np.float32(scale)
 
 
 def alibi_slopes(num_heads: int) -> Array:
