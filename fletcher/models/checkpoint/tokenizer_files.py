@@ -124,9 +124,9 @@ class TokenizerFiles:
         if outside:
             word, number = min(outside.items(), key=lambda one: one[1])
             raise ModelError(
-                f"{self.name}: token {word[:100]!r} has id {number}, but the model has embeddings for "
-                f"ids below {num_embeddings} (`vocab_size` in config.json); take the tokenizer of this "
-                "checkpoint, or remove the token",
+                f"{self.name}: token {word[:100]!r} has id {number}, but the model has "
+                f"embeddings for ids below {num_embeddings} (`vocab_size` in config.json); take the "
+                "tokenizer of this checkpoint, or remove the token",
                 field="vocab_size",
             )
 
