@@ -111,8 +111,7 @@ class Delivery:
         key = (name, options.dataset, options.upload_id or uuid.uuid4().hex)
         terms = self._terms(options, schema)
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
-            # Fail now if the store is unavailable; else each caller would wait for a deadline.
-            self._breakers[name].require_ready(None)
+            self._breakers[name].require_ready(None)  # Fail now instead of at a deadline.
             sink = self._enter_sink(key, store)
             upload = None
             try:

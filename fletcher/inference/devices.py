@@ -9,6 +9,7 @@ from fletcher.errors import BackendError
 from fletcher.inference.backend import INSTALL_GPU, BackendConfig
 from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.onnx.float_indices import needs_float32
 from fletcher.models.onnx.packed import FAMILIES, can_pack
 
 # Largest number of cores of one replica. A replica's single interpreter lock feeds all its cores,
@@ -214,6 +215,12 @@ def _cpu(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution
     engine, why = _cpu_engine(backend, precision, host)
     if precision == "auto":
         precision = "bfloat16" if engine == "openvino" and native else "float32"
+        if precision == "bfloat16" and needs_float32(bundle):
+            precision, native = "float32", []
+            why = (
+                "the graph is an older Fletcher's, which bfloat16 would make wrong; add the model "
+                "again with `fletcher model add` for more speed"
+            )
     if precision == "bfloat16":
         why = ", ".join(name.upper() for name in native)
     elif engine == "openvino" and not native and not why:

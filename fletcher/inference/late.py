@@ -61,15 +61,15 @@ class LateIO(GraphIO):
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
         """Inputs and mask as in GraphIO, with the spans as an additional input.
 
-        That input is float32 [num_rows, largest number of spans of a row, padded length]. It is 1
-        for the tokens of each span and 0 elsewhere.
+        That input is [num_rows, largest number of spans of a row, padded length]. It is 1 for the
+        tokens of each span and 0 elsewhere. It is int32, or float32 in bundles of older versions.
         """
         arrays, mask = super().feeds(batch)
         spans = _spans(batch)
         rows = np.repeat(np.arange(len(mask)), spans.counts)
         tokens = np.arange(mask.shape[1], dtype=np.int32)
         shape = (len(mask), int(spans.counts.max()), mask.shape[1])
-        arrays[SPANS] = np.zeros(shape, np.float32)
+        arrays[SPANS] = np.zeros(shape, self.dtypes[SPANS])
         inside = (tokens >= spans.bounds[:, :1]) & (tokens < spans.bounds[:, 1:])
         arrays[SPANS][rows, _places(spans)] = inside
         return arrays, mask

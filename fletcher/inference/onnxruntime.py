@@ -38,7 +38,11 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 # reads the outputs of the other. The number is a guess and was not measured on a GPU.
 CUDA_CONCURRENCY = 2
 
-_DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+}
 
 
 class OnnxRuntimeBackend:

@@ -20,10 +20,11 @@ from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
+from fletcher.models.onnx.float_indices import needs_float32
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
-_DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
+_DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32, "f32": np.float32}
 
 
 class OpenVinoBackend:
@@ -144,6 +145,15 @@ def _load(
             f"{config.device}",
             field="precision" if hint is None else "device",
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
+        )
+    if config.precision == "bfloat16" and needs_float32(bundle):
+        raise BackendError(
+            f"`precision` is bfloat16, but an older Fletcher wrote the graph of {bundle.name}, "
+            "which computes indexes in floating point: bfloat16 would give wrong vectors. Add the "
+            f"model again: `fletcher model add {bundle.source} --name {bundle.name}`, or ask for "
+            "float32",
+            field="precision",
+            allowed=["float32"],
         )
     core = openvino.Core()
     sizes = [streams] if priority is None else [streams, priority]

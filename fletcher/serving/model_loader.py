@@ -112,7 +112,9 @@ class ModelLoader:
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
-        scope = [bundle.qualified_name, self.config.workers.tokenizer, *sorted(engines)]
+        # Another version of Fletcher may have written another graph for the same model.
+        graphs = sorted(bundle.graph_digests().values())
+        scope = [bundle.qualified_name, self.config.workers.tokenizer, *sorted(engines), *graphs]
         return EmbeddingCache(scope, bundle.dim, self.backend, self.telemetry)
 
 

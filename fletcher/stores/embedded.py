@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
 from fletcher.core.command import CHOICES
 from fletcher.core.schema import ELEMENT_TYPES
-from fletcher.errors import StoreError, StoreUnavailableError
+from fletcher.errors import FletcherError, StoreError, StoreUnavailableError
 from fletcher.stores.base import DatasetInfo, DatasetWriter, Store, StoreCapabilities
 from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
+
+log = logging.getLogger(__name__)
 
 
 class EmbeddedStore(Store):
@@ -35,6 +38,7 @@ class EmbeddedStore(Store):
         self.address = f"{self.scheme}:{folder}"
         self.folder = folder
         self.writers: set[EmbeddedWriter] = set()
+        self._left_out: set[str] = set()  # datasets that the log named
         try:
             make_folder(folder)
         except OSError as error:
@@ -49,8 +53,22 @@ class EmbeddedStore(Store):
         """Names of the folder's datasets."""
 
     def datasets(self) -> list[DatasetInfo]:
-        found = (self.dataset(name) for name in sorted(self.dataset_names()))
-        return [info for info in found if info is not None]
+        """All datasets, sorted by name.
+
+        The log names those left out: damaged ones, and what Fletcher did not write.
+        """
+        found = []
+        for name in sorted(self.dataset_names()):
+            try:
+                info = self.dataset(name)
+            except FletcherError as error:
+                if name not in self._left_out:
+                    log.warning("%s: `%s` is left out: %s", self.address, name, error)
+                    self._left_out.add(name)
+                continue
+            if info is not None:
+                found.append(info)
+        return found
 
     def lock_dataset(self, dataset: str) -> FileLock:
         """Lock a dataset for writing.

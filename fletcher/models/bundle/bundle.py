@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,28 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
             return [self.graph]
         return [self.folder / block_file(layers) for layers in self.layers]
 
+    def graph_digests(self) -> dict[str, str]:
+        """SHA-256 of each graph file, by the file's name.
+
+        Other versions of Fletcher may write another graph for the same vectors, and so with the
+        same `hash`.
+        """
+        files = read_json(self.folder / MANIFEST)["files"]
+        return {name: one["sha256"] for name, one in files.items() if name.endswith(".onnx")}
+
     @property
     def graph_normalizes(self) -> bool:
         """Whether the graph normalizes embeddings and returns their norms as `norm`."""
         return "norm" in self.outputs
+
+    def differences(self, other: ModelSpec, without: Sequence[str] = ()) -> list[str]:
+        """Names of the fields of the description that differ, except those in `without`."""
+        fields = {one.name: one.encode_name for one in msgspec.structs.fields(ModelSpec)}
+        return [
+            encoded
+            for name, encoded in fields.items()
+            if name not in without and getattr(self, name) != getattr(other, name)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Dict of the fields and paths that `fletcher model show` prints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from fletcher.models.bundle.spec import MANIFEST
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
-from fletcher.util.durable import sync_path
+from fletcher.util.durable import put_in_place, sync_path
 from fletcher.util.locks import FileLock
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -217,44 +218,53 @@ class Registry:
     def _place(
         self, staging: Path, name: str, new: ModelBundle, progress: Progress, *, replace: bool
     ) -> ModelBundle:
+        """Give a new bundle in `staging` its name, which some complete bundle has at any moment.
+
+        A bundle that had the name is in `staging` afterwards.
+        """
         target = self._folder / name
         if target.exists():
             try:
                 present = self.verify_model(name)
             except ModelError:
                 progress(f"model {name} is damaged: replacing it")
-                self._discard(target)
             else:
-                if (present.hash, present.layers) == (new.hash, new.layers):
+                if _is_the_same(present, new, replace=replace):
                     return present
+                _check_replaceable(present, new, replace=replace)
                 if present.hash == new.hash:
-                    exits = ", ".join(map(str, present.layers))
-                    raise ModelError(
-                        f"`name` {name} is taken by the same model with exits after layers "
-                        f"{exits}; choose another with --name, or remove it first: `fletcher model "
-                        f"remove {name}`",
-                        field="name",
-                    )
-                if not replace:
-                    raise ModelError(
-                        f"`name` {name} is taken by another model ({present.hash}, the new one is "
-                        f"{new.hash}); choose another with --name, keep both versions with "
-                        f"--replace, or remove it first: `fletcher model remove {name}`",
-                        field="name",
-                    )
-                kept = self._folder / present.qualified_name
-                if kept.exists():
-                    self._discard(kept)
-                target.rename(kept)
-                progress(f"the replaced version is kept as {present.qualified_name}")
+                    progress(f"the files and settings of {name} are written anew")
+                    if present.calibration.ranges:
+                        present.calibration.save(staging, MANIFEST)
+                else:
+                    self._keep(present)
+                    progress(f"the replaced version is kept as {present.qualified_name}")
         staging.chmod(0o755)  # only the owner can read a folder by mkdtemp
-        staging.rename(target)
+        put_in_place(staging, target)
         again = self._folder / f"{name}@{new.hash}"
         if again.exists():  # a replaced version is the current one again
             self._discard(again)
         bundle = self.get_model(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
+
+    def _keep(self, bundle: ModelBundle) -> None:
+        """Put a second folder of a bundle beside it, under `name@hash`, with links to its files."""
+        kept = self._folder / bundle.qualified_name
+        with contextlib.suppress(ModelError):
+            ModelBundle.from_folder(kept, verify=True)
+            return
+        copy = Path(tempfile.mkdtemp(prefix=f".staging-{bundle.name}~", dir=self._folder))
+        try:
+            shutil.copytree(bundle.folder, copy, copy_function=_link, dirs_exist_ok=True)
+            for path in [*copy.rglob("*"), copy]:
+                sync_path(path)
+            copy.chmod(0o755)
+            if kept.exists():
+                self._discard(kept)
+            put_in_place(copy, kept)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
 
     def _discard(self, folder: Path) -> None:
         """Delete a bundle: rename it first, so that no reader sees a part of the bundle."""
@@ -276,6 +286,47 @@ class Registry:
                     field="home",
                 ) from None
             yield
+
+
+def _is_the_same(present: ModelBundle, new: ModelBundle, *, replace: bool) -> bool:
+    """Whether the present bundle may stay. With `replace`, it must have the new one's origin, too."""
+    origin = () if replace else ("source", "licence")
+    same_files = present.graph_digests() == new.graph_digests()
+    return present.hash == new.hash and not present.differences(new, origin) and same_files
+
+
+def _check_replaceable(present: ModelBundle, new: ModelBundle, *, replace: bool) -> None:
+    """Raise ModelError if `new` must not take the name of `present`."""
+    name, remove = new.name, f"remove it first: `fletcher model remove {new.name}`"
+    if present.hash == new.hash and present.layers != new.layers:
+        exits = ", ".join(map(str, present.layers))
+        raise ModelError(
+            f"`name` {name} is taken by the same model with exits after layers {exits}; choose "
+            f"another with --name, or {remove}",
+            field="name",
+        )
+    if replace:
+        return
+    if present.hash != new.hash:
+        raise ModelError(
+            f"`name` {name} is taken by another model ({present.hash}, the new one is {new.hash}); "
+            f"choose another with --name, keep both versions with --replace, or {remove}",
+            field="name",
+        )
+    if differences := present.differences(new, ("source", "licence")):
+        raise ModelError(
+            f"`name` {name} is taken by the same model with another {' and '.join(differences)}; "
+            f"take the new one over with --replace, choose another name with --name, or {remove}",
+            field="name",
+        )
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _parse(

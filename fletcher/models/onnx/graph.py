@@ -35,6 +35,10 @@ GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 
+# Element types, as values of the attribute `to` of Cast.
+ONNX_FLOAT, ONNX_FLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
+ONNX_INT64, ONNX_BOOL = int(TensorProto.INT64), 9  # our copy of the schema names no BOOL
+
 _EXTERNAL_FROM_BYTES = 1024  # smaller tensors, such as shapes, load faster from the graph file
 _ELEMENT_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,

@@ -11,8 +11,8 @@ from fletcher.errors import ModelError
 from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
-from fletcher.models.onnx.graph import GraphBuilder
-from fletcher.models.onnx.transformer import MASKED_SCORE, MIN_NORM, TransformerWriter
+from fletcher.models.onnx.graph import ONNX_FLOAT, GraphBuilder
+from fletcher.models.onnx.transformer import MIN_NORM, TransformerWriter
 
 _STORED = "cls.predictions."
 
@@ -97,11 +97,9 @@ class SparseWriter(TransformerWriter):
         bias = graph.constant("weights.bias", masked.words_bias)
         value = graph.node("Add", (value, bias), "weights.each")
         # relu and log are monotonic, so the maximum can be taken before them.
-        padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "weights.padding")
-        least = self.encoder.scalar("masked", MASKED_SCORE)
-        padding = graph.node("Mul", (padding, least), "weights.padding.scores")
         last = graph.constant("weights.axis", [2])
-        padding = graph.node("Unsqueeze", (padding, last), "weights.padding.each")
+        scores = (self.padding_scores(mask), last)
+        padding = graph.node("Unsqueeze", scores, "weights.padding.each")
         value = graph.node("Add", (value, padding), "weights.seen")
         value = graph.node("ReduceMax", (value, self.second), "weights.greatest", keepdims=0)
         value = graph.node("Relu", (value,), "weights.positive")
@@ -139,17 +137,20 @@ def write_late(
     """Write the end of a graph for late chunking, with output float32 [B x S, dim].
 
     In late chunking (https://arxiv.org/abs/2409.04701) the model reads a whole row, and the spans
-    of the row are pooled afterwards. The input `segments`, float32 [B, S, L], is 1 for the tokens
+    of the row are pooled afterwards. The input `segments`, int32 [B, S, L], is 1 for the tokens
     of each span and 0 elsewhere. The output `embedding` holds the mean of each span, not
     normalized. The vectors of empty spans have no meaning. `graph` already has the model's layers,
     and `hidden` is the name of their output, [B, L, H].
     """
     encoder, width = EncoderLayers(graph, tensors, architecture), architecture.hidden
-    segments = graph.input("segments", np.float32, ("batch", "segments", "length"))
-    total = graph.node("MatMul", (segments, hidden), "segments.sum")
+    segments = graph.input("segments", np.int32, ("batch", "segments", "length"))
+    inside = graph.node("Cast", (segments,), "segments.float", to=ONNX_FLOAT)
+    total = graph.node("MatMul", (inside, hidden), "segments.sum")
     last = graph.constant("segments.axis", [2])
     count = graph.node("ReduceSum", (segments, last), "segments.count", keepdims=1)
-    count = graph.node("Max", (count, encoder.scalar("one", 1)), "segments.count.least")
+    one = graph.constant("segments.one", np.array([1], np.int32))
+    count = graph.node("Max", (count, one), "segments.count.least")
+    count = graph.node("Cast", (count,), "segments.count.float", to=ONNX_FLOAT)
     value = graph.node("Div", (total, count), "segments.mean")
     flat = graph.constant("segments.flat", [-1, width])
     value = graph.node("Reshape", (value, flat), "pooled")

@@ -23,7 +23,14 @@ from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.onnx.architecture import Style
 from fletcher.models.onnx.encoder import Array, EncoderLayers
-from fletcher.models.onnx.graph import GRAPH_FILE, MICROSOFT, GraphBuilder
+from fletcher.models.onnx.graph import (
+    GRAPH_FILE,
+    MICROSOFT,
+    ONNX_FLOAT,
+    ONNX_FLOAT16,
+    ONNX_INT64,
+    GraphBuilder,
+)
 from fletcher.models.onnx.transformer import MASKED_SCORE, MIN_NORM
 from fletcher.models.onnx.written import WrittenBert
 
@@ -42,8 +49,7 @@ INPUTS = ("input_ids", "position_ids", "token_offset", "cumulative_sequence_leng
 Attention = Literal["packed", "standard"]
 Precision = Literal["float16", "float32"]
 
-_ONNX_TYPES = {"float32": 1, "float16": 10}
-_INT64 = 7
+_ONNX_TYPES = {"float32": ONNX_FLOAT, "float16": ONNX_FLOAT16}
 
 
 def write_packed(
@@ -243,7 +249,7 @@ class _PackedWriter:
         start = graph.constant("twin.start", [0])
         graph.node("Slice", ("twin.offsets", start, "twin.tokens"), "twin.offsets.tokens")
         graph.node("Unsqueeze", ("twin.offsets.tokens", self.second), "twin.offsets.column")
-        graph.node("Cast", ("twin.offsets.column",), "twin.places", to=_INT64)
+        graph.node("Cast", ("twin.offsets.column",), "twin.places", to=ONNX_INT64)
         minus = graph.constant("twin.masked", np.array([MASKED_SCORE], self.precision))
         none = graph.constant("twin.none", np.zeros(1, self.precision))
         lengths, slots = self._lengths("twin"), self._slots("twin")

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fletcher.models.onnx.encoder import EncoderLayers
-
-_BOOL, _FLOAT, _INT64 = 9, 1, 7  # element types of ONNX
+from fletcher.models.onnx.graph import ONNX_BOOL, ONNX_FLOAT
 
 
 def write_pooling(encoder: EncoderLayers, pooling: str, hidden: str, mask: str) -> str:
@@ -18,7 +17,7 @@ def write_pooling(encoder: EncoderLayers, pooling: str, hidden: str, mask: str) 
         encoder: Writer of the graph.
         pooling: As in ModelSpec.
         hidden: Token embeddings, [B, L, H].
-        mask: 1 for tokens and 0 for padding, [B, L].
+        mask: 1 for tokens and 0 for padding, int64 [B, L].
     """
     pooled = [_POOLINGS[name](encoder, hidden, mask) for name in pooling.split("+")]
     return encoder.graph.node("Concat", pooled, "pooled.all", axis=-1) if pooled[1:] else pooled[0]
@@ -31,7 +30,6 @@ def _cls(encoder: EncoderLayers, hidden: str, _mask: str) -> str:
 
 def _last_token(encoder: EncoderLayers, hidden: str, mask: str) -> str:
     graph, one = encoder.graph, encoder.graph.constant("pooled.last.one", [1])
-    mask = graph.node("Cast", (mask,), "pooled.last.mask", to=_INT64)
     count = graph.node("ReduceSum", (mask, one), "pooled.last.count", keepdims=1)
     index = graph.node("Sub", (count, one), "pooled.last.index")
     return graph.node("GatherND", (hidden, index), "pooled.last", batch_dims=1)
@@ -45,7 +43,7 @@ def _mean(encoder: EncoderLayers, hidden: str, mask: str) -> str:
 def _max(encoder: EncoderLayers, hidden: str, mask: str) -> str:
     graph = encoder.graph
     last, second = graph.constant("pooled.axis", [2]), graph.constant("pooled.tokens", [1])
-    seen = graph.node("Cast", (mask,), "pooled.max.seen", to=_BOOL)
+    seen = graph.node("Cast", (mask,), "pooled.max.seen", to=ONNX_BOOL)
     seen = graph.node("Unsqueeze", (seen, last), "pooled.max.each")
     least = graph.constant("pooled.max.least", np.array([np.finfo(np.float32).min], np.float32))
     value = graph.node("Where", (seen, hidden, least), "pooled.max.values")
@@ -62,7 +60,6 @@ def _mean_sqrt_len(encoder: EncoderLayers, hidden: str, mask: str) -> str:
 def _weighted_mean(encoder: EncoderLayers, hidden: str, mask: str) -> str:
     """Mean where a token counts as often as its position says, from 1."""
     graph = encoder.graph
-    mask = graph.node("Cast", (mask,), "pooled.weighted.mask", to=_INT64)
     axis = graph.constant("pooled.weighted.axis", np.array(1, np.int64))
     positions = graph.node("CumSum", (mask, axis), "pooled.weighted.positions")
     weights = graph.node("Mul", (positions, mask), "pooled.weighted.weights")
@@ -75,8 +72,8 @@ def _sums(encoder: EncoderLayers, hidden: str, weights: str, name: str) -> tuple
     graph = encoder.graph
     second = graph.constant(f"{name}.tokens", [1])
     count = graph.node("ReduceSum", (weights, second), f"{name}.count", keepdims=1)
-    count = graph.node("Cast", (count,), f"{name}.count.float", to=_FLOAT)
-    row = graph.node("Cast", (weights,), f"{name}.float", to=_FLOAT)
+    count = graph.node("Cast", (count,), f"{name}.count.float", to=ONNX_FLOAT)
+    row = graph.node("Cast", (weights,), f"{name}.float", to=ONNX_FLOAT)
     row = graph.node("Unsqueeze", (row, second), f"{name}.row")
     total = graph.node("MatMul", (row, hidden), f"{name}.sum")
     return graph.node("Squeeze", (total, second), f"{name}.sum.flat"), count

@@ -7,6 +7,8 @@ These graphs differ from exporters' graphs:
 - The query weights include the attention's scale.
 - Most norms and activations are single operators, and attention has the form that engines fuse.
 - Masks are computed once for all layers.
+- Positions, distances, masks and counts are integers or booleans: engines may round every float to
+  bfloat16, where 511 and 512 are one number. They become floats only where they are multiplied.
 - With `cls` pooling, the last layer computes only the pooled token.
 
 docs/lab-book.md compares this form with others for BERT.
@@ -23,7 +25,7 @@ import numpy.typing as npt
 from fletcher.models.bundle.bundle import HANDED_ON, HIDDEN
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
-from fletcher.models.onnx.graph import GraphBuilder
+from fletcher.models.onnx.graph import ONNX_BOOL, ONNX_FLOAT, GraphBuilder
 from fletcher.models.onnx.pooling import write_pooling
 
 # Score of masked tokens. Its exp is 0 in float32, and float16 and bfloat16 can represent it.
@@ -59,7 +61,7 @@ class TransformerWriter:
         `hidden` of the next block, which has `hidden` instead of `input_ids`.
 
         Args:
-            pooling: str of token embeddings at each exit.
+            pooling: Pooling of token embeddings at each exit.
             dense: Linear layers after pooling.
             normalize: Divide embeddings by their norm, and add the output `norm`.
             layers: Indexes of the block's layers, counted from 0.
@@ -91,10 +93,10 @@ class TransformerWriter:
         return hidden
 
     def mask(self) -> str:
-        """Declare the input `attention_mask` and cast it to float32 [B, L]."""
+        """Declare the input `attention_mask`, int64 [B, L]: 1 for tokens, 0 for padding."""
         mask = self.graph.input("attention_mask", np.int64, ("batch", "length"))
         self.graph.node("Shape", (mask,), "input.length", start=1, end=2)
-        return self.graph.node("Cast", (mask,), "mask", to=1)
+        return mask
 
     def embeddings(self, input_ids: str) -> str:
         """Input of the first layer, float32 [B, L, H]."""
@@ -262,14 +264,20 @@ class TransformerWriter:
             terms.append(padding)
         return terms
 
+    def padding_scores(self, mask: str) -> str:
+        """float32 [B, L], 0 for tokens and MASKED_SCORE for padding."""
+
+        def write(name: str) -> str:
+            is_token = self.graph.node("Cast", (mask,), "padding.not", to=ONNX_BOOL)
+            scores = (self.encoder.scalar("zero", 0), self.encoder.scalar("masked", MASKED_SCORE))
+            return self.graph.node("Where", (is_token, *scores), name)
+
+        return self._once("padding.scores", write)
+
     def _padding(self, mask: str, name: str) -> str:
         """float32 [B, 1, 1, L], 0 for tokens and MASKED_SCORE for padding."""
-        graph = self.graph
-        axes = graph.constant("axes.heads", [1, 2])
-        padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "padding.is")
-        masked = self.encoder.scalar("masked", MASKED_SCORE)
-        scores = graph.node("Mul", (padding, masked), "padding.scores")
-        return graph.node("Unsqueeze", (scores, axes), name)
+        axes = self.graph.constant("axes.heads", [1, 2])
+        return self.graph.node("Unsqueeze", (self.padding_scores(mask), axes), name)
 
     def _seen(self, name: str, window: int) -> str:
         """float32 [L, L], 0 if token `row` attends to token `column`, else MASKED_SCORE."""
@@ -277,10 +285,9 @@ class TransformerWriter:
         distance = self._once("distance", self._distance)
         unseen = []
         if self.architecture.causal:
-            zero = self.encoder.scalar("zero", 0)
-            unseen.append(graph.node("Greater", (distance, zero), f"{name}.later"))
+            unseen.append(graph.node("Greater", (distance, self.first), f"{name}.later"))
         if window:
-            reach = self.encoder.scalar(f"{name}.reach", window)
+            reach = graph.constant(f"{name}.reach", [window])
             away = graph.node("Abs", (distance,), f"{name}.away")
             unseen.append(graph.node("Greater", (away, reach), f"{name}.far"))
         either = graph.node("Or", unseen, f"{name}.not") if len(unseen) > 1 else unseen[0]
@@ -288,9 +295,9 @@ class TransformerWriter:
         return graph.node("Where", (either, masked, self.encoder.scalar("zero", 0)), name)
 
     def _distance(self, name: str) -> str:
-        """float32 [L, L], the column's index minus the row's index."""
+        """int64 [L, L], the column's index minus the row's index."""
         graph = self.graph
-        every = np.arange(self.architecture.max_length, dtype=np.float32)
+        every = np.arange(self.architecture.max_length)
         places = self._cut(f"{name}.places", graph.constant(f"{name}.places.all", every))
         rows = graph.node("Unsqueeze", (places, self.second), f"{name}.rows")
         return graph.node("Sub", (places, rows), name)
@@ -302,13 +309,13 @@ class TransformerWriter:
         if architecture.distance_bias == "alibi":
             slopes = graph.constant(f"{name}.slopes", alibi_slopes(architecture.num_heads))
             away = graph.node("Abs", (distance,), f"{name}.away")
+            away = graph.node("Cast", (away,), f"{name}.away.float", to=ONNX_FLOAT)
             return graph.node("Mul", (away, slopes), name)
         farthest = architecture.max_length - 1
         buckets = distance_buckets(np.arange(-farthest, farthest + 1))
         table = np.ascontiguousarray(self.encoder.tensors.read_tensor("distances").T[:, buckets])
-        shift = self.encoder.scalar(f"{name}.shift", farthest)
-        index = graph.node("Add", (distance, shift), f"{name}.index.float")
-        index = graph.node("Cast", (index,), f"{name}.index", to=7)
+        shift = graph.constant(f"{name}.shift", [farthest])
+        index = graph.node("Add", (distance, shift), f"{name}.index")
         return graph.node("Gather", (graph.constant("distances", table), index), name, axis=1)
 
     def _cut(self, name: str, table: str) -> str:
@@ -325,17 +332,18 @@ class TransformerWriter:
     def _mean(self, hidden: str, mask: str) -> str:
         """Mean over each row's tokens, computed as a matrix product with the mask."""
         graph = self.graph
-        row = graph.node("Unsqueeze", (mask, self.second), "mask.row")
+        row = graph.node("Cast", (mask,), "mask.float", to=ONNX_FLOAT)
+        row = graph.node("Unsqueeze", (row, self.second), "mask.row")
         total = graph.node("MatMul", (row, hidden), "tokens.sum")
         total = graph.node("Squeeze", (total, self.second), "tokens.sum.flat")
         count = graph.node("ReduceSum", (mask, self.second), "tokens.count", keepdims=1)
+        count = graph.node("Cast", (count,), "tokens.count.float", to=ONNX_FLOAT)
         return graph.node("Div", (total, count), "pooled")
 
     def _last(self, hidden: str, mask: str) -> str:
         graph = self.graph
         count = graph.node("ReduceSum", (mask, self.second), "tokens.count", keepdims=1)
-        index = graph.node("Sub", (count, self.encoder.scalar("one", 1)), "last.index.float")
-        index = graph.node("Cast", (index,), "last.index", to=7)
+        index = graph.node("Sub", (count, self.second), "last.index")
         return graph.node("GatherND", (hidden, index), "pooled", batch_dims=1)
 
     def _once(self, name: str, make: Callable[[str], str]) -> str:

@@ -5,21 +5,30 @@ truncated manifest, or a complete manifest that names a truncated file. Lance th
 table, or fails when it reads the rows. The table's previous version is complete, and the sender
 sends the unacknowledged rows again.
 
+Only such versions are set aside, and only by a writer. A file beside the table names the newest
+synced version. If that version or an older one lacks a file, another cause than a power loss
+damaged the table, and the newer versions may hold rows that were acknowledged. The table is then
+refused and nothing is renamed. A table without that file counts as synced up to its last version
+but one.
+
 The layout is Lance's: https://lance.org/format/table/. A manifest file ends with the manifest's
 offset, the format's version and a magic number. Data files also end with the magic number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from fletcher.errors import StoreUnavailableError
 from fletcher.util.durable import sync_path
 
 log = logging.getLogger(__name__)
@@ -29,47 +38,116 @@ _FOOTER = struct.Struct("<QHH4s")
 _HINT = "latest_version_hint.json"
 _NEWEST_FIRST = 1 << 63  # numbers in file names from here on count down
 _TORN = ".torn"
+_SYNCED = "_fletcher_synced"
+
+
+class WholeVersion(NamedTuple):
+    """The newest complete version of a table, and the incomplete newer ones.
+
+    Attributes:
+        manifest: Manifest of the complete version; None if the table has none.
+        torn: Manifests of newer versions, each with its defect.
+    """
+
+    manifest: Path | None
+    torn: list[tuple[Path, str]]
+
+
+def find_whole_version(folder: Path) -> WholeVersion:
+    """Find the version to use. Changes nothing.
+
+    `folder` is the table's folder `NAME.lance`.
+
+    Raises:
+        StoreUnavailableError: The table is damaged, but not by a power loss.
+    """
+    versions = _newest_first(folder / "_versions")
+    synced = _read_synced(folder)
+    if synced is None and versions:
+        synced = versions[0][0] - 1
+    torn: list[tuple[Path, str]] = []
+    for number, manifest in versions:
+        reason = _torn(manifest, folder)
+        if not reason:
+            return WholeVersion(manifest, torn)
+        if synced is not None and number <= synced:
+            raise StoreUnavailableError(
+                f"dataset `{folder.stem}` is damaged: {reason}, and rows that were stored before "
+                "need it; put that file back, or delete the dataset",
+                field="dataset",
+            )
+        torn.append((manifest, reason))
+    return WholeVersion(None, torn)
 
 
 def set_torn_versions_aside(folder: Path) -> int:
     """Rename manifests of a table's newest incomplete versions; return their number.
 
     `folder` is the table's folder `NAME.lance`. The caller holds the table's lock.
+
+    Raises:
+        StoreUnavailableError: As `find_whole_version`; nothing is renamed.
     """
-    num_torn = 0
-    for manifest in _newest_first(folder / "_versions"):
-        reason = _torn(manifest, folder)
-        if not reason:
-            break
+    torn = find_whole_version(folder).torn
+    for manifest, reason in torn:
         log.error("%s is incomplete, using an earlier version: %s", manifest, reason)
         manifest.rename(manifest.with_suffix(_TORN))
-        num_torn += 1
-    if num_torn:
+    if torn:
         (folder / "_versions" / _HINT).unlink(missing_ok=True)
         sync_path(folder / "_versions")
-    return num_torn
+    return len(torn)
 
 
-def _newest_first(versions: Path) -> list[Path]:
+def newest_version(folder: Path) -> int:
+    """Number of a table's newest version; 0 if it has none."""
+    versions = _newest_first(folder / "_versions")
+    return versions[0][0] if versions else 0
+
+
+def note_synced(folder: Path, version: int) -> None:
+    """Note that a version and all older ones are on disk.
+
+    The note is not synced itself: an older note makes the repair look at more versions, which are
+    complete.
+    """
+    with contextlib.suppress(OSError):
+        file = os.open(folder / _SYNCED, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(file, f"{version:020d}".encode(), 0)
+        finally:
+            os.close(file)
+
+
+def _read_synced(folder: Path) -> int | None:
+    try:
+        return int((folder / _SYNCED).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _newest_first(versions: Path) -> list[tuple[int, Path]]:
+    """Version numbers and manifests of a table."""
     numbered = []
     for path in versions.glob("*.manifest"):
         if path.stem.isdecimal():
             number = int(path.stem)
-            numbered.append((-number if number < _NEWEST_FIRST else number - (1 << 64), path))
-    return [path for _, path in sorted(numbered)]
+            numbered.append(((1 << 64) - 1 - number if number >= _NEWEST_FIRST else number, path))
+    return sorted(numbered, reverse=True)
 
 
 def _torn(manifest: Path, folder: Path) -> str:
-    """The defect of a version; empty for a complete one."""
+    """The defect of a version, with the name of its file; empty for a complete one."""
     data = manifest.read_bytes()
     try:
         offset, _, _, magic = _FOOTER.unpack(data[-_FOOTER.size :])
         if magic != _MAGIC:
-            return "it is truncated"
+            return f"_versions/{manifest.name} is truncated"
         (length,) = struct.unpack_from("<I", data, offset)
         message = _Manifest.FromString(data[offset + 4 : offset + 4 + length])
     except (struct.error, OverflowError, DecodeError):
-        return "it is truncated"
+        return f"_versions/{manifest.name} is truncated"
+    if message.base_paths:  # a clone, whose files are in another table's folder
+        return ""
     for path, is_lance in _files(message):
         file = folder / path
         try:
@@ -104,9 +182,10 @@ _MESSAGES = {
         ("files", 2, "DataFile"),
         ("deletion_file", 3, "DeletionFile"),
     ],
-    "Manifest": [("fragments", 2, "Fragment")],
+    "BasePath": [("id", 1, "uint32")],
+    "Manifest": [("fragments", 2, "Fragment"), ("base_paths", 18, "BasePath")],
 }
-_REPEATED = ("files", "fragments")
+_REPEATED = ("files", "fragments", "base_paths")
 
 
 def _manifest_type() -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,11 +22,14 @@ from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.lance.repair import set_torn_versions_aside
+from fletcher.stores.lance.earlier import EarlierVersions
+from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
 from fletcher.stores.lance.writer import LanceWriter, check_new_columns, distinct_keys, lance_errors
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
 from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import sync_path
+
+_log = logging.getLogger(__name__)
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache, 2 GiB of read-ahead per scan)
 # exceed the bound that `--max-memory` promises.
@@ -77,15 +82,20 @@ class LanceStore(EmbeddedStore):
         super().__init__(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StoreError(f"the store's folder {folder} cannot be written", field="store")
-        self._database = lancedb.connect(
-            str(folder),
-            # Commits of other processes are visible at once.
-            read_consistency_interval=dt.timedelta(0),
-            session=lancedb.Session(
-                index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES
-            ),
+        session = lancedb.Session(
+            index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES
         )
-        self._repaired: set[str] = set()
+
+        def connect(to: Path) -> Any:
+            # Commits of other processes are visible at once.
+            consistency = dt.timedelta(0)
+            return lancedb.connect(str(to), read_consistency_interval=consistency, session=session)
+
+        self._connect = connect
+        self._database = connect(folder)
+        self._repaired: set[str] = set()  # datasets whose newest version was complete
+        self._reading = threading.Lock()
+        self._earlier = EarlierVersions()
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
         """See `Store.open_writer`. Adds columns that the dataset lacks."""
@@ -178,11 +188,20 @@ class LanceStore(EmbeddedStore):
     def delete_dataset(self, name: str) -> None:
         check_dataset(name)
         with self.lock_dataset(name), lance_errors(name):
-            self._repair(name)
-            if self._open_table(name) is None:
+            try:
+                known = self._open_table(name) is not None
+            except StoreUnavailableError:  # it is damaged
+                known = True
+            if not known:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
+            self._repaired.discard(name)
             sync_path(self.folder)
+
+    def close(self) -> None:
+        super().close()
+        with self._reading:
+            self._earlier.close()
 
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock."""
@@ -192,22 +211,35 @@ class LanceStore(EmbeddedStore):
             self._repaired.add(name)
 
     def _open_table(self, name: str) -> Any | None:
+        """A table at its newest complete version; None if it does not exist.
+
+        Raises:
+            InvalidCommandError: Fletcher did not write the table.
+            StoreUnavailableError: The table is damaged.
+        """
+        folder = self.folder / f"{name}.lance"
         # A table without a manifest is being created, or its creator died.
-        manifests = self.folder / f"{name}.lance" / "_versions"
-        if not any(manifests.glob("*.manifest")):
+        if not any((folder / "_versions").glob("*.manifest")):
             return None
-        if name not in self._repaired:
-            try:
-                lock = self.lock_dataset(name)
-            except StoreUnavailableError:
-                pass  # the writer that holds the lock has repaired the table
-            else:
-                with lock:
-                    self._repair(name)
-            if not any(manifests.glob("*.manifest")):
-                return None
+        database = self._database
         with lance_errors(name):
-            return self._database.open_table(name)
+            if name not in self._repaired:
+                manifest, torn = find_whole_version(folder)
+                if manifest is None:
+                    return None
+                if torn:
+                    _log.warning("%s; reading an earlier version of dataset %s", torn[0][1], name)
+                    with self._reading:
+                        database = self._connect(self._earlier.folder_of(manifest))
+                else:
+                    self._repaired.add(name)
+            table = database.open_table(name)
+        if not _is_dataset(table.schema):
+            raise InvalidCommandError(
+                f"`{name}` is a LanceDB table that Fletcher did not write; choose another name",
+                field="dataset",
+            )
+        return table
 
     def _table(self, name: str) -> Any:
         check_dataset(name)
@@ -217,18 +249,24 @@ class LanceStore(EmbeddedStore):
         return table
 
 
+def _is_dataset(schema: pa.Schema) -> bool:
+    """Whether Fletcher wrote the table, or may write to it: it has ids and vectors."""
+    written = any(key.startswith(b"fletcher.") for key in schema.metadata or ())
+    return written or {"id", "vector"} <= set(schema.names)
+
+
 def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:
     """The query of a table, limited to rows that meet the filters."""
     condition = conditions.to_sql(dataset, table.schema, filters)
     if condition is None:
         return query
     try:
-        # LanceDB checks only here whether a literal fits its column (300 in an int8).
+        # LanceDB checks only here whether it understands the condition.
         table.search().where(condition).select([]).limit(1).explain_plan()
     except ValueError as error:
         raise ColumnTypeError(
-            "a filter's value does not fit its column; compare with a value of its type",
-            field="filters",
+            "LanceDB cannot run this filter; filter by other columns, or with other values",
+            field="filter",
         ) from error
     return query.where(condition)
 

@@ -15,10 +15,17 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types
 
-from fletcher.errors import InvalidCommandError, RequestError, StoreUnavailableError
+from fletcher.errors import (
+    ColumnTypeError,
+    InvalidCommandError,
+    RequestError,
+    StoreUnavailableError,
+)
 from fletcher.stores.base import WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
 from fletcher.stores.filters import quoted
+from fletcher.stores.lance.probe import is_readable
+from fletcher.stores.lance.repair import newest_version, note_synced
 from fletcher.stores.schemas import (
     align_batch,
     check_compatible,
@@ -42,6 +49,13 @@ LARGE_ROWS = 8192
 FRAGMENT_ROWS = 1 << 20
 # Old versions are kept for this long, for readers in other processes.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
+# Columns that LanceDB adds to results, or computes. Stored columns of these names break searches.
+_OWN_COLUMNS = frozenset(
+    [
+        *("_distance", "_score", "_relevance_score", "_rowid", "_rowaddr", "_rowoffset"),
+        *("_indices", "_fragid", "_row_created_at_version", "_row_last_updated_at_version"),
+    ]
+)
 KEEP_FOREVER = dt.timedelta(days=36500)
 
 
@@ -95,10 +109,11 @@ class LanceWriter(EmbeddedWriter):
         with lance_errors(self.dataset):
             if upsert:
                 self._join_compaction()  # it may rewrite the same fragments
-                self._merge(last_of_each_id(table))
+                if _holds_nan(table, "vector"):
+                    raise _nan_refused()
+                self._merge(last_of_each_id(table), "id")
             else:
-                # One file per commit: parallel writers took more memory and were slower.
-                self._table.add(table, write_parallelism=1)
+                self._add(table)
             self._files.sync_new_files(settled=not self._compacting)
         self._rows += table.num_rows
         self._rows_since += table.num_rows
@@ -154,12 +169,39 @@ class LanceWriter(EmbeddedWriter):
     def _compacting(self) -> bool:
         return self._compaction is not None and self._compaction.is_alive()
 
-    def _merge(self, table: pa.Table) -> None:
-        if _holds_nan(table):
-            raise _nan_refused()
-        merge = self._table.merge_insert("id").when_matched_update_all()
+    def _merge(self, table: pa.Table, key: str) -> None:
+        merge = self._table.merge_insert(key)
+        if key == "id":
+            merge = merge.when_matched_update_all()
         # Unlike `add`, a merge treats null vectors as bad vectors and refuses them by default.
         merge.when_not_matched_insert_all().execute(table, on_bad_vectors="null")
+
+    def _add(self, table: pa.Table) -> None:
+        try:
+            # One file per commit: parallel writers took more memory and were slower.
+            self._table.add(table, write_parallelism=1)
+        except (ValueError, RuntimeError) as error:
+            if "contains NaN" not in str(error) or _holds_nan(table, "vector"):
+                raise
+            self._join_compaction()
+            self._insert_nan(table)
+
+    def _insert_nan(self, table: pa.Table) -> None:
+        """Add rows with NaN in a carried list of a fixed size.
+
+        `add` takes each such list for a vector and refuses NaN. A merge looks at `vector` alone. No
+        row has the keys of these rows, so the merge inserts them all.
+        """
+        keys = table.column("batch_key") if "batch_key" in table.schema.names else None
+        asked = [] if keys is None or keys.null_count else keys.unique().to_pylist()
+        if not asked or len(self.missing_keys(asked)) < len(asked):
+            name = next(one for one in table.schema.names if _holds_nan(table, one))
+            raise RequestError(
+                f"`{name[:200]}` holds NaN in a list of fixed size, which LanceDB takes only in "
+                "rows with a new `batch_key`; send a list of variable size",
+                field=name[:200],
+            )
+        self._merge(table, "batch_key")
 
     def _compaction_due(self, fragments: int) -> bool:
         if self._compacting or self._small_fragments < fragments:
@@ -211,6 +253,7 @@ class _SyncedFolder:
                 incomplete, and the next call syncs it again.
         """
         with self._mutex:
+            version = newest_version(self._folder)
             present = set()
             changed: set[str] = set()
             for folder, folders, names in os.walk(self._folder):
@@ -229,6 +272,7 @@ class _SyncedFolder:
             if not self._synced:
                 sync_path(self._folder.parent)
             self._synced = present if settled else self._synced & present
+            note_synced(self._folder, version)
 
 
 def check_new_columns(schema: pa.Schema) -> None:
@@ -238,13 +282,26 @@ def check_new_columns(schema: pa.Schema) -> None:
         ColumnTypeError, InvalidCommandError: LanceDB does not support a type or a name.
     """
     check_storable(schema)
-    for name in schema.names:
+    for field in schema:
+        name = field.name
         # Lance accepts some of these names and then does not find the column.
         if not name or any(character in name for character in ".`\0"):
             raise InvalidCommandError(
                 f"`columns` has {name[:200]!r}, which LanceDB cannot store; expected a name "
                 "without dots, backticks and zero bytes; rename it",
                 field="columns",
+            )
+        if name.lower() in _OWN_COLUMNS:
+            raise InvalidCommandError(
+                f"`columns` has {name!r}, which LanceDB uses for a column of its search results; "
+                "rename it",
+                field="columns",
+            )
+        if not is_readable(field.type):
+            raise ColumnTypeError(
+                f"`{name[:200]}` is {str(field.type)[:200]}, some values of which LanceDB cannot "
+                "read back; send it as JSON text, or with fewer levels",
+                field=name[:200],
             )
 
 
@@ -279,8 +336,11 @@ def lance_errors(dataset: str) -> Iterator[None]:
         raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store") from error
 
 
-def _holds_nan(table: pa.Table) -> bool:
-    vectors = table.column("vector")
+def _holds_nan(table: pa.Table, name: str) -> bool:
+    """Whether a column that LanceDB takes for vectors holds NaN."""
+    if name not in table.schema.names:
+        return False
+    vectors = table.column(name)
     kind = vectors.type
     if not (types.is_fixed_size_list(kind) and types.is_floating(kind.value_type)):
         return False

@@ -98,7 +98,7 @@ def test_help_shows_the_variable_and_the_default_of_each_option(
     out = capsys.readouterr().out
     for option in OPTIONS.values():
         assert f"[env: {option.variable}]" in out
-    assert "[default: 2GiB] [env: FLETCHER_MAX_MEMORY]" in out
+    assert "[default: 2GiB] [env: FLETCHER_MAX_MEMORY]" in " ".join(out.split())
     assert "\x1b" not in out
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert main(["serve", "--help"]) == 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fletcher.errors import StoreUnavailableError
+from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
-from fletcher.stores.lance.repair import _torn
+from fletcher.stores.lance.repair import _torn, newest_version, note_synced
 from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
@@ -21,13 +21,23 @@ pytest.importorskip("lancedb")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store with rows 0 to 99, and 100 to 149 in a commit of their own."""
+    """A store with rows 0 to 99, and 100 to 149 in a commit that was not synced."""
     store = open_store(f"lance:{tmp_path}")
     writer = store.open_writer("d", rows.schema(), "append")
     writer.append([rows.batch(0, 100)])
     writer.append([rows.batch(100, 50)])
     store.close()
+    note_newest_unsynced(tmp_path)
     return tmp_path
+
+
+def note_newest_unsynced(folder: Path) -> None:
+    table = folder / "d.lance"
+    note_synced(table, newest_version(table) - 1)
+
+
+def manifests(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "d.lance" / "_versions").iterdir())
 
 
 def newest(folder: Path, pattern: str) -> Path:
@@ -60,8 +70,11 @@ def test_the_version_before_is_taken_and_goes_on(
     DAMAGE[damage](folder)
     store = open_store(f"lance:{folder}")
     if first_use == "read":
+        before = manifests(folder)
+        assert [info.num_rows for info in store.datasets()] == [100]
         assert store.stored_ranges("d", "u") == [(0, 99)]
         assert ids(store) == list(range(100))
+        assert manifests(folder) == before  # a read renames nothing
     writer = store.open_writer("d", rows.schema(), "append")
     assert "is incomplete, using an earlier version" in caplog.text
     sent = rows.batch(100, 50)
@@ -107,6 +120,7 @@ def test_a_replaced_row_is_the_old_one_again(folder: Path) -> None:
     store.close()
     deletions = list((folder / "d.lance" / "_deletions").iterdir())
     assert deletions
+    note_newest_unsynced(folder)
     for path in deletions:
         path.unlink()
     again = open_store(f"lance:{folder}")
@@ -119,7 +133,7 @@ def test_a_replaced_row_is_the_old_one_again(folder: Path) -> None:
 def test_a_table_that_is_whole_or_being_written_is_left_alone(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = sorted(path.name for path in (folder / "d.lance" / "_versions").iterdir())
+    before = manifests(folder)
     store = open_store(f"lance:{folder}")
     assert ids(store) == list(range(150))
     store.close()
@@ -133,13 +147,101 @@ def test_a_table_that_is_whole_or_being_written_is_left_alone(
     lock.release()
     assert ids(reader) == list(range(150))
     reader.close()
-    assert sorted(path.name for path in (folder / "d.lance" / "_versions").iterdir()) == before
-    assert not caplog.records
+    assert manifests(folder) == before
+    assert "reading an earlier version" in caplog.text
+
+
+@pytest.mark.parametrize("synced", [None, 2, 3, 7])
+@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_table_that_lost_an_old_file_is_refused_by_its_name(
+    tmp_path: Path, synced: int | None, number: int, lost: bool
+) -> None:
+    """Six commits went away because a file of the second one was lost."""
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.schema(), "append")
+    for first in range(6):
+        writer.append([rows.batch(10 * first, 10)])
+    fill = store.open_writer("e", rows.schema(), "append")
+    fill.append([rows.batch(0, 5)])
+    store.close()
+    if synced is None:  # a table of an earlier release
+        (tmp_path / "d.lance" / "_fletcher_synced").unlink()
+    else:
+        note_synced(tmp_path / "d.lance", synced)
+    files = sorted(
+        (tmp_path / "d.lance" / "data").iterdir(), key=lambda path: path.stat().st_mtime_ns
+    )
+    if lost:
+        files[number].unlink()
+    else:
+        cut(files[number], files[number].stat().st_size - 16)
+    before = manifests(tmp_path)
+    again = open_store(f"lance:{tmp_path}")
+    if synced is not None and synced < 2 + number:  # no version below the damage was synced
+        assert again.dataset("d").num_rows == 10 * number
+        again.close()
+        return
+    assert [info.name for info in again.datasets()] == ["e"]
+    for use in (
+        lambda: again.dataset("d"),
+        lambda: again.open_writer("d", rows.schema(), "append"),
+        lambda: again.stored_ranges("d", "u"),
+    ):
+        with pytest.raises(StoreUnavailableError, match=files[number].name):
+            use()
+    assert manifests(tmp_path) == before
+    again.close()
+
+
+def test_a_dataset_that_is_damaged_can_be_deleted(folder: Path) -> None:
+    note_synced(folder / "d.lance", newest_version(folder / "d.lance"))
+    newest(folder, "data/*.lance").unlink()
+    store = open_store(f"lance:{folder}")
+    store.delete_dataset("d")
+    assert store.dataset("d") is None
+    store.close()
+
+
+def test_foreign_tables_are_left_alone_and_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import lancedb
+
+    database = lancedb.connect(str(folder))
+    database.create_table("my.table", [{"a": 1, "vector": [1.0, 2.0]}])
+    database.create_table("other", [{"a": 1, "v": "x"}])
+    garbage = folder / "zz.lance" / "_versions" / "1.manifest"
+    garbage.parent.mkdir(parents=True)
+    garbage.write_bytes(b"garbage" * 10)
+    (folder / "d.lance" / "_versions" / "mine.manifest").write_bytes(b"garbage")
+    store = open_store(f"lance:{folder}")
+    for _ in range(2):
+        assert [info.name for info in store.datasets()] == ["d"]
+    assert caplog.text.count("`other` is left out") == 1
+    assert caplog.text.count("`my.table` is left out") == 1
+    with pytest.raises(InvalidCommandError, match="`other` is a LanceDB table that Fletcher did"):
+        store.open_writer("other", rows.schema(), "append")
+    with pytest.raises(InvalidCommandError, match="`other`"):
+        store.delete_dataset("other")
+    assert database.open_table("other").count_rows() == 1
+    assert garbage.read_bytes() == b"garbage" * 10
+    store.close()
+
+
+def test_a_clone_is_read_and_its_files_are_not_missed(folder: Path) -> None:
+    import lancedb
+
+    lancedb.connect(str(folder)).clone_table("c", str(folder / "d.lance"))
+    store = open_store(f"lance:{folder}")
+    assert [(info.name, info.num_rows) for info in store.datasets()] == [("c", 150), ("d", 150)]
+    store.close()
 
 
 def test_a_table_without_a_whole_version_is_none(folder: Path) -> None:
     for path in (folder / "d.lance" / "_versions").glob("*.manifest"):
         cut(path, 0)
+    note_synced(folder / "d.lance", 0)
     store = open_store(f"lance:{folder}")
     assert store.dataset("d") is None
     writer = store.open_writer("d", rows.schema(), "append")
