@@ -39,7 +39,7 @@ def make_folder(path: Path) -> None:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a folder to `target` durably. A folder that is there gets the name `folder` instead.
+    """Rename a folder to `target` durably; an old `target` gets the folder's name.
 
     Both names change at once, so `target` is a complete folder at any time, and after a crash. On a
     file system that cannot exchange names, a crash between two renames can leave no `target`.
@@ -58,7 +58,7 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two paths at once; return False if the system cannot do so."""
+    """Exchange the names of two paths at once; False if the system cannot."""
     at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):

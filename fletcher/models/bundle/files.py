@@ -62,7 +62,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def damage_named(place: str) -> Iterator[None]:
-    """Turn errors of a block that reads nested JSON into a ModelError that names the file.
+    """Turn errors of reading nested JSON into a ModelError that names the file.
 
     Use it where a value can be of any type and shape, and checks of each would hide the meaning.
     """

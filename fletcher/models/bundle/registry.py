@@ -218,7 +218,7 @@ class Registry:
     def _place(
         self, staging: Path, name: str, new: ModelBundle, progress: Progress, *, replace: bool
     ) -> ModelBundle:
-        """Give a new bundle in `staging` its name, which some complete bundle has at any moment.
+        """Give a new bundle its name, which a complete bundle has at any moment.
 
         A bundle that had the name is in `staging` afterwards.
         """
@@ -249,7 +249,7 @@ class Registry:
         return bundle
 
     def _keep(self, bundle: ModelBundle) -> None:
-        """Put a second folder of a bundle beside it, under `name@hash`, with links to its files."""
+        """Make a folder `name@hash` beside a bundle, with links to its files."""
         kept = self._folder / bundle.qualified_name
         with contextlib.suppress(ModelError):
             ModelBundle.from_folder(kept, verify=True)
@@ -289,7 +289,7 @@ class Registry:
 
 
 def _is_the_same(present: ModelBundle, new: ModelBundle, *, replace: bool) -> bool:
-    """Whether the present bundle may stay. With `replace`, it must have the new one's origin, too."""
+    """Whether the present bundle may stay. `replace` asks for the same origin, too."""
     origin = () if replace else ("source", "licence")
     same_files = present.graph_digests() == new.graph_digests()
     return present.hash == new.hash and not present.differences(new, origin) and same_files

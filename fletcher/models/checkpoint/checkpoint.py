@@ -261,7 +261,7 @@ def _similarity(settings: Mapping[str, Any], kind: OutputKind) -> Similarity:
 def _dims(
     config: Mapping[str, Any], settings: Mapping[str, Any], dim: int
 ) -> tuple[tuple[int, ...], int]:
-    """Declared dims, ascending, with `dim` as the last; and the default if it is another."""
+    """Declared dims, ascending, up to `dim`; and the default if it is smaller."""
     places = [("config.json", config), (_SETTINGS, settings)]
     found = [dim]
     for place, content in places:

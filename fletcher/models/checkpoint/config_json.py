@@ -219,7 +219,7 @@ def theta(
 
 
 def yarn(config: Config) -> tuple[float, ...]:
-    """Read the scaling of rotary positions as `Architecture.yarn`; empty if they are not scaled.
+    """Read the scaling of rotary positions; empty if they are not scaled.
 
     The factor is fixed, so a text's vector does not depend on the lengths of other texts.
 

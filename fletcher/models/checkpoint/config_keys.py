@@ -1,6 +1,7 @@
-"""Known keys of config.json: every key is read by the family, or changes no vector, or is refused.
+"""Known keys of config.json, and refusal of all others.
 
-The family's reader gets a `ReadConfig`, which remembers the keys that were read. Afterwards
+Every key is read by the family, or changes no vector, or is refused. The family's reader gets a
+`ReadConfig`, which remembers the keys that were read. Afterwards
 `check_all_known` refuses the rest. So a key that a new release of transformers adds is refused,
 until somebody has looked at its meaning.
 """

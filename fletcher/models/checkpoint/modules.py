@@ -1,4 +1,4 @@
-"""modules.json of sentence-transformers: the modules that turn a text into a vector, in order."""
+"""Modules of sentence-transformers, which turn a text into a vector one by one."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ class DenseModule:
 
 
 def read_modules(folder: Path) -> dict[str, list[str]]:
-    """Read the folders of a checkpoint's modules, by class name; an empty name is `folder` itself.
+    """Read the folders of a checkpoint's modules, by class name.
 
-    A checkpoint without modules.json is a single Transformer.
+    An empty folder name stands for `folder` itself. A checkpoint without modules.json is a single
+    Transformer.
 
     Raises:
         ModelError: modules.json is damaged, or lists other modules or another order.
@@ -122,7 +123,7 @@ def read_modules(folder: Path) -> dict[str, list[str]]:
 
 
 def read_dense(folders: Iterable[Path], width: int, *, tokens: bool) -> tuple[DenseModule, ...]:
-    """Read the Dense modules in `folders`, which follow vectors with `width` dimensions.
+    """Read the Dense modules in `folders`; the first gets `width` dimensions.
 
     `tokens` says whether the modules follow token embeddings, as in PyLate, instead of pooling.
 
@@ -167,7 +168,7 @@ def read_dense(folders: Iterable[Path], width: int, *, tokens: bool) -> tuple[De
 
 
 def read_pooling(folder: Path, width: int) -> str:
-    """Read the pooling of the module in `folder`: a name in POOLINGS, or several joined by `+`.
+    """Read the pooling of the module in `folder`, as in ModelSpec.
 
     Raises:
         ModelError: A setting is invalid or not supported.
@@ -197,7 +198,7 @@ def read_pooling(folder: Path, width: int) -> str:
 
 
 def check_known(place: str, config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Check that a file has no setting that Fletcher does not know; null settings are accepted.
+    """Check that a file has no unknown setting; null settings are accepted.
 
     Raises:
         ModelError: The file has another key.

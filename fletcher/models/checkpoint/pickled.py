@@ -1,4 +1,4 @@
-"""Tensors of pytorch_model.bin, read without running anything that the file asks for.
+"""Tensors of pytorch_model.bin, read without running anything of the file.
 
 A pickle is a program: it names functions and calls them. Here, two checks keep it from doing so.
 First, every opcode is looked at before any is executed, so that only those of plain data pass, and
@@ -54,7 +54,7 @@ _OPCODES = """
 
 
 class _Storage(NamedTuple):
-    """Place of raw data: its key, its element type by PyTorch's name, and its size in elements."""
+    """Raw data: its key, PyTorch's name of its type, and its size in elements."""
 
     key: str
     kind: str
@@ -146,10 +146,10 @@ class PickledFile:
             str(name): tensor for name, tensor in found.items() if isinstance(tensor, _Tensor)
         }
 
-    def names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         return sorted(self._tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, before any check."""
         return self._tensors[name].shape
 

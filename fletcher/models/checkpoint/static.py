@@ -14,14 +14,18 @@ _TABLES = ("embedding.weight", "embeddings")
 
 
 def read_static_config(folder: Path) -> dict[str, Any]:
-    """Read what config.json says of other models from the weights of a StaticEmbedding.
+    """Derive the content of a config.json from the weights of a StaticEmbedding.
 
     Raises:
         ModelError: The weights are not one table of embeddings.
     """
     weights = Weights(folder, ())
-    names = weights.names()
-    if len(names) != 1 or names[0] not in _TABLES or len(shape := weights.shape(names[0])) != 2:
+    names = weights.tensor_names()
+    if (
+        len(names) != 1
+        or names[0] not in _TABLES
+        or len(shape := weights.tensor_shape(names[0])) != 2
+    ):
         raise ModelError(
             f"the StaticEmbedding has the tensors {', '.join(names)[:200] or 'none'}, expected one "
             f"table, {' or '.join(_TABLES)}; save the model again with sentence-transformers"

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that define its tokens, put together as one tokenizer.json.
+"""Files of a checkpoint that define its tokens, joined as one tokenizer.json.
 
 transformers changes a tokenizer by the settings beside it: tokenizer_config.json,
 special_tokens_map.json and added_tokens.json. This module makes the same changes, as transformers
@@ -47,7 +47,7 @@ _NORMALIZER = {
 
 
 class TokenizerFiles:
-    """The tokenizer of a checkpoint: tokenizer.json with the changes that other files ask for.
+    """tokenizer.json of a checkpoint with the changes that other files ask for.
 
     Args:
         path: Path of tokenizer.json. The other files are in the same folder.
@@ -125,8 +125,8 @@ class TokenizerFiles:
             word, number = min(outside.items(), key=lambda one: one[1])
             raise ModelError(
                 f"{self.name}: token {word[:100]!r} has id {number}, but the model has "
-                f"embeddings for ids below {num_embeddings} (`vocab_size` in config.json); take the "
-                "tokenizer of this checkpoint, or remove the token",
+                f"embeddings for ids below {num_embeddings} (`vocab_size` in config.json); take "
+                "the tokenizer of this checkpoint, or remove the token",
                 field="vocab_size",
             )
 
@@ -139,7 +139,7 @@ class TokenizerFiles:
                 self._add(marker, vocabulary[marker], {})
 
     def set_static(self) -> int:
-        """Leave special tokens out, as StaticEmbedding does; return the most tokens of a text.
+        """Leave special tokens out; return the most tokens of a text.
 
         StaticEmbedding truncates only as tokenizer.json says. A model without such a limit reads
         texts up to MAX_STATIC_LENGTH.
@@ -156,7 +156,7 @@ class TokenizerFiles:
         return min(length, MAX_STATIC_LENGTH)
 
     def write(self, path: Path) -> None:
-        """Write the tokenizer; an unchanged one keeps its bytes, so that hashes stay the same."""
+        """Write the tokenizer. An unchanged one keeps its bytes, and so its hash."""
         if self._is_changed:
             path.write_text(json.dumps(self._content, ensure_ascii=False), encoding="utf-8")
         else:
@@ -207,7 +207,7 @@ class TokenizerFiles:
         self._set(self._part("pre_tokenizer"), "add_prefix_space", value)
 
     def _check_prefix_space(self) -> None:
-        """Check that tokenizer.json agrees with `add_prefix_space`, which few classes apply."""
+        """Check that tokenizer.json agrees with `add_prefix_space`."""
         wanted = bool(self.settings["add_prefix_space"])
         for one in _nested(self._part("pre_tokenizer")):
             kind = one.get("type")
@@ -235,7 +235,7 @@ class TokenizerFiles:
             self._is_changed = True
 
     def _lowercase(self) -> None:
-        """Lower-case texts first, unless the normalizer does so, as sentence-transformers does."""
+        """Lower-case texts first, unless the normalizer does so."""
         present = self._part("normalizer")
         if any(_lowers(one) for one in _nested(present)):
             return
@@ -297,7 +297,7 @@ class TokenizerFiles:
         self._is_changed = True
 
     def _check_ends(self) -> None:
-        """Check the special tokens at both ends of a text against the names in the settings."""
+        """Check the special tokens at both ends of a text against their names."""
         before, after = self._ends()
         for key, tokens in (("bos", before), ("eos", after)):
             name = _content(self.settings.get(f"{key}_token"))
@@ -342,7 +342,7 @@ def _is_token(one: object) -> bool:
 
 
 def _content(value: object) -> str:
-    """Text of a token, which files give as a string or as an object; empty if there is none."""
+    """Text of a token, which is a string or an object; empty if there is none."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
 

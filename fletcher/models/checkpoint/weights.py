@@ -43,19 +43,19 @@ class Weights:
         for file in _weight_files(folder):
             is_pickled = file.endswith(".bin")
             tensors = (PickledFile if is_pickled else SafetensorsFile)(folder / file)
-            for stored in tensors.names():
+            for stored in tensors.tensor_names():
                 self._places[_canonical(stored, prefixes)] = (tensors, stored)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has a tensor called `name`."""
         return name in self._places
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that the checkpoint has. Raises ModelError if its entry is damaged."""
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises ModelError if its entry is damaged."""
         file, stored = self._places[name]
-        return file.shape(stored)
+        return file.tensor_shape(stored)
 
-    def names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         """Sorted names of all tensors."""
         return sorted(self._places)
 
@@ -127,10 +127,10 @@ class SafetensorsFile:
             else np.empty(0, np.uint8)
         )
 
-    def names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         return sorted(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor. Raises ModelError if its entry in the header is damaged."""
         return self._entry(name)[1]
 

@@ -1,4 +1,4 @@
-"""Poolings that few models have, and several poolings side by side, as parts of a graph."""
+"""Parts of a graph for rare poolings, and for several poolings side by side."""
 
 from __future__ import annotations
 

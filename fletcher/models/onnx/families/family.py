@@ -90,7 +90,7 @@ def fused(name: str, parts: str | Sequence[str]) -> dict[str, Stored]:
 
 
 class StoredTensors(Protocol):
-    """A checkpoint's weights as `encoder.Tensors`, which knows the tensors that were not read."""
+    """Weights as `encoder.Tensors`, with a check of the tensors left unread."""
 
     def read_tensor(self, name: str) -> Array: ...
 
@@ -103,7 +103,7 @@ class StoredTensors(Protocol):
 
 
 class StaticTensors:
-    """The table of embeddings of a static model, and a row of zeros for texts without tokens."""
+    """Table of embeddings of a static model, with a row of zeros at its end."""
 
     def __init__(self, weights: Weights, architecture: Architecture, _family: Family) -> None:
         self._weights = weights

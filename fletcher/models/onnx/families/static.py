@@ -1,4 +1,4 @@
-"""Static models (StaticEmbedding, model2vec): the mean of their tokens' embeddings."""
+"""Static models such as StaticEmbedding: the mean of their tokens' embeddings."""
 
 from __future__ import annotations
 

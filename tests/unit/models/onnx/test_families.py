@@ -16,7 +16,7 @@ from fletcher.cli import main
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
-from fletcher.models.onnx.transformer import alibi_slopes
+from fletcher.models.onnx.positions import alibi_slopes
 
 FAMILIES = Path(__file__).parents[3] / "golden" / "families"
 
