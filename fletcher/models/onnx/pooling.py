@@ -24,8 +24,10 @@ def write_pooling(encoder: EncoderLayers, pooling: str, hidden: str, mask: str) 
 
 
 def _cls(encoder: EncoderLayers, hidden: str, _mask: str) -> str:
-    index = encoder.graph.constant("pooled.cls.index", np.array(0, np.int64))
-    return encoder.graph.node("Gather", (hidden, index), "pooled.cls", axis=1)
+    graph = encoder.graph
+    first, second = graph.constant("pooled.cls.first", [0]), graph.constant("pooled.cls.axis", [1])
+    one = graph.node("Slice", (hidden, first, second, second), "pooled.cls.one")
+    return graph.node("Squeeze", (one, second), "pooled.cls")
 
 
 def _last_token(encoder: EncoderLayers, hidden: str, mask: str) -> str:
@@ -60,7 +62,7 @@ def _mean_sqrt_len(encoder: EncoderLayers, hidden: str, mask: str) -> str:
 def _weighted_mean(encoder: EncoderLayers, hidden: str, mask: str) -> str:
     """Mean where a token counts as often as its position says, from 1."""
     graph = encoder.graph
-    axis = graph.constant("pooled.weighted.axis", np.array(1, np.int64))
+    axis = graph.constant("pooled.weighted.axis", [1])
     positions = graph.node("CumSum", (mask, axis), "pooled.weighted.positions")
     weights = graph.node("Mul", (positions, mask), "pooled.weighted.weights")
     total, count = _sums(encoder, hidden, weights, "pooled.weighted")
