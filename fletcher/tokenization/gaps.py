@@ -59,7 +59,7 @@ class Gaps:
 
     @classmethod
     def from_json(cls, spec: Mapping[str, Any]) -> Gaps | None:
-        """Read the rule from the content of tokenizer.json; None if the argument does not hold."""
+        """Read the rule from tokenizer.json; None if the argument does not hold."""
         after = _next_bytes(spec)
         added = spec.get("added_tokens") or []
         if after is None or (spec.get("model") or {}).get("type") not in _MODELS:

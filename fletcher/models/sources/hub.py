@@ -39,7 +39,7 @@ _PICKLED = re.compile(r"(\d+_[A-Za-z]+/)?pytorch_model((-\d+-of-\d+)?\.bin|\.bin
 
 
 def _is_wanted(name: str, every: Collection[str]) -> bool:
-    """Whether a file of a repository is part of its checkpoint; `every` has all files' names."""
+    """Whether a file belongs to the checkpoint of a repository with the files `every`."""
     if _PICKLED.fullmatch(name):
         folder = name.rpartition("/")[0]
         safe = (one for one in every if _SAFE.fullmatch(one))
