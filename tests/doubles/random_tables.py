@@ -258,19 +258,15 @@ def check_table(draw: Draw, folder: Path, stores: Sequence[Store], dataset: str)
 
 
 def _names_place(message: str, table: pa.Table) -> bool:
-    return any(f"`{name}`" in message for name in table.schema.names)
+    return any(f"`{name}`" in message or repr(name) in message for name in table.schema.names)
 
 
 def _compare(table: pa.Table, found: pa.Table) -> None:
     for name in table.schema.names:
-        sent, got = table[name].to_pylist(), found[name].to_pylist()
-        assert same(sent, got), (
-            name,
-            table.schema.field(name),
-            found.schema.field(name),
-            sent,
-            got,
-        )
+        column = found[name.replace(".", "_")]
+        kinds = table.schema.field(name).type, column.type
+        sent, got = table[name].to_pylist(), column.to_pylist()
+        assert same(sent, got), (name, *kinds, sent, got)
 
 
 def _store(source: TextSource, store: Store, dataset: str) -> str | None:

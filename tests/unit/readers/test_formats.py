@@ -222,9 +222,11 @@ def test_fields_inside_objects(tmp_path):
     for path in (jsonl, arrow):
         found = read(path, "a.b", text_column="meta.text", id_column="meta.by.id")
         assert found.to_pylist() == [
-            {"meta.by.id": 7, "meta.text": "a", "a.b": 1},
-            {"meta.by.id": None, "meta.text": None, "a.b": None},
+            {"meta.by.id": 7, "meta.text": "a", "a_b": 1},
+            {"meta.by.id": None, "meta.text": None, "a_b": None},
         ]
+        by_id = read(path, "meta.by.id", text_column="meta.text")
+        assert by_id["meta_by_id"].to_pylist() == [7, None]
         with pytest.raises(UnknownColumnError, match=r"no column `meta\.tex`"):
             read(path, text_column="meta.tex")
 
