@@ -252,8 +252,8 @@ class Tokenizer:
 
 def _undivided(size: int) -> RowTooLargeError:
     return RowTooLargeError(
-        f"`text` has {size:,} bytes with few tokens, or few places where it can be divided, such as "
-        "a space after a letter; tokenizing it would take too much memory: shorten it"
+        f"`text` has {size:,} bytes with few tokens, or few places where it can be divided, such "
+        "as a space after a letter; tokenizing it would take too much memory: shorten it"
     )
 
 
