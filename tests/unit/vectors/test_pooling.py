@@ -26,7 +26,7 @@ def test_last_token_is_the_last_before_padding(token_embeddings):
 
 
 def test_another_pooling_is_refused(token_embeddings):
-    with pytest.raises(ValueError, match="`pooling` is 'max'"):
+    with pytest.raises(ValueError, match="`pooling` is 'median'"):
         pool(token_embeddings, MASK, "median")
 
 
