@@ -33,7 +33,7 @@ class RejectedGroups:
         self._any = True  # whether there may be files
 
     def add_group(self, group: JournaledGroup, reason: str) -> None:
-        """Write a group to a file of its own, and sync the file."""
+        """Write a group to a separate file, and sync the file."""
         batch, path = group.read_batch(), self._path(group.segment.path, group.info)
         before = path.stat().st_size if path.exists() else 0  # an earlier attempt failed
         self._any = True
