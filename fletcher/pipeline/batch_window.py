@@ -8,6 +8,7 @@ the rows. Every ticket gets its slice of that array.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -27,7 +28,7 @@ from fletcher.core.batches import (
     VectorArray,
 )
 from fletcher.errors import FletcherError, InternalError
-from fletcher.pipeline.stream import StreamTicket
+from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.vectors.finite import not_finite_error, rows_not_finite
 from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
@@ -258,11 +259,20 @@ def _all_spans(parts: list[Spans]) -> Spans | None:
     return Spans(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))
 
 
-def alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
-    """Groups tickets that use the same graph and get the same type of vectors."""
-    found: dict[tuple[int, bool, bool], list[StreamTicket]] = {}
+def alike(tickets: Iterable[StreamTicket], few: int) -> Iterable[list[StreamTicket]]:
+    """Groups tickets that use the same graph and get the same type of vectors.
+
+    Streams with at most `few` tokens here are together, apart from those with more. So they need
+    not wait for the end of a large window.
+    """
+    tickets, tokens = list(tickets), Counter[EmbedStream]()
+    for ticket in tickets:
+        assert ticket.tokens is not None
+        tokens[ticket.stream] += len(ticket.tokens.input_ids)
+    found: dict[tuple[int, bool, bool, bool], list[StreamTicket]] = {}
     for ticket in tickets:
         texts = ticket.texts
         late = texts.chunking is not None and texts.chunking.late
-        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
+        key = (texts.layers, late, texts.half, tokens[ticket.stream] <= few)
+        found.setdefault(key, []).append(ticket)
     return found.values()

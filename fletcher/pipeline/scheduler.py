@@ -362,7 +362,7 @@ class InferenceStage(_Stage):
     def _plan_windows(self, taken: list[StreamTicket], ready: ReadyWindows) -> None:
         try:
             windows = []
-            for tickets in alike(taken):
+            for tickets in alike(taken, self._window_size.one_run):
                 window = BatchWindow(tickets, self._model.dim, self._plan)
                 if window.row_sets:
                     windows.append(window)
