@@ -342,15 +342,14 @@ class UploadRegistry:
             self._forget_unused()
             return upload
 
-    def leave_upload(self, upload: Upload) -> None:
+    def leave_upload(self, upload: Upload, error: FletcherError | None = None) -> None:
         with self._lock:
             upload.connections -= 1
+            if error is not None and not upload.connections:
+                upload.fail(error)
 
     def find_upload(self, store: str, dataset: str | None, upload_id: str) -> Upload | None:
-        """The first upload with that id, failed or not.
-
-        With `dataset` None, uploads to all datasets of the store are searched.
-        """
+        """The first upload with that id, failed or not; `dataset` None: in any dataset."""
         with self._lock:
             for (its_store, its_dataset, its_id), one in self._all.items():
                 if (its_store, its_id) == (store, upload_id) and dataset in (None, its_dataset):
