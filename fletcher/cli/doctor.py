@@ -257,7 +257,7 @@ def _engine(config: ServeConfig) -> Iterator[_Found]:
 
 
 def _self_check(config: ServeConfig, chosen: Decision) -> Iterator[_Found]:
-    """Compare the chosen engine's vectors with float32, as a server does before it loads."""
+    """Compare the chosen engine's vectors with float32, as a server does."""
     from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.self_check import SelfCheck
@@ -265,7 +265,7 @@ def _self_check(config: ServeConfig, chosen: Decision) -> Iterator[_Found]:
     bundle = Registry(config.home / "models").get_model(config.model.default)
     check = SelfCheck(config.home, detect_host())
     try:
-        result = check.result(chosen.configs[0], bundle)
+        result = check.check_engine(chosen.configs[0], bundle)
         served = check.checked(chosen, config.engine, bundle)
     except FletcherError as error:
         yield "self-check", "broken", error.message

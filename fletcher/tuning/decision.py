@@ -19,7 +19,7 @@ class CheckResult(msgspec.Struct, frozen=True):
     """Result of a check; also the content of its file.
 
     Attributes:
-        lowest_cosine: Lowest cosine of a probe text's vector to float32; -1 for a vector that is
+        lowest_cosine: Lowest cosine of a sample text's vector to float32; -1 for a vector that is
             not finite.
         floor: Lowest cosine that a right vector may have.
         reference: Engine that the vectors were compared with.

@@ -1,4 +1,4 @@
-"""Self-check: probe texts by the chosen engine, compared with float32 by the reference engine.
+"""Self-check of the chosen engine: its vectors of sample texts against float32.
 
 An engine that computes other vectors than float32 must not serve a model, however fast it is. The
 check runs once for each combination of bundle, engine, precision, device, processor and versions.
@@ -44,7 +44,7 @@ from fletcher.vectors.ragged import starts_of
 
 log = logging.getLogger(__name__)
 
-# Tokens of the probe texts. bfloat16 has all integers up to 256.
+# Tokens of the sample texts. bfloat16 has all integers up to 256.
 _LENGTHS = (8, 288)
 
 
@@ -61,7 +61,7 @@ class SelfCheck:
     isolated: bool = False
 
     def checked(self, decision: Decision, asked: EngineConfig, bundle: ModelBundle) -> Decision:
-        """Check the engine of a decision; return the decision, or one that takes float32 instead.
+        """Check the engine of a decision; return the decision, or one for float32.
 
         Raises:
             BackendError: The vectors are wrong, and the options ask for this precision, or it is
@@ -69,14 +69,14 @@ class SelfCheck:
             FletcherError: An engine cannot run the model.
         """
         config = decision.configs[0]
-        result = self.result(config, bundle)
+        result = self.check_engine(config, bundle)
         if result is None or result.passed:
             return replace(decision, check=result)
         engine = f"{config.backend} {config.precision} on {config.device}"
         log.error("%s: %s gives %s", bundle.qualified_name, engine, result)
         if config.precision in ("float32", asked.precision):
             raise BackendError(
-                f"{engine} gives wrong vectors for {bundle.name}: the lowest cosine of a probe "
+                f"{engine} gives wrong vectors for {bundle.name}: the lowest cosine of a sample "
                 f"text to {result.reference} is {result.lowest_cosine:.4f}, expected at least "
                 f"{result.floor}; ask for another `precision` or `backend`",
                 field="precision",
@@ -90,7 +90,7 @@ class SelfCheck:
         log.warning("%s: %s", bundle.qualified_name, reason)
         return self.checked(Decision(configs, reason), asked, bundle)
 
-    def result(self, config: BackendConfig, bundle: ModelBundle) -> CheckResult | None:
+    def check_engine(self, config: BackendConfig, bundle: ModelBundle) -> CheckResult | None:
         """Result for an engine, from an earlier check if possible.
 
         Returns None if there is nothing to compare: the engine runs no model, or is the reference.
@@ -104,7 +104,7 @@ class SelfCheck:
         path = self._path(config, bundle)
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             return msgspec.json.decode(path.read_bytes(), type=CheckResult)
-        rows = probe_rows(bundle)
+        rows = check_rows(bundle)
         expected = self._vectors(reference, bundle, [[row] for row in rows])
         # The short text with padding and in company, then alone.
         found = self._vectors(config, bundle, [rows, rows[:1]])
@@ -157,8 +157,8 @@ def _reference(config: BackendConfig, host: HostInfo) -> BackendConfig | None:
     return BackendConfig(backend=backend, device="cpu", bundle=config.bundle)
 
 
-def probe_rows(bundle: ModelBundle) -> list[Int32Array]:
-    """Token ids of the probe texts, a short and a long one."""
+def check_rows(bundle: ModelBundle) -> list[Int32Array]:
+    """Token ids of the sample texts, a short and a long one."""
     text = " ".join(shipped_texts())[: 16 * max(_LENGTHS)].encode()
     tokenizer = Tokenizer.from_bundle(bundle.folder)
     lengths = [min(length, bundle.max_length) for length in _LENGTHS]
@@ -170,7 +170,7 @@ def probe_rows(bundle: ModelBundle) -> list[Int32Array]:
 
 
 def lowest_cosine(found: Sequence[FloatArray], expected: Sequence[FloatArray]) -> float:
-    """Lowest cosine of two vectors at the same place; -1 if one is missing or not finite."""
+    """Lowest cosine of two vectors at one place; -1 for a missing or infinite one."""
     lowest = 1.0
     for vectors, right in zip(found, expected, strict=True):
         if vectors.shape != right.shape or not np.isfinite(vectors).all():

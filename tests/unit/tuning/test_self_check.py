@@ -19,7 +19,7 @@ from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning import self_check
 from fletcher.tuning.decision import Decision
-from fletcher.tuning.self_check import SelfCheck, lowest_cosine, probe_rows
+from fletcher.tuning.self_check import SelfCheck, check_rows, lowest_cosine
 
 HOST = HostInfo(
     cores=2,
@@ -114,18 +114,18 @@ def test_a_result_is_kept_for_this_engine_precision_bundle_and_host(
 ) -> None:
     check = SelfCheck(tmp_path, HOST)
     (config,) = decision(tiny_bundle, "float32").configs
-    first = check.result(config, tiny_bundle)
+    first = check.check_engine(config, tiny_bundle)
     assert Engine.loads == ["onnxruntime float32", "openvino float32"]
-    assert check.result(config, tiny_bundle) == first
+    assert check.check_engine(config, tiny_bundle) == first
     assert len(Engine.loads) == 2
     (path,) = (tmp_path / "tune" / "checks").iterdir()
     assert json.loads(path.read_text())["lowest_cosine"] > 0.99999
-    check.result(dataclasses.replace(config, precision="bfloat16"), tiny_bundle)
+    check.check_engine(dataclasses.replace(config, precision="bfloat16"), tiny_bundle)
     other = dataclasses.replace(HOST, cpu="another cpu")
-    SelfCheck(tmp_path, other).result(config, tiny_bundle)
+    SelfCheck(tmp_path, other).check_engine(config, tiny_bundle)
     assert len(Engine.loads) == 6
     path.write_text("{")  # a damaged file is made anew
-    assert check.result(config, tiny_bundle) is not None
+    assert check.check_engine(config, tiny_bundle) is not None
     assert len(Engine.loads) == 8
 
 
@@ -139,7 +139,7 @@ def test_there_is_nothing_to_compare_for_the_reference_and_for_no_model(
 
 
 def test_probe_texts_are_short_and_long(tiny_bundle: ModelBundle) -> None:
-    assert [len(row) for row in probe_rows(tiny_bundle)] == [8, tiny_bundle.max_length]
+    assert [len(row) for row in check_rows(tiny_bundle)] == [8, tiny_bundle.max_length]
 
 
 def test_a_vector_that_is_missing_or_not_finite_is_wrong() -> None:
