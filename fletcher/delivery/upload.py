@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fletcher.core.owner import plain_id
 from fletcher.core.ranges import RangeSet
 from fletcher.errors import FletcherError, StoreUnavailableError, UploadConflictError
 from fletcher.stores.base import WriteMode
 
 MAX_ERRORS = 100
-# Number of uploads that are remembered for `upload_status`. The status of older ones is read from
-# the store.
+# Uploads that are remembered for `upload_status`. The status of older ones is the store's.
 _REMEMBERED = 1000
 
 # The name of the store, the name of the dataset, and the upload id.
@@ -60,6 +60,7 @@ class Upload:
     """One upload. Thread-safe.
 
     Attributes:
+        upload_id: Its id in journal and stores, see `core.owner`.
         changed: Notified whenever rows are taken in, acknowledged or settled, and when the upload
             fails.
         failure: The error that ended the upload; None while it has not failed.
@@ -112,10 +113,7 @@ class Upload:
             return new
 
     def settle_rows(self, first: int, last: int, *, stored: int) -> None:
-        """Note that the rows `first` to `last` are settled.
-
-        `stored`: number of these rows that the store got.
-        """
+        """Note that rows are settled. `stored`: number of them that the store got."""
         with self.changed:
             self._secure(first, last)
             if not self._settled.covers(first, last):  # else an earlier call counted them
@@ -143,19 +141,24 @@ class Upload:
                 self._errors.append({"row": row, "id": row_id, **_brief(error)})
 
     def note_duplicates(self, first: int, num_rows: int) -> None:
-        """Set the number of duplicates in the group whose first row is `first`.
-
-        They are added to the upload's total once the group is journaled or stored.
-        """
+        """Set a group's number of duplicates, which count once it is journaled or stored."""
         with self.changed:
             self._duplicates[first] = num_rows
 
-    def fail(self, error: FletcherError) -> None:
-        """End the upload. Its client may later send the unacknowledged rows again."""
+    def fail(self, error: FletcherError, refused: tuple[int, int] | None = None) -> None:
+        """End the upload. Its client may later send the unacknowledged rows again.
+
+        `refused`: rows, first and last, that the store refused. They are not durable any more.
+        """
         with self.changed:
+            if refused is not None:
+                self._secured.remove_range(*refused)
             self.failure = self.failure or error
             self._claimed = RangeSet(self._secured.ranges())
             self.changed.notify_all()
+            successor = self._successor
+        if successor is not None and refused is not None:
+            successor.fail(error, refused)
 
     def announce_total(self, num_rows: int) -> None:
         with self.changed:
@@ -174,10 +177,7 @@ class Upload:
 
     @property
     def pending(self) -> int:
-        """Number of rows that are taken in and not yet settled.
-
-        Journaled rows and rows that the store refused count as well.
-        """
+        """Number of rows that are taken in and not yet settled, also journaled ones."""
         with self.changed:
             return self._claimed.count - self._settled.count
 
@@ -207,7 +207,7 @@ class Upload:
                 errors.insert(0, {"row": None, "id": None, **_brief(self.failure)})
             return {
                 "type": "summary",
-                "upload_id": self.upload_id,
+                "upload_id": plain_id(self.upload_id),
                 "complete": self.complete and self.failure is None,
                 **self.counts(),
                 "rows_deduplicated": self._rows_deduplicated,
@@ -300,9 +300,7 @@ class UploadRegistry:
 
     @contextlib.contextmanager
     def lock_opening(self, key: UploadKey, timeout_s: float) -> Iterator[None]:
-        """Let only one connection at a time open an upload.
-
-        The first connection may empty the dataset.
+        """Let one connection at a time open an upload; the first may empty the dataset.
 
         Raises:
             StoreUnavailableError: Another connection takes longer than `timeout_s` to open it.
@@ -389,8 +387,8 @@ class UploadRegistry:
 
 def terms_conflict(dataset: str, upload_id: str) -> UploadConflictError:
     return UploadConflictError(
-        f"upload {upload_id!r} into `{dataset}` was begun with another schema, model, mode, "
-        "dedupe or durability; finish it as begun, or choose another `upload_id`",
+        f"upload {plain_id(upload_id)!r} into `{dataset}` was begun with another schema, model, "
+        "mode, dedupe or durability; finish it as begun, or choose another `upload_id`",
         field="upload_id",
     )
 
