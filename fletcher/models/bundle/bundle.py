@@ -28,6 +28,7 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
+NULL_PREFIX = "null-"  # of the names of models whose vectors are made without them
 # Names of the hidden states between the blocks of a model with exits: as a block's output, and as
 # the next block's input.
 HANDED_ON, HIDDEN = "handed_on", "hidden"
@@ -75,6 +76,10 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
     @property
     def tokenizer(self) -> Path:
         return self.folder / TOKENIZER
+
+    def without_weights(self) -> ModelBundle:
+        """The bundle under the name that vectors of the null backend have."""
+        return msgspec.structs.replace(self, name=f"{NULL_PREFIX}{self.name}")
 
     @property
     def qualified_name(self) -> str:
