@@ -77,10 +77,6 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
     def tokenizer(self) -> Path:
         return self.folder / TOKENIZER
 
-    def without_weights(self) -> ModelBundle:
-        """The bundle under the name that vectors of the null backend have."""
-        return msgspec.structs.replace(self, name=f"{NULL_PREFIX}{self.name}")
-
     @property
     def qualified_name(self) -> str:
         """`name@hash`."""
