@@ -23,6 +23,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── StoreUnavailableError      store_unavailable
 │   └── JournalFullError           journal_full
 ├── DeadlineExceededError          deadline_exceeded
+├── CancelledError                 cancelled
 ├── UnauthenticatedError           unauthenticated
 ├── UnauthorizedError              unauthorized
 ├── InternalError                  internal
@@ -164,6 +165,10 @@ class JournalFullError(UnavailableError): ...
 
 
 class DeadlineExceededError(FletcherError): ...
+
+
+class CancelledError(FletcherError):
+    """The client cancelled the call, let its deadline pass or lost its connection."""
 
 
 class UnauthenticatedError(FletcherError): ...

@@ -30,7 +30,7 @@ from fletcher.delivery.recovery import DatasetPlace, Recovery, places_with_rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadRegistry, UploadTerms
-from fletcher.errors import InvalidCommandError, StoreUnavailableError
+from fletcher.errors import FletcherError, InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.schemas import check_one_row_each
 from fletcher.telemetry.tracing import Telemetry
@@ -133,10 +133,14 @@ class Delivery:
                 raise
             return upload, sink
 
-    def close_upload(self, upload: Upload, sink: DatasetSink) -> None:
+    def leave_upload(self, upload: Upload, error: FletcherError) -> None:
+        """End a connection early, and fail the upload with `error` if it was the last one."""
+        self._uploads.leave_upload(upload, error)
+
+    def close_upload(self, upload: Upload, sink: DatasetSink, *, left: bool = False) -> None:
         if upload.failure is not None:
             sink.committer.drop_abandoned()
-        self._leave_sink(sink, upload)
+        self._leave_sink(sink, None if left else upload)
 
     def upload_status(self, options: EmbedCommand) -> dict[str, Any]:
         """The state of an upload, from memory if it is known there, else from the store.
@@ -166,10 +170,7 @@ class Delivery:
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def recover(self) -> int:
-        """Send rows that an earlier process journaled but did not store.
-
-        Returns the number of these rows.
-        """
+        """Send rows that an earlier process journaled and return their number."""
         if self._journal is None:
             return 0
         names = {folder_name(store.address): name for name, store in self.stores.items()}
@@ -190,8 +191,7 @@ class Delivery:
 
     def flush(self, timeout_s: float) -> bool:
         """Store all waiting rows now; False if that takes longer than `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        sinks = self._all_sinks()
+        deadline, sinks = time.monotonic() + timeout_s, self._all_sinks()
         for sink in sinks:
             sink.flush()
         for sink in sinks:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fletcher.core.owner import plain_id
 from fletcher.core.ranges import RangeSet
 from fletcher.errors import FletcherError, StoreUnavailableError, UploadConflictError
 from fletcher.stores.base import WriteMode
 
 MAX_ERRORS = 100
-# Number of uploads that are remembered for `upload_status`. The status of older ones is read from
-# the store.
+# Uploads that are remembered for `upload_status`. The status of older ones is the store's.
 _REMEMBERED = 1000
 
 # The name of the store, the name of the dataset, and the upload id.
@@ -60,6 +60,7 @@ class Upload:
     """One upload. Thread-safe.
 
     Attributes:
+        upload_id: Its id in journal and stores, see `core.owner`.
         changed: Notified whenever rows are taken in, acknowledged or settled, and when the upload
             fails.
         failure: The error that ended the upload; None while it has not failed.
@@ -176,7 +177,7 @@ class Upload:
     def pending(self) -> int:
         """Number of rows that are taken in and not yet settled.
 
-        Journaled rows and rows that the store refused count as well.
+        Journaled rows count as well.
         """
         with self.changed:
             return self._claimed.count - self._settled.count
@@ -207,7 +208,7 @@ class Upload:
                 errors.insert(0, {"row": None, "id": None, **_brief(self.failure)})
             return {
                 "type": "summary",
-                "upload_id": self.upload_id,
+                "upload_id": plain_id(self.upload_id),
                 "complete": self.complete and self.failure is None,
                 **self.counts(),
                 "rows_deduplicated": self._rows_deduplicated,
@@ -300,9 +301,7 @@ class UploadRegistry:
 
     @contextlib.contextmanager
     def lock_opening(self, key: UploadKey, timeout_s: float) -> Iterator[None]:
-        """Let only one connection at a time open an upload.
-
-        The first connection may empty the dataset.
+        """Let one connection at a time open an upload; the first may empty the dataset.
 
         Raises:
             StoreUnavailableError: Another connection takes longer than `timeout_s` to open it.
@@ -342,15 +341,14 @@ class UploadRegistry:
             self._forget_unused()
             return upload
 
-    def leave_upload(self, upload: Upload) -> None:
+    def leave_upload(self, upload: Upload, error: FletcherError | None = None) -> None:
         with self._lock:
             upload.connections -= 1
+            if error is not None and not upload.connections:
+                upload.fail(error)
 
     def find_upload(self, store: str, dataset: str | None, upload_id: str) -> Upload | None:
-        """The first upload with that id, failed or not.
-
-        With `dataset` None, uploads to all datasets of the store are searched.
-        """
+        """The first upload with that id, failed or not; `dataset` None: in any dataset."""
         with self._lock:
             for (its_store, its_dataset, its_id), one in self._all.items():
                 if (its_store, its_id) == (store, upload_id) and dataset in (None, its_dataset):
@@ -390,8 +388,8 @@ class UploadRegistry:
 
 def terms_conflict(dataset: str, upload_id: str) -> UploadConflictError:
     return UploadConflictError(
-        f"upload {upload_id!r} into `{dataset}` was begun with another schema, model, mode, "
-        "dedupe or durability; finish it as begun, or choose another `upload_id`",
+        f"upload {plain_id(upload_id)!r} into `{dataset}` was begun with another schema, model, "
+        "mode, dedupe or durability; finish it as begun, or choose another `upload_id`",
         field="upload_id",
     )
 

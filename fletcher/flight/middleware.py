@@ -11,8 +11,10 @@ from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand
+from fletcher.core.owner import certificate_owner, token_owner
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
+from fletcher.serving.callers import Caller
 from fletcher.serving.session import EmbedCall
 from fletcher.telemetry.tracing import Telemetry
 
@@ -56,13 +58,16 @@ def _read_tokens(path: Path) -> tuple[str, ...]:
 
 
 class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Middleware that refuses calls without an accepted bearer token."""
+    """Middleware that refuses calls without an accepted bearer token.
+
+    It tells the handler whose token it is.
+    """
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         super().__init__()
         self._tokens = [token.encode() for token in tokens]
 
-    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Owner:
         """Check one call's token, in constant time. Raises FlightUnauthenticatedError."""
         values = headers.get("authorization") or headers.get("Authorization") or [""]
         scheme, _, token = values[0].partition(" ")
@@ -77,6 +82,13 @@ class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         if not any(matches):
             error = UnauthenticatedError("the token is not valid", field="authorization")
             raise to_flight_error(error)
+        return _Owner(token_owner(token.strip().encode()))
+
+
+class _Owner(flight.ServerMiddleware):  # type: ignore[misc]
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
 
 
 class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
@@ -101,13 +113,27 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         return None if trace is None else _Trace(trace)
 
 
-def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:
-    """Arguments of a session, with trace and cancellation from the call's context."""
-    middleware = context.get_middleware("trace")
+def upload_owner(caller: Caller) -> str:
+    """The owner of a caller's uploads; empty: anonymous.
+
+    It is the caller's token, else its certificate.
+    """
+    middleware = caller.get_middleware("token")
+    if middleware is not None:
+        return str(middleware.owner)
+    subject = caller.peer_identity()
+    return certificate_owner(subject) if subject else ""
+
+
+def embed_call(
+    name: str, command: EmbedCommand, caller: Caller, *, abort: bool = False
+) -> EmbedCall:
+    """Arguments of a session, with the caller and its trace."""
+    middleware = caller.get_middleware("trace")
     return EmbedCall(
         name=name,
         command=command,
         abort=abort,
         trace=None if middleware is None else middleware.trace,
-        is_cancelled=context.is_cancelled,
+        caller=caller,
     )

@@ -8,7 +8,8 @@ the rows. Every ticket gets its slice of that array.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,7 +28,7 @@ from fletcher.core.batches import (
     VectorArray,
 )
 from fletcher.errors import FletcherError, InternalError
-from fletcher.pipeline.stream import StreamTicket
+from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.vectors.finite import not_finite_error, rows_not_finite
 from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
@@ -46,12 +47,14 @@ class BatchWindow:
 
     Attributes:
         row_sets: Indices of the rows of each micro-batch.
+        streams: Streams of the tickets.
     """
 
     def __init__(self, tickets: Sequence[StreamTicket], dim: int, plan: Plan) -> None:
         token_batches = [ticket.tokens for ticket in tickets if ticket.tokens is not None]
         assert len(token_batches) == len(tickets)
         self.tickets = tickets
+        self.streams = {ticket.stream for ticket in tickets}
         self._layers = tickets[0].texts.layers
         self._half = tickets[0].texts.half
         self._dtype = np.dtype(np.float16 if self._half else np.float32)
@@ -90,10 +93,21 @@ class BatchWindow:
         input_ids = self._input_ids[np.arange(ends[-1]) + shift]
         return MicroBatch(input_ids, lengths, self._layers, spans, self._half)
 
-    @property
-    def abandoned(self) -> bool:
-        """Whether the streams of all tickets are closed, so that nobody waits for them."""
-        return all(ticket.stream.closed for ticket in self.tickets)
+    def wanted_rows(self, rows: Int64Array) -> Int64Array | None:
+        """Returns the rows of a planned micro-batch whose streams are open. Thread-safe.
+
+        The others need no vector, because nobody waits for them. If no row is left, the micro-batch
+        counts as done, and the answer is None.
+        """
+        closed = [ticket.stream.closed for ticket in self.tickets]
+        if not any(closed):
+            return rows
+        owners = np.searchsorted(self._first_rows, rows, side="right") - 1
+        wanted: Int64Array = rows[~np.array(closed)[owners]]
+        if len(wanted):
+            return wanted
+        self._finish_run()
+        return None
 
     def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
         """Takes the vectors or the error of a run. Thread-safe.
@@ -106,13 +120,20 @@ class BatchWindow:
                 self._errors.update(dict.fromkeys(rows.tolist(), error))
             elif not isinstance(result, FletcherError):
                 self._add_row_errors(rows, result)
+        self._finish_run()
+
+    def _finish_run(self) -> None:
+        with self._lock:
             self._remaining -= 1
             if self._remaining:
                 return
         self.finish_tickets()
 
     def finish_tickets(self) -> None:
-        """Gives every ticket its slice of the vectors."""
+        """Gives every ticket of an open stream its slice of the vectors.
+
+        Rows of closed streams may have no vectors, which must not reach the embedding cache.
+        """
         starts, counts = self._vector_starts, None
         embeddings = self._embeddings
         if self._ragged:
@@ -121,6 +142,8 @@ class BatchWindow:
         elif embeddings is None:
             embeddings = np.zeros((starts[-1], self._dim), self._dtype)
         for index, ticket in enumerate(self.tickets):
+            if ticket.stream.closed:
+                continue
             first, last = self._first_rows[index], self._first_rows[index + 1]
             begin, end = starts[first], starts[last]
             tokens = ticket.tokens
@@ -234,3 +257,22 @@ def _all_spans(parts: list[Spans]) -> Spans | None:
     if not parts:
         return None
     return Spans(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))
+
+
+def alike(tickets: Iterable[StreamTicket], few: int) -> Iterable[list[StreamTicket]]:
+    """Groups tickets that use the same graph and get the same type of vectors.
+
+    Streams with at most `few` tokens here are together, apart from those with more. So they need
+    not wait for the end of a large window.
+    """
+    tickets, tokens = list(tickets), Counter[EmbedStream]()
+    for ticket in tickets:
+        assert ticket.tokens is not None
+        tokens[ticket.stream] += len(ticket.tokens.input_ids)
+    found: dict[tuple[int, bool, bool, bool], list[StreamTicket]] = {}
+    for ticket in tickets:
+        texts = ticket.texts
+        late = texts.chunking is not None and texts.chunking.late
+        key = (texts.layers, late, texts.half, tokens[ticket.stream] <= few)
+        found.setdefault(key, []).append(ticket)
+    return found.values()

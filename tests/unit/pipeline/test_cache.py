@@ -72,6 +72,34 @@ def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
     assert telemetry.cache_memory.values() == {(): 5 * (_ENTRY_BYTES + 4 * 4 + 9)}
 
 
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("failed", ["missing", "all of the rest", "one of two"])
+def test_a_failed_text_changes_nothing_of_the_others(norms: bool, failed: str) -> None:
+    """If no text went through the network, the missing texts' result has no norms."""
+    cache = cache_of()
+    good = texts("a", "b")
+    cache.look_up(good).complete(vectors(good, norms=norms))
+    batch = texts("a", "too long", "b", "new")
+    refusal = RowTooLargeError("too long")
+    lookup = cache.look_up(batch)
+    rest = vectors(lookup.missing, norms=norms)
+    if failed == "all of the rest":
+        result = lookup.complete(refusal)
+    else:
+        wrong = [0] if failed == "one of two" else [0, 1]
+        kept = rest.norms if failed == "one of two" else None
+        result = lookup.complete(replace(rest, norms=kept, errors=dict.fromkeys(wrong, refusal)))
+    assert isinstance(result, EmbeddingBatch)
+    expected = vectors(batch, norms=norms)
+    sound = [place for place in range(4) if place not in result.errors]
+    assert sound == ([0, 2, 3] if failed == "one of two" else [0, 2])
+    np.testing.assert_array_equal(result.embeddings[sound], expected.embeddings[sound])
+    if expected.norms is None:
+        assert result.norms is None
+    else:
+        np.testing.assert_array_equal(result.norms[sound], expected.norms[sound])
+
+
 def test_whatever_changes_a_vector_is_in_its_key() -> None:
     backend = MemoryCache(MIB)
     first = texts("a")
