@@ -174,7 +174,7 @@ class Delivery:
         if self._journal is None:
             return 0
         names = {folder_name(store.address): name for name, store in self.stores.items()}
-        return self._recovery.start(places_with_rows(self._journal.folder, names))
+        return self._recovery.start(places_with_rows(self._journal.folder, names, self._space))
 
     def _recover_dataset(self, place: DatasetPlace) -> int:
         name, dataset = place
@@ -345,6 +345,8 @@ class Delivery:
         )
         for group in sink.recovered:
             info = group.info
+            if group.settled and journal is not None and journal.rejected.has_group(group):
+                continue  # its rows are not durable
             upload = self._uploads.recover_upload(name, dataset, info.upload_id, upsert=info.upsert)
             upload.secure_rows(info.first, info.last)
             assert journal is not None
