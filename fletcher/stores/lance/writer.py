@@ -68,8 +68,11 @@ class LanceWriter(EmbeddedWriter):
     Args:
         store, dataset, lock, table: Store, name, write lock and open table of the dataset.
         mode: Mode in which the table was opened. With `upsert`, every append replaces rows of the
-            same `id`. With `overwrite`, the table was emptied, and `close` frees the disk space of
-            its old rows.
+            same `id`.
+
+    Attributes:
+        old_versions_left: The table's rows were replaced, and `close` frees the disk space of its
+            old rows.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class LanceWriter(EmbeddedWriter):
         self.schema: pa.Schema = table.schema
         self._table = table
         self._mode = mode
-        self._files = _SyncedFolder(store.folder / f"{dataset}.lance")
+        self.old_versions_left = False
+        self._files = SyncedFolder(store.folder / f"{dataset}.lance")
         self._files.sync_new_files(settled=True)
         self._small_fragments = int(table.stats()["fragment_stats"]["num_small_fragments"])
         self._rows = int(table.count_rows())
@@ -160,7 +164,7 @@ class LanceWriter(EmbeddedWriter):
         """Wait for a running compaction, and compact if due."""
         try:
             self._join_compaction()
-            if self._mode == "overwrite" or self._compaction_due(COMPACT_FRAGMENTS // 2):
+            if self.old_versions_left or self._compaction_due(COMPACT_FRAGMENTS // 2):
                 self._compact()
         finally:
             trim_heap()
@@ -235,7 +239,7 @@ class LanceWriter(EmbeddedWriter):
             _log.warning("dataset %s was not compacted: %s", self.dataset, _cause(error))
 
 
-class _SyncedFolder:
+class SyncedFolder:
     """Folder of a table, and its files that are known to be on disk. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
