@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from fletcher.delivery.groups import Group, Rows
-from fletcher.errors import FletcherError, StoreUnavailableError
+from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
 from fletcher.stores.base import WriteMode
 
 
@@ -53,11 +53,14 @@ class Append:
 
 
 @dataclass(frozen=True, slots=True)
-class Reject:
-    """Fail a group that the store refused for good."""
+class Settle:
+    """Settle groups that are decided: the store has them or, with `error`, refused them for good.
 
-    group: Group
-    error: FletcherError
+    Outcome: the groups that could not be settled, or None. They are tried again.
+    """
+
+    groups: list[Group]
+    error: RequestError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,15 @@ class Stop:
 class Stored:
     """The first `num_groups` groups of an append are stored.
 
-    `slow_down`: the store asked for a rest.
+    Attributes:
+        slow_down: The store asked for a rest.
+        unsettled: Some of these groups, which could not be settled.
     """
 
     num_groups: int
     seconds: float
     slow_down: bool = False
+    unsettled: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +141,26 @@ class Unavailable:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """The store refused at least one of the first `num_groups` groups for good."""
+class Failed:
+    """An append failed with an error of an unknown kind, such as a MemoryError.
+
+    The store may hold the first `num_groups` groups. `error` is for clients.
+    """
 
     num_groups: int
+    seconds: float
     error: FletcherError
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The store refused at least one of the first `num_groups` groups for good.
+
+    `error` is the store's own: no other error is final.
+    """
+
+    num_groups: int
+    error: RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +175,10 @@ class Unwritten:
 def shutting_down() -> StoreUnavailableError:
     """Error for rows and requests that `Stop` gives up, or that arrive after it."""
     return StoreUnavailableError("the server is shutting down")
+
+
+def unexpected_failure() -> StoreUnavailableError:
+    """Error for clients after an error of an unknown kind."""
+    return StoreUnavailableError(
+        "storing fails in an unexpected way; the server's log has the cause", field="dataset"
+    )

@@ -76,9 +76,11 @@ class AppendSize:
         if isinstance(error, OverloadedError) or seconds > self._slow_s:
             self._halve()
         self._failures += 1
-        self.ready_at = now + self._retry.delay_s(
-            self._failures, self._jitter(), at_least_ms=error.retry_after_ms
-        )
+        self.ready_at = now + self.pause_s(self._failures, error.retry_after_ms)
+
+    def pause_s(self, num_failures: int, at_least_ms: float | None = None) -> float:
+        """Pause after `num_failures` failures in a row, of the dataset or of one group."""
+        return self._retry.delay_s(num_failures, self._jitter(), at_least_ms=at_least_ms)
 
     def resume(self, now: float) -> None:
         """End the pause after failures, because another dataset found the store available."""

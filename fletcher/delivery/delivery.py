@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -20,9 +19,14 @@ from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.dedupe.index import DedupeMemory
 from fletcher.delivery.groups import Destination
 from fletcher.delivery.journal.journal import Journal
-from fletcher.delivery.journal.root import JournalSpace, journal_folders, lock_journal
+from fletcher.delivery.journal.root import (
+    JournalSpace,
+    folder_name,
+    lock_journal,
+)
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import journaled_rows
+from fletcher.delivery.recovery import DatasetPlace, Recovery, places_with_rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadRegistry, UploadTerms
@@ -30,6 +34,7 @@ from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.schemas import check_one_row_each
 from fletcher.telemetry.tracing import Telemetry
+from fletcher.util.insist import insist
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class Delivery:
         self._sinks: dict[tuple[str, str], DatasetSink] = {}
         self._uploads = UploadRegistry(self._lock, lambda place: place in self._sinks)
         self._closed = False
+        self._recovery = Recovery(self._recover_dataset, self._timing.retry)
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
         telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
         telemetry.queue_depth.observe(self._num_waiting_rows, stage="rows")
@@ -166,18 +172,14 @@ class Delivery:
         """
         if self._journal is None:
             return 0
-        num_rows = 0
-        names = {_folder_name(store): name for name, store in self.stores.items()}
-        for folder_name, dataset, folder in journal_folders(self._journal.folder):
-            if folder_name not in names:
-                if any(folder.glob("*.arrow")):
-                    log.error("journal: %s has rows for an unknown store; left alone", folder)
-                continue
-            name = names[folder_name]
-            sink = self._enter_sink((name, dataset, ""), self.stores[name])
-            num_rows += sum(group.info.num_rows for group in sink.recovered if not group.settled)
-            self._leave_sink(sink)
-        return num_rows
+        names = {folder_name(store.address): name for name, store in self.stores.items()}
+        return self._recovery.start(places_with_rows(self._journal.folder, names))
+
+    def _recover_dataset(self, place: DatasetPlace) -> int:
+        name, dataset = place
+        sink = self._enter_sink((name, dataset, ""), self.stores[name])
+        self._leave_sink(sink)
+        return sum(group.info.num_rows for group in sink.recovered if not group.settled)
 
     def statistics(self) -> dict[str, Any]:
         """Each store's state, for the `stats` action."""
@@ -210,6 +212,7 @@ class Delivery:
         """End all sinks and close the stores. Idempotent."""
         with self._lock:
             self._closed = True
+        self._recovery.close()
         for sink in self._all_sinks():
             sink.close()
         for store in self.stores.values():
@@ -308,7 +311,7 @@ class Delivery:
 
     def _journal_folder(self, store: Store, dataset: str) -> Path:
         assert self._journal is not None
-        return self._journal.folder / _folder_name(store) / dataset
+        return self._journal.folder / folder_name(store.address) / dataset
 
     def _enter_sink(self, key: UploadKey, store: Store) -> DatasetSink:
         name, dataset, _ = key
@@ -346,7 +349,8 @@ class Delivery:
             upload.secure_rows(info.first, info.last)
             assert journal is not None
             if not group.settled:
-                sink.committer.submit_rows(journaled_rows(upload, group, journal, in_doubt=True))
+                rows = journaled_rows(upload, group, journal, in_doubt=True)
+                insist(partial(sink.committer.submit_rows, rows), f"`{dataset}`: recovery")
         return sink
 
     def _leave_sink(self, sink: DatasetSink, upload: Upload | None = None) -> None:
@@ -363,8 +367,8 @@ class Delivery:
         with self._lock:
             if sink.users or not sink.idle:
                 return False
-            sink.retire()
             self._sinks = {key: one for key, one in self._sinks.items() if one is not sink}
+            insist(sink.retire, f"`{sink.committer.destination.dataset}`: its end")
             return True
 
     def _all_sinks(self) -> list[DatasetSink]:
@@ -387,14 +391,3 @@ class Delivery:
 
 def _unavailability(breaker: Breaker) -> float:
     return float(breaker.unavailable_since is not None)
-
-
-def _folder_name(store: Store) -> str:
-    """Name of the folder with a store's journals.
-
-    It depends on the store's address, so that journaled rows never go to another address.
-    """
-    scheme, _, rest = store.address.partition(":")
-    if not rest.startswith("//"):  # a file path, perhaps relative to the working folder
-        rest = str(Path(rest).absolute())
-    return f"{scheme}-{hashlib.sha256(rest.encode()).hexdigest()[:12]}"

@@ -120,7 +120,7 @@ def writer_kind(schema: pa.Schema, *, upsert: bool) -> WriterKind:
     return schema, schema.metadata, upsert
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """Consecutive rows of one upload that are sent together.
 
@@ -132,12 +132,20 @@ class Group:
         alone: The group is sent in an append by itself, because the store refused an append that
             contained it.
         decided: The group's duplicates are marked. The marks stay until the group is settled.
+        num_settled: Number of the first entries of `rows` that are settled.
+        num_failures: Number of errors of an unknown kind, in attempts to send the group by itself.
+        failing_since: Time of the first of these errors.
+        ready_at: Earliest time of the next attempt after such an error.
     """
 
     rows: list[Rows]
     in_doubt: bool = False
     alone: bool = False
     decided: bool = False
+    num_settled: int = 0
+    num_failures: int = 0
+    failing_since: float = 0.0
+    ready_at: float = 0.0
 
     @property
     def first(self) -> int:
@@ -163,12 +171,21 @@ class Group:
     def dedupe_by(self) -> str | None:
         return self.rows[0].upload.dedupe_by
 
+    @property
+    def settled(self) -> bool:
+        """Whether the group must not be sent, even if it is queued once more."""
+        return self.num_settled == len(self.rows)
+
+    @property
+    def upsert(self) -> bool:
+        return self.rows[0].upload.upsert
+
     def is_recognized(self, num_stored: int, *, counts_groups: bool) -> bool:
         """Whether the store can tell later that it has this group.
 
         `num_stored`: number of the group's rows that were sent to the store.
         """
-        if self.rows[0].upload.upsert:  # later rows may replace all rows that have the key
+        if self.upsert:  # later rows may replace all rows that have the key
             return False
         return num_stored > 0 and not (counts_groups and num_stored < self.num_rows)
 

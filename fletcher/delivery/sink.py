@@ -45,9 +45,14 @@ class DatasetSink:
         self.dedupe_index = DedupeIndex(destination, journal, dedupe_memory)
         self._timing = timing
         self._on_idle = on_idle
-        self.committer = Committer(
-            destination, config, timing, self.dedupe_index, journal, self._may_end
-        )
+        try:
+            self.committer = Committer(
+                destination, config, timing, self.dedupe_index, journal, self._may_end
+            )
+        except BaseException:  # the next sink of the dataset counts the journal again
+            if journal is not None:
+                journal.release_space()
+            raise
         # The first writer is for uploads without `dedupe`, the second for uploads with it. Rows
         # with `dedupe` may have to wait until rows in doubt are settled, and must not delay others.
         self._writers: list[JournalWriter] = []
@@ -96,6 +101,7 @@ class DatasetSink:
         self._close_journal()
         if self.journal is not None:
             self.journal.release_space()
+            self.journal.remove_empty_folder()
 
     def close(self) -> None:
         """End the threads. Rows in memory are given up; journaled rows stay on disk."""

@@ -13,7 +13,8 @@ import pytest
 from fletcher.cli import main
 from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.delivery import Delivery, _folder_name
+from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.journal.root import folder_name
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry
@@ -33,7 +34,7 @@ ROWS = [
 def _recovered(name: str, store: MemoryStore, home: Path) -> Delivery:
     """Delivery on a copy of a previous journal, which is `store`'s."""
     (folder,) = (PREVIOUS / name).iterdir()
-    shutil.copytree(folder, home / "journal" / _folder_name(store))
+    shutil.copytree(folder, home / "journal" / folder_name(store.address))
     journal = JournalConfig(
         folder=home / "journal", max_bytes=1 << 30, segment_bytes=1 << 16, retention_s=0.0
     )

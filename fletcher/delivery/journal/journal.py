@@ -44,21 +44,16 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from fletcher.delivery.journal.recovery import dispose, recover_segments
 from fletcher.delivery.journal.root import FULL_RETRY_MS, JournalSpace
 from fletcher.delivery.journal.segment import (
-    DAMAGED,
     REJECTED,
     SENT,
-    SETTLED,
-    TORN,
     WAITING,
-    Damage,
     GroupInfo,
     JournaledGroup,
     Segment,
     group_metadata,
-    mend_notes,
-    read_segments,
 )
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.errors import FletcherError, JournalFullError, StoreUnavailableError
@@ -116,40 +111,24 @@ class Journal:
         """Read all groups of segments that an earlier process left, in order.
 
         Settled groups are included. Call `recover` before the first `append_groups`.
+
+        Raises:
+            JournalFullError, StoreUnavailableError: A file cannot be read or synced now. No file
+                was set aside for that.
         """
-        groups: list[JournaledGroup] = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(ValueError):
-                self._next_number = max(self._next_number, int(path.stem) + 1)
-        found = list(read_segments(self.folder.glob(f"*{WAITING}")))
-        for path, segment in sorted(found, key=lambda one: one[0]):
-            if isinstance(segment, Damage):
-                path.rename(path.with_suffix(DAMAGED))
-                log.error("journal: %s is set aside, it cannot be read: %s", path, segment)
-                continue
-            for one in segment.damage:
-                log.error("journal: %s is damaged, and lost %s", path, one)
-            if segment.torn is not None:
-                try:
-                    _cut(segment, segment.torn)
-                except OSError as error:  # such as a full disk; the half group may stay in the file
-                    log.warning("journal: %s ends in half a group: %s", path, error)
-            if not segment.groups:
-                _dispose(segment, kept=False)
-                continue
-            sync_path(path)  # the earlier process may have died before it synced the file
-            mend_notes(segment.notes)
-            segment.unsettled = sum(not group.settled for group in segment.groups)
-            if not segment.unsettled:
-                segment.num_bytes = 0  # not counted, because the next sweep deletes it
-            self._segments.append(segment)
-            self.space.add_bytes(segment.num_bytes)
-            groups += segment.groups
-        for notes in self.folder.glob(f"*{SETTLED}"):
-            if not notes.with_suffix(WAITING).exists():
-                notes.unlink()
-        sync_path(self.folder)
-        return groups
+        try:
+            for path in self.folder.iterdir():
+                with contextlib.suppress(ValueError):
+                    self._next_number = max(self._next_number, int(path.stem.split("-")[0]) + 1)
+            for segment in recover_segments(self.folder):
+                self._segments.append(segment)
+                self.space.add_bytes(segment.num_bytes)
+        except BaseException as error:
+            self.release_space()
+            if isinstance(error, OSError):
+                raise _disk_error(error) from error
+            raise
+        return [group for segment in self._segments for group in segment.groups]
 
     def append_groups(
         self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
@@ -183,16 +162,20 @@ class Journal:
         file.flush()
         os.fsync(file.fileno())
         with self._lock:
-            grown = file.tell() - segment.num_bytes
-            segment.num_bytes += grown
-            segment.groups += written
+            size, kept = file.tell(), segment.groups + written
+            grown = size - segment.num_bytes
+            # From here on nothing fails, so that `_undo` never cuts off groups that are kept.
+            segment.groups = kept
             segment.unsettled += len(written)
+            segment.num_bytes = size
         self.space.add_bytes(grown)
         return written
 
     def settle_group(self, group: JournaledGroup) -> None:
-        """Note that a group is settled; delete segments without waiting groups."""
+        """Note that a group is settled; delete segments without waiting groups. Idempotent."""
         segment = group.segment
+        if group.settled:
+            return
         failure: OSError | None = None
         if group.info.upsert:  # else a power loss might keep this note and lose earlier ones
             try:
@@ -290,6 +273,11 @@ class Journal:
         """
         self.space.add_bytes(-self.num_bytes)
 
+    def remove_empty_folder(self) -> None:
+        """Delete the folder of a closed journal if it is empty, for short starts."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
     @property
     def num_bytes(self) -> int:
         with self._lock:
@@ -330,7 +318,7 @@ class Journal:
         # Earlier segments may hold rows that this segment's rows replaced. Once this segment is
         # deleted, those older rows must not be sent again.
         self._sync_notes(earlier)
-        _dispose(segment, kept=retention_s > 0)
+        dispose(segment, kept=retention_s > 0)
         sync_path(self.folder)
         with self._lock:  # after the deletion, so that a failed one is tried again
             self._segments.remove(segment)
@@ -372,29 +360,3 @@ def _disk_error(error: OSError) -> FletcherError:
             "the journal's disk is full; try again later", retry_after_ms=FULL_RETRY_MS
         )
     return StoreUnavailableError(f"the journal's disk fails: {error.strerror}")
-
-
-def _cut(segment: Segment, torn: Damage) -> None:
-    """Move an incomplete group from the end of a segment to a `.torn` file."""
-    with segment.path.open("r+b") as file:
-        file.seek(torn.offset)
-        segment.path.with_suffix(TORN).write_bytes(file.read())
-        file.truncate(segment.num_bytes)
-        os.fsync(file.fileno())
-    log.warning("journal: %s was cut off in the middle of a group: %s", segment.path, torn)
-
-
-def _dispose(segment: Segment, *, kept: bool) -> None:
-    """Delete a segment, keep it as `.sent`, or set a damaged one aside.
-
-    The segment has no waiting groups. `kept`: keep it after it was sent.
-    """
-    path = segment.path
-    with contextlib.suppress(FileNotFoundError):  # an earlier attempt did this, then failed
-        if segment.damage:
-            path.rename(path.with_suffix(DAMAGED))
-        elif kept and segment.groups:
-            path.rename(path.with_suffix(SENT))
-            os.utime(path.with_suffix(SENT))
-        else:
-            path.unlink()

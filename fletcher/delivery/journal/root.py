@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.delivery.journal.segment import REJECTED, SENT, WAITING
@@ -42,11 +45,53 @@ class JournalSpace:
             self._changed.notify_all()
 
 
+def folder_name(address: str) -> str:
+    """Name of the folder with the journals of the store at an address.
+
+    Journaled rows never go to another address.
+    """
+    scheme, _, rest = address.partition(":")
+    if not rest.startswith("//"):  # a file path, perhaps relative to the working folder
+        rest = str(Path(rest).absolute())
+    return f"{scheme}-{hashlib.sha256(rest.encode()).hexdigest()[:12]}"
+
+
 def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield each journal under `root`: its store's folder name, dataset and folder."""
     for store in sorted(path for path in root.glob("*") if path.is_dir()):
         for folder in sorted(path for path in store.glob("*") if path.is_dir()):
             yield store.name, folder.name, folder
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContent:
+    """Content of one journal's folder, by the names of its files.
+
+    Attributes:
+        store: Name of the store's folder, see `folder_name`.
+        waits: Whether some segments have groups that may have to be sent.
+    """
+
+    store: str
+    dataset: str
+    folder: Path
+    waits: bool
+
+
+def survey_journals(root: Path) -> list[JournalContent]:
+    """The content of all journals under `root`. Deletes empty folders, and opens no file.
+
+    Called before the first sink is made.
+    """
+    found = []
+    for store, dataset, folder in journal_folders(root):
+        names = os.listdir(folder)
+        if names:
+            waits = any(name.endswith(WAITING) for name in names)
+            found.append(JournalContent(store, dataset, folder, waits))
+        else:
+            folder.rmdir()
+    return found
 
 
 def revive_segments(folder: Path) -> int:

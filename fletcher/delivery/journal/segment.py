@@ -100,13 +100,17 @@ class Damage:
     Attributes:
         offset: Offset of the first of these bytes in the file.
         groups: Groups that are named in the bytes, without proof by a checksum. May be empty.
+        error: The error that keeps the file from being read. It may pass, so nothing is proven.
     """
 
     offset: int
     num_bytes: int
     groups: tuple[GroupInfo, ...]
+    error: OSError | None = None
 
     def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.num_bytes} bytes that cannot be read now: {self.error.strerror}"
         held = ", ".join(map(str, self.groups)) or "unknown rows"
         return f"{self.num_bytes} bytes from {self.offset} on ({held})"
 
@@ -249,8 +253,8 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
         data = pa.py_buffer(path.read_bytes())
     except FileNotFoundError:
         raise
-    except OSError:
-        return Damage(0, path.stat().st_size, ())
+    except OSError as error:
+        return Damage(0, path.stat().st_size, (), error)
     found: Segment | Damage = _damage(data, 0, len(data))
     for given in schemas:
         schema, start = given, 0
@@ -258,6 +262,8 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
             try:
                 with pa.BufferReader(data) as file:
                     schema, start = pa.ipc.read_schema(file), file.tell()
+            except MemoryError:  # pyarrow's is also an ArrowException
+                raise
             except _UNREADABLE:
                 continue
         found = Segment(path, schema)
@@ -335,6 +341,8 @@ def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupIn
         info = GroupInfo.from_json(fields)
         # The batch may have more rows than the upload, because a chunked row takes several.
         right = _checksum(info, batch) == crc and info.num_rows <= batch.num_rows
+    except MemoryError:  # says nothing about the bytes
+        raise
     except (*_UNREADABLE, StopIteration, ValueError, KeyError, TypeError):
         return None
     return info if right else None

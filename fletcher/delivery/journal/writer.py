@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fletcher.delivery import actions
 from fletcher.delivery.committer import Committer
@@ -25,7 +25,9 @@ from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.segment import GroupInfo, JournaledGroup
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload
-from fletcher.errors import FletcherError, InternalError, JournalFullError, StoreUnavailableError
+from fletcher.errors import FletcherError, JournalFullError, StoreUnavailableError
+from fletcher.util.insist import insist
+from fletcher.util.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -162,15 +164,14 @@ class JournalWriter:
         self._thread: threading.Thread | None = None
 
     def submit_rows(self, rows: Rows) -> None:
+        """Queue rows. Raises OverloadedError, without queueing them, if the thread cannot start."""
         with self._changed:
             stopped = self._queue.stopped
             if not stopped:
+                if self._thread is None:
+                    self._thread = start_thread(f"journal-writer-{self._dataset}", self._run)
                 self._queue.append_rows(rows)
                 self._changed.notify_all()
-                if self._thread is None:
-                    name = f"journal-writer-{self._dataset}"
-                    self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-                    self._thread.start()
         if stopped:
             _give_up([rows], actions.shutting_down())
 
@@ -198,15 +199,16 @@ class JournalWriter:
     # The methods below are called on the writer's thread only.
 
     def _run(self) -> None:
-        while True:
-            action = self._next_action()
-            if isinstance(action, actions.Stop):
-                break
+        what = f"`{self._dataset}`: the journal writer"
+        while not isinstance(action := insist(self._next_action, what), actions.Stop):
             outcome = self._carry_out(action)
-            with self._changed:
-                self._queue.note_outcome(action, outcome, time.monotonic())
-                self._changed.notify_all()
+            insist(functools.partial(self._note_outcome, action, outcome), what)
         _give_up(action.rows, actions.shutting_down())
+
+    def _note_outcome(self, action: WriterAction, outcome: actions.Unwritten | None) -> None:
+        with self._changed:
+            self._queue.note_outcome(action, outcome, time.monotonic())
+            self._changed.notify_all()
 
     def _next_action(self) -> WriterAction:
         with self._changed:
@@ -218,15 +220,16 @@ class JournalWriter:
                 self._changed.wait(left_s if left_s < math.inf else None)
 
     def _carry_out(self, action: WriterAction) -> actions.Unwritten | None:
+        """The outcome of an action. Never raises."""
         match action:
             case actions.Write(rows):
                 return self._write(rows)
             case actions.GiveUp(rows, error):
                 _give_up(rows, error)
             case actions.CloseSegment(flush):
-                self._journal.close()
+                insist(self._journal.close, f"`{self._dataset}`: closing a segment")
                 if flush:
-                    self._committer.flush()
+                    insist(self._committer.flush, f"`{self._dataset}`: a flush")
         return None
 
     def _write(self, rows: list[Rows]) -> actions.Unwritten | None:
@@ -247,10 +250,12 @@ class JournalWriter:
         except FletcherError as error:
             retryable = isinstance(error, JournalFullError | StoreUnavailableError)
             return actions.Unwritten(wanted, error, retryable)
-        except Exception:
+        except BaseException as error:
             log.exception("journaling for `%s` failed", self._dataset)
-            failure = InternalError("the journal failed; the server's log has the cause")
-            return actions.Unwritten(wanted, failure, retryable=False)
+            failure = StoreUnavailableError("the journal fails; the server's log has the cause")
+            # A defect is reported at once. Want of memory or files may pass.
+            passes = isinstance(error, OSError | MemoryError)
+            return actions.Unwritten(wanted, failure, retryable=passes)
         return None
 
     def _journal_groups(self, groups: Sequence[Rows]) -> None:
@@ -258,13 +263,24 @@ class JournalWriter:
             journaled = self._journal.append_groups(
                 [(_info_of(group), group.load_batch()) for group in groups], groups[0].schema
             )
+        # From here on the groups are on disk. Rows that are not handed over would wait until the
+        # next start, while their client sends them again.
         for group, on_disk in zip(groups, journaled, strict=True):
-            self._dedupe_index.add_rows(group)
-            # Submitted before the acknowledgement, so that rows that the client sends after it are
-            # stored after this group.
-            self._committer.submit_rows(journaled_rows(group.upload, on_disk, self._journal))
-            group.upload.secure_rows(group.first, group.last)
-            group.on_released()
+            for step in self._handover(group, on_disk):
+                insist(step, f"`{self._dataset}`: handing over journaled rows")
+
+    def _handover(self, group: Rows, on_disk: JournaledGroup) -> Iterator[Callable[[], None]]:
+        """Steps after a group was journaled.
+
+        The committer gets the rows before the acknowledgement, so that rows that the client sends
+        after it are stored after this group.
+        """
+        yield lambda: self._dedupe_index.add_rows(group)
+        yield lambda: self._committer.submit_rows(
+            journaled_rows(group.upload, on_disk, self._journal)
+        )
+        yield lambda: group.upload.secure_rows(group.first, group.last)
+        yield group.on_released
 
 
 def journaled_rows(
@@ -306,7 +322,7 @@ def _release_abandoned(rows: Sequence[Rows]) -> list[Rows]:
     wanted: list[Rows] = []
     for group in rows:
         if group.abandoned:
-            group.on_released()
+            insist(group.on_released, "releasing rows")
         else:
             wanted.append(group)
     return wanted
@@ -314,5 +330,5 @@ def _release_abandoned(rows: Sequence[Rows]) -> list[Rows]:
 
 def _give_up(rows: Sequence[Rows], error: FletcherError) -> None:
     for group in rows:
-        group.upload.fail(error)
-        group.on_released()
+        insist(functools.partial(group.upload.fail, error), "giving up rows")
+        insist(group.on_released, "giving up rows")

@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.actions import (
     Append,
+    Failed,
     GiveUp,
     Open,
     Opening,
     Refused,
-    Reject,
     Release,
     Rest,
+    Settle,
     Stop,
     Stored,
     Unavailable,
     Wait,
+    unexpected_failure,
 )
 from fletcher.delivery.append_size import AppendSize
 from fletcher.delivery.breaker import Breaker
@@ -37,7 +39,6 @@ from fletcher.delivery.upload import Upload, UploadTerms
 from fletcher.errors import (
     ColumnTypeError,
     FletcherError,
-    InternalError,
     OverloadedError,
     RequestError,
     StoreUnavailableError,
@@ -285,7 +286,7 @@ def test_a_group_that_is_refused_alone_is_rejected(bench: Bench) -> None:
     assert not bench.queue.idle
     assert bench.queue.has_decided_groups  # until the dedupe index knows
     rejection = bench.decide()
-    assert rejection == Reject(action.groups[0], BAD)
+    assert rejection == Settle(action.groups, BAD)
     assert not bench.queue.has_decided_groups
     assert not bench.queue.idle
     bench.note(rejection)
@@ -307,10 +308,121 @@ def test_of_groups_that_are_refused_together_each_goes_alone(bench: Bench) -> No
     assert sent == [(["a:0-0"], True), (["b:0-0"], True), (["c:0-0"], False)]
 
 
-def test_groups_of_a_defect_are_not_sent_again(bench: Bench) -> None:
-    bench.submit(upload(), 0, 1)
-    bench.note(bench.append(), None)
+UNKNOWN = unexpected_failure()
+
+
+def test_groups_of_an_unknown_error_go_again_and_are_never_rejected(bench: Bench) -> None:
+    bench.submit(upload("a"), 0, 1)
+    bench.submit(upload("b"), 0, 1)
+    action = bench.append()
+    bench.note(action, Failed(2, 0.1, UNKNOWN))
+    assert bench.queue.failing == (bench.now - 0.1, UNKNOWN)
+    again = bench.append()  # together once more: most such errors pass
+    assert again.groups == action.groups
+    assert all(group.in_doubt for group in again.groups)
+    bench.note(again, Stored(2, 0.1))
     assert bench.queue.idle
+
+
+def test_a_group_that_always_fails_by_itself_delays_no_others(bench: Bench) -> None:
+    bench.submit(upload("bad"), 0, 1, journaled=True)
+    bench.submit(upload("good"), 0, 1, journaled=True)
+    began, stored, pauses = bench.now, [], []
+    while bench.now < began + 60:
+        action = bench.append()
+        bad = [group for group in action.groups if group.rows[0].upload.upload_id == "bad"]
+        if bad:
+            pauses.append(bench.now)
+            bench.note(action, Failed(len(action.groups), 0.0, UNKNOWN))
+        else:
+            stored += keys(action)
+            bench.note(action, Stored(len(action.groups), 0.0))
+            bench.submit(upload("good"), len(stored), 1, journaled=True)
+    assert len(stored) > 30
+    assert 5 < len(pauses) < 30  # again and again, with growing pauses
+    assert not bench.queue.idle
+
+
+def test_rows_that_replace_others_stay_in_order_after_an_unknown_error(bench: Bench) -> None:
+    one = upload(mode="upsert")
+    bench.submit(one, 0, 1, journaled=True)
+    bench.submit(one, 1, 1, journaled=True)
+    sent = []
+    for _ in range(4):
+        action = bench.append()
+        sent.append(keys(action))
+        bench.note(action, Failed(len(action.groups), 0.1, UNKNOWN))
+    assert sent == [["u:0-0", "u:1-1"], ["u:0-0", "u:1-1"], ["u:0-0"], ["u:0-0"]]
+
+
+def test_rows_in_memory_that_always_fail_are_given_up_while_others_are_stored(
+    bench: Bench,
+) -> None:
+    bad = bench.submit(upload("bad"), 0, 1)
+    for _ in range(2):
+        bench.note(bench.append(), Failed(1, 0.0, UNKNOWN))
+    failed_at = bench.now
+    number = 0
+    while True:
+        action = bench.decide()
+        if isinstance(action, GiveUp):
+            break
+        if isinstance(action, Wait):
+            bench.submit(upload("good"), number, 1)
+            number += 1
+            bench.now = action.until
+            continue
+        is_bad = action.groups[0].rows[0] is bad
+        bench.note(action, Failed(1, 0.0, UNKNOWN) if is_bad else Stored(1, 0.0))
+    assert action.rows == [bad]
+    assert action.in_doubt
+    assert RETRY_S <= bench.now - failed_at <= RETRY_S + 10
+
+
+def test_groups_that_could_not_be_settled_are_settled_again_and_not_sent(bench: Bench) -> None:
+    one = upload(mode="upsert")
+    bench.submit(one, 0, 1)
+    action = bench.append()
+    bench.note(action, Stored(1, 0.1, unsettled=(action.groups[0],)))
+    bench.submit(one, 1, 1)
+    bench.queue.request_flush()
+    assert not bench.queue.idle
+    for _ in range(2):
+        waiting = bench.decide()  # later rows must not be settled before it
+        assert isinstance(waiting, Wait)
+        bench.now = waiting.until
+        settle = bench.decide()
+        assert settle == Settle(action.groups)
+        bench.note(settle, list(action.groups))
+    bench.now = bench.decide().until
+    bench.note(bench.decide(), [])
+    assert keys(bench.append()) == ["u:1-1"]
+
+
+def test_a_refused_group_whose_file_cannot_be_written_waits_and_delays_no_others(
+    bench: Bench,
+) -> None:
+    bench.submit(upload("bad"), 0, 1, journaled=True)
+    action = bench.append()
+    bench.note(action, Refused(1, BAD))
+    settle = bench.decide()
+    bench.note(settle, list(settle.groups))
+    bench.submit(upload("good"), 0, 1)
+    bench.queue.request_flush()
+    assert keys(bench.decide()) == ["good:0-0"]
+
+
+def test_an_outcome_that_is_noted_once_more_sends_nothing_twice(bench: Bench) -> None:
+    bench.submit(upload("a"), 0, 1)
+    bench.submit(upload("b"), 0, 1)
+    action = bench.append()
+    for _ in range(2):  # an error came after the groups were queued again
+        bench.note(action, Unavailable(2, 0.1, AWAY))
+    again = bench.append()
+    assert {group.batch_key for group in again.groups} == {"a:0-0", "b:0-0"}
+    for group in again.groups:
+        group.num_settled = 1
+    assert all(group.settled for group in bench.queue.waiting.sent)
 
 
 def test_an_unavailable_store_is_called_when_its_breaker_says(bench: Bench) -> None:
@@ -477,6 +589,7 @@ def test_a_committer_that_is_closed_gives_up_all_it_has(bench: Bench) -> None:
     assert bench.decide() == Stop([])
 
 
+FATES = ("stored", "stored", "before", "after", "none", "unknown")
 ERRORS = (AWAY, OverloadedError("too much"), StoreUnavailableError("no", retry_after_ms=3000))
 
 
@@ -506,10 +619,15 @@ class World:
             case Append(groups):
                 bench.note(action, self.append(groups, calm=calm))
                 return
-            case Reject(group, error):
-                self.rejected.add(group.rows[0].upload.upload_id)
-                group.rows[0].upload.fail(error)
-                self.release(group.rows)
+            case Settle(groups, error):
+                if not calm and self.chance.random() < 0.3:
+                    bench.note(action, list(groups))
+                    return
+                for group in groups:
+                    if error is not None:
+                        self.rejected.add(group.rows[0].upload.upload_id)
+                        group.rows[0].upload.fail(error)
+                    self.settle(group)
             case GiveUp(rows, error):
                 assert not any(one.journaled for one in rows)
                 for one in rows:
@@ -530,7 +648,7 @@ class World:
     def append(self, groups: list[Any], *, calm: bool) -> Any:
         bench, chance = self.bench, self.chance
         seconds = chance.choice([0.0, 0.1, 20.0])
-        fate = "stored" if calm else chance.choice(["stored", "stored", "before", "after", "none"])
+        fate = "stored" if calm else chance.choice(FATES)
         if fate == "none":
             return Unavailable(0, seconds, AWAY)
         num_groups = chance.randint(1, len(groups))
@@ -545,6 +663,8 @@ class World:
             error = chance.choice(ERRORS)
             bench.fail(error)
             return Unavailable(num_groups, seconds, error)
+        if fate == "unknown":
+            return Failed(num_groups, seconds, unexpected_failure())
         if any(group.rows[0].upload.upload_id == "bad" for group in going):
             bench.fail(BAD)
             return Refused(num_groups, BAD)
@@ -555,13 +675,19 @@ class World:
         if fate == "after":
             bench.fail(AWAY)
             return Unavailable(num_groups, seconds, AWAY)
-        if chance.random() < 0.05 and not calm:  # a defect of the store's client
-            return Refused(num_groups, InternalError("storing failed"))
+        if chance.random() < 0.1 and not calm:  # a defect of the store's client
+            return Failed(num_groups, seconds, unexpected_failure())
         with bench.breaker.guard_call(bench.queue):
             pass
+        unsettled = [] if calm else [one for one in going if chance.random() < 0.05]
         for group in going:
-            self.release(group.rows)
-        return Stored(num_groups, seconds, chance.random() < 0.1)
+            if group not in unsettled:
+                self.settle(group)
+        return Stored(num_groups, seconds, chance.random() < 0.1, tuple(unsettled))
+
+    def settle(self, group: Group) -> None:
+        group.num_settled = len(group.rows)
+        self.release(group.rows)
 
 
 @settings(max_examples=300, deadline=None)

@@ -217,7 +217,7 @@ def test_rows_that_cannot_be_prepared_fail_their_upload_and_leave_the_dataset_us
     # An error outside the store's call ended the committer's thread, which stayed the dataset's:
     # its uploads never settled, and later openings waited for ever.
     store = MemoryStore()
-    with delivering(store) as delivery:
+    with delivering(store, dataclasses.replace(CONFIG, store_retry_s=0.1)) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         upload.claim_rows(0, 1)
         sink.submit_rows(Rows.from_batch(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]

@@ -448,32 +448,27 @@ def test_rows_are_with_the_committer_before_they_are_acknowledged(
     assert waiting == [10]
 
 
-def test_what_is_left_in_a_journal_is_counted_once(
+def test_a_refused_group_leaves_its_segment_once_its_file_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With each new sink of the dataset it was counted again, until the journal was full of it.
-    tried = threading.Semaphore(0)
+    # The group stayed in its segment until the next start, which counted it as durable again.
+    reject, errors = Journal.reject_group, [OSError(28, "No space left on device")]
 
-    def fails(*_: Any) -> None:
-        tried.release()
-        raise OSError(28, "No space left on device")
+    def fails_once(*arguments: Any) -> None:
+        if errors:
+            raise errors.pop()
+        reject(*arguments)
 
-    monkeypatch.setattr(Journal, "reject_group", fails)
+    monkeypatch.setattr(Journal, "reject_group", fails_once)
+    monkeypatch.setattr("fletcher.delivery.commit_queue._SETTLE_PAUSE_S", 0.01)
     store = MemoryStore()
     store.refuse = lambda batches: ColumnTypeError("not this")
-    with delivering(store, tmp_path, timing=DeliveryTiming(committer_linger_s=0.01)) as delivery:
-        for _ in range(3):
-            upload, sink = delivery.open_upload(options(), SCHEMA)
-            if not upload.counts()["rows_durable"]:
-                send(sink, upload, 0, 10)
-            assert tried.acquire(timeout=30)
-            delivery.close_upload(upload, sink)
-            sink.committer.thread.join(30)
-            assert delivery._space is not None
-            assert delivery._space.used_bytes == 0
-        (path,) = tmp_path.glob("*/d/*.arrow")
-        delivery.open_upload(options(), SCHEMA)
-        assert delivery._space.used_bytes == path.stat().st_size
+    with delivering(store, tmp_path) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert wait(upload, lambda: upload.failure is not None)
+        assert delivery.flush(10)
+    assert files(tmp_path) == [".rejected"]
 
 
 def open_others(delivery: Delivery, upload_ids: str) -> None:

@@ -1,0 +1,160 @@
+"""Sending of a committer's groups to its store, with the dataset's only writer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from fletcher.delivery.dedupe.index import DedupeIndex
+from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
+from fletcher.delivery.journal.journal import Journal
+from fletcher.errors import RequestError, StoreUnavailableError
+from fletcher.stores.base import DatasetWriter, WriteMode
+
+log = logging.getLogger(__name__)
+
+
+class GroupSender:
+    """A dataset's writer. Used on the committer's thread only.
+
+    Args:
+        journal: The dataset's journal, if it has one.
+    """
+
+    def __init__(
+        self, destination: Destination, dedupe_index: DedupeIndex, journal: Journal | None
+    ) -> None:
+        self._destination = destination
+        self._dedupe_index = dedupe_index
+        self._journal = journal
+        self._writer: DatasetWriter | None = None
+        self._kind: WriterKind | None = None
+
+    @property
+    def holds_dataset(self) -> bool:
+        return self._writer is not None
+
+    def open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
+        """The writer for rows of `schema`. Mode `overwrite` empties the dataset first.
+
+        Raises:
+            FletcherError: As in `Store.open_writer`, or because the journal's disk fails.
+        """
+        kind = writer_kind(schema, upsert=mode == "upsert")
+        if self._writer is None or self._kind != kind or mode == "overwrite":
+            self.close_writer()
+            if mode == "overwrite" and self._journal is not None:
+                with _journal_errors():
+                    self._journal.forget_settled()
+            stored = schema.append(pa.field("batch_key", pa.utf8()))
+            self._writer = self._destination.store.open_writer(
+                self._destination.dataset, stored, mode
+            )
+            self._kind = kind
+            if mode == "overwrite":
+                self._dedupe_index.invalidate()
+        return self._writer
+
+    def append_groups(self, groups: Sequence[Group]) -> bool:
+        """Store groups of one kind. Returns whether the store asks for a rest.
+
+        A refusal counts only if it comes from a writer that was just opened: somebody may have
+        altered the dataset since an older one was opened.
+
+        Raises:
+            RequestError: The store refuses rows of these groups.
+            FletcherError: As in `DatasetWriter.append`, or because the journal's disk fails.
+        """
+        writer = self._writer
+        try:
+            return self._send_groups(groups)
+        except RequestError as error:
+            if writer is None or writer is not self._writer:
+                raise
+            log.info("`%s`: opened again: %s", self._destination.dataset, error)
+        self.close_writer()
+        for group in groups:
+            group.in_doubt = True
+        return self._send_groups(groups)
+
+    def _send_groups(self, groups: Sequence[Group]) -> bool:
+        """Send groups of one kind, except groups in doubt that the store has already.
+
+        Groups in doubt whose rows replace others are always sent again. The store may lack their
+        key only because later rows replaced theirs; those later rows are sent again as well, in the
+        same order. Returns and raises as `append_groups`.
+        """
+        telemetry = self._destination.telemetry
+        (schema, _, upsert), journaled = groups[0].rows[0].kind
+        writer = self.open_writer(schema, "upsert" if upsert else "append")
+        with _not_refused():
+            wanted = self._wanted_groups(writer, groups)
+            null_vectors = self._destination.store.capabilities.null_vectors
+            rows = {key: one.to_batch(null_vectors=null_vectors) for key, one in wanted.items()}
+        batches = [batch for batch in rows.values() if batch.num_rows]
+        num_rows = sum(batch.num_rows for batch in batches)
+        if upsert and not journaled and self._journal is not None:
+            # Settled groups in the journal must not be sent again later and replace these rows.
+            # (Journaled rows need no sync here: they are sent again after the rows they replace.)
+            with _journal_errors():
+                self._journal.sync_notes()
+        with (
+            telemetry.stage_duration.time(stage="append"),
+            telemetry.span("append", rows=num_rows, groups=len(batches)),
+        ):
+            slow_down = bool(batches) and writer.append(batches)
+        with _not_refused():
+            counts_groups = self._destination.store.capabilities.counts_groups
+        unknown = [
+            key
+            for key, group in wanted.items()
+            if not group.is_recognized(rows[key].num_rows, counts_groups=counts_groups)
+        ]
+        if unknown and self._journal is not None:
+            with _journal_errors():
+                self._journal.settled_groups.add_keys(unknown)
+        return slow_down
+
+    def _wanted_groups(self, writer: DatasetWriter, groups: Sequence[Group]) -> dict[str, Group]:
+        """The groups to send, by key."""
+        wanted = {group.batch_key: group for group in groups if not group.settled}
+        in_doubt = {key for key, one in wanted.items() if one.in_doubt and not one.upsert}
+        if not in_doubt:
+            return wanted
+        missing = set(writer.missing_keys(sorted(in_doubt)))
+        if not missing <= in_doubt:
+            raise StoreUnavailableError(
+                "the store names groups that it was not asked about", field="store"
+            )
+        return {key: one for key, one in wanted.items() if key in missing or key not in in_doubt}
+
+    def close_writer(self) -> None:
+        """Close the dataset's writer; the next append or opening opens another one."""
+        writer, self._writer, self._kind = self._writer, None, None
+        if writer is not None:
+            try:
+                writer.close()
+            except BaseException:
+                log.exception("closing `%s`", self._destination.dataset)
+
+
+@contextlib.contextmanager
+def _not_refused() -> Iterator[None]:
+    """Context of calls whose refusal, if any, does not concern the rows."""
+    try:
+        yield
+    except RequestError as error:
+        raise StoreUnavailableError(
+            f"the store does not tell what it has: {error.message}", field="dataset"
+        ) from error
+
+
+@contextlib.contextmanager
+def _journal_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None
