@@ -155,8 +155,17 @@ class Client(Closing):
             options, text_column=chosen.text, id_column=chosen.id or "id", columns=chosen.carried
         )
         if options.upload_id is None:
-            options = replace(options, upload_id=ingest_id(source, options))
+            upload_id = ingest_id(source, options)
+            if options.mode == "overwrite" and self._is_complete(options, upload_id):
+                # These files were the dataset once, and rows may have been added since.
+                upload_id = uuid.uuid4().hex
+            options = replace(options, upload_id=upload_id)
         return self.put(source, options, resume=True, on_ack=on_ack)
+
+    def _is_complete(self, options: EmbedCommand, upload_id: str) -> bool:
+        fields = {"upload_id": upload_id, "dataset": options.dataset, "store": options.store}
+        body = {name: value for name, value in fields.items() if value is not None}
+        return bool(self._connection.action("upload_status", body).get("complete"))
 
     def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
         """Embed text and return an iterator over batches with vectors.
@@ -324,11 +333,10 @@ class Client(Closing):
 def ingest_id(source: TextSource, options: EmbedCommand) -> str:
     """The `upload_id` of files: a hash, or random if the source can be read only once.
 
-    With `mode=delta`, the id is also random, as the store is asked about every row anyway. With a
-    hash, files that were changed and later changed back would count as sent, although the store has
-    other rows by then.
+    With `mode=upsert` and `mode=delta`, the id is also random. With a hash, files that were changed
+    and later changed back would count as sent, although the store has other rows by then.
     """
-    if not source.reiterable or options.mode == "delta":
+    if not source.reiterable or options.mode in ("upsert", "delta"):
         return uuid.uuid4().hex
     digest = hashlib.sha256(source.content_hash().encode())
     digest.update(replace(options, upload_id=None, priority=None).to_json())

@@ -263,8 +263,8 @@ def _as_stored(schema: pa.Schema) -> pa.Schema:
             pq.write_metadata(pa.schema([field]), file)
         except pa.ArrowException:
             raise ColumnTypeError(
-                f"`{field.name[:200]}` is {str(field.type)[:200]}, which Parquet files cannot hold; "
-                "send another type, or use a `lance:` store",
+                f"`{field.name[:200]}` is {str(field.type)[:200]}, which Parquet files cannot "
+                "hold; send another type, or use a `lance:` store",
                 field=field.name[:200],
             ) from None
         file.seek(0)

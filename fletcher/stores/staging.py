@@ -49,7 +49,8 @@ def with_incarnation(name: str, schema: pa.Schema) -> pa.Schema:
 
 def incarnation_of(schema: pa.Schema) -> str:
     """Name of a dataset's incarnation; empty if it has none."""
-    return (schema.metadata or {}).get(INCARNATION, b"").decode(errors="replace")
+    token: bytes = (schema.metadata or {}).get(INCARNATION, b"")
+    return token.decode(errors="replace")
 
 
 def is_replaced_by(incarnation: str | None, upload_id: str) -> bool:
