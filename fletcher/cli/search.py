@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +19,8 @@ from fletcher.config.delivery import NO_STORE
 from fletcher.config.option import nearest
 from fletcher.config.server import fletcher_home
 from fletcher.errors import (
+    ColumnTypeError,
     ConfigError,
-    InvalidCommandError,
     ModelMismatchError,
     UnknownColumnError,
     UnknownDatasetError,
@@ -32,11 +30,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from click.shell_completion import CompletionItem
 
-    from fletcher.stores.base import DatasetInfo, Filter, Store
+    from fletcher.stores.base import DatasetInfo, Store
 
 MAX_K = 10_000
 MAX_ID_COLUMNS = 32
-_FILTER = re.compile(r"\s*([^\s=!<>]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOTALL)
 
 
 def _complete_dataset(
@@ -94,8 +91,9 @@ def cli(
         query: Text to look for.
         dataset: Dataset to search.
         k: Number of rows to find.
-        filters: Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable.
-            Only rows that meet all conditions are found.
+        filters: Condition on columns, such as 'year >= 2020 and (section in (games, news) or
+            author is null)'; repeatable. Only rows that meet all conditions are found. Quote texts
+            with spaces by ', and names with spaces by ".
         columns: Columns to show besides id and text.
         prompt: Name of a prompt of the model, or text to put before the query; '' for no prompt.
             Default: the model's prompt for queries, if it has one.
@@ -103,6 +101,7 @@ def cli(
     from fletcher.core.command import check_dataset
     from fletcher.stores.address import folder_of, open_store
     from fletcher.stores.exact_search import vector_reader
+    from fletcher.stores.filter_parser import parse_filter
 
     check_dataset(dataset)
     if not query.strip():
@@ -125,15 +124,32 @@ def cli(
         if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
             vector_reader(dataset, info.schema)  # raises before a model is loaded
         shown = _shown_columns(info, columns)
-        conditions = [_parse_filter(text, info.schema) for text in filters]
+        conditions = [parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
         found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
-    rows = found.select([*shown, "score"]).to_pylist()
+    rows = _to_rows(found.select([*shown, "score"]))
     if as_json:
         for rank, row in enumerate(rows, 1):
             print_json({"rank": rank, **row})
     else:
         _print_rows(rows)
+
+
+def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The table's rows as Python values; times with nanoseconds become text."""
+    import pyarrow as pa
+
+    for place, field in enumerate(table.schema):
+        if getattr(field.type, "unit", "") == "ns":
+            texts = table.column(place).cast("string")
+            table = table.set_column(place, field.name, texts)
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise ColumnTypeError(
+            f"`columns` has values that cannot be shown: {error}; leave their column out",
+            field="columns",
+        ) from None
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -208,42 +224,3 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
             dtype="float32",
         )
     return vectors[0]
-
-
-def _parse_filter(text: str, schema: pa.Schema) -> Filter:
-    from fletcher.stores.base import Filter
-
-    match = _FILTER.fullmatch(text)
-    if not match:
-        raise InvalidCommandError(
-            f"`filter` is {text!r}, expected COLUMN OPERATOR VALUE, such as 'year >= 2020'",
-            field="filter",
-            allowed=["=", "!=", ">", "<", ">=", "<="],
-        )
-    name, operator, value = match.groups()
-    if name not in schema.names:
-        raise UnknownColumnError(
-            f"`filter` names {name!r}{nearest(name, schema.names)}; "
-            f"known: {', '.join(schema.names)}",
-            field="filter",
-            allowed=schema.names,
-        )
-    literal = _literal(name, value, schema.field(name).type)
-    return Filter(name, "=" if operator == "==" else operator, literal)  # type: ignore[arg-type]
-
-
-def _literal(name: str, text: str, kind: pa.DataType) -> Any:
-    import pyarrow as pa
-
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_timestamp(kind):
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        return text[1:-1] if quoted else text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if isinstance(value, (bool, int, float)):
-        return value
-    raise InvalidCommandError(
-        f"`filter` compares {name!r} with {text!r}, expected a value of type {kind}", field="filter"
-    )

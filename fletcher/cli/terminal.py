@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import json
 import os
@@ -46,8 +47,17 @@ def say(line: str) -> None:
 
 
 def print_json(value: object, indent: int | None = None) -> None:
-    """Print a value as JSON; on one line unless `indent` is given."""
-    print(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
+    """Print a value as JSON; on one line unless `indent` is given.
+
+    Times become ISO 8601 text, and bytes become hexadecimal digits.
+    """
+    print(json.dumps(value, ensure_ascii=False, indent=indent, default=_as_text))
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, (dt.date, dt.time)):
+        return value.isoformat()
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def cut(text: str, width: int) -> str:

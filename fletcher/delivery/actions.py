@@ -67,7 +67,7 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Settle groups that are decided: the store has them or, with `error`, refused them for good.
+    """Settle groups that the store has or, with `error`, refused for good.
 
     Outcome: the groups that could not be settled, or None. They are tried again.
     """

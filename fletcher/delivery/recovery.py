@@ -1,4 +1,4 @@
-"""Recovery at a server's start: the sinks of all datasets whose journals have rows to send."""
+"""Recovery of datasets whose journals have rows to send, at a server's start."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class WaitingRows:
         self.sent: deque[Group] = deque()  # were sent before, so their rows are fixed
         self.aside: list[Group] = []
         self._new: deque[Rows] = deque()
-        self._in_turn = False  # after a group set aside, rows in order come first
+        self._aside_was_last = False  # after a group set aside, rows in order come first
         self._num_in_memory = 0  # number of `Rows` objects that are not journaled
 
     def __bool__(self) -> bool:
@@ -71,11 +71,11 @@ class WaitingRows:
         Returns at least one group if rows wait in order or a group set aside is ready, even one
         beyond the limits. If an error is raised, all rows are still queued.
         """
-        ready = [] if self._in_turn and self.in_order else self.aside
-        self._in_turn = False
+        ready = [] if self._aside_was_last and self.in_order else self.aside
+        self._aside_was_last = False
         for group in ready:
             if group.ready_at <= now:
-                self._in_turn = True
+                self._aside_was_last = True
                 self.aside.remove(group)
                 self._count(group.rows, -1)
                 return [group]
@@ -98,7 +98,7 @@ class WaitingRows:
         return groups
 
     def take_hopeless(self, since: float) -> list[Rows]:
-        """Remove groups set aside that are not journaled and have failed since then or before."""
+        """Remove groups set aside in memory that have failed since then or before."""
         hopeless = [
             group
             for group in self.aside

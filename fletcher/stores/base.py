@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 WriteMode = Literal["append", "upsert"]
-Operator = Literal["=", "!=", ">", "<", ">=", "<="]
+Operator = Literal["=", "!=", ">", "<", ">=", "<=", "in", "is null"]
 Vector = npt.NDArray[np.float32]
 Names = Sequence[str] | None
 
@@ -56,16 +56,38 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
-    """A condition on one column; `logic` joins it to the previous condition."""
+class Comparison:
+    """A condition on one column; for a null it is unknown, as in SQL.
+
+    Attributes:
+        field: Name of the column.
+        operator: Comparison, or `in` for a list of values, or `is null`.
+        value: A value of the column's type; times, dates and decimals may be text (ISO 8601).
+            A list of values for `in`. None with `=` and `!=` asks for nulls and for other values.
+    """
 
     field: str
     operator: Operator
-    value: Any
-    logic: Literal["and", "or"] = "and"
-    filters: tuple[Filter, ...] = ()
+    value: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class Negation:
+    """A condition that is met where another one is false, not unknown."""
+
+    condition: Filter
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """Conditions of which all (`and`) or one (`or`) must be met; at least one."""
+
+    logic: Literal["and", "or"]
+    conditions: tuple[Filter, ...]
+
+
+# All filters of a sequence must be met. `fletcher.stores.filter_parser` reads them from text.
+Filter = Comparison | Negation | Combination
 Filters = Sequence[Filter]
 
 

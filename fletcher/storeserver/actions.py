@@ -18,7 +18,7 @@ from fletcher.core.command import check_dataset
 from fletcher.core.quantization import VectorReader
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
-from fletcher.stores.base import Filter, Vector
+from fletcher.stores.base import Comparison, Vector
 from fletcher.stores.exact_search import Scores, check_query, cosine, existing_dataset, nearest
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
@@ -123,7 +123,7 @@ class Actions:
     def _search_by_id(self, request: SearchByIdRequest) -> list[bytes]:
         """Rows nearest to a stored row."""
         schema = self._schema(request.dataset)
-        same = Filter("id", "=", _stored_id(request.id, schema))
+        same = Comparison("id", "=", _stored_id(request.id, schema))
         rows = self.store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
         table = rows.read_all()
         if not table.num_rows or not table["vector"][0].is_valid:

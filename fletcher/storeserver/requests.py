@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from fletcher.core.command import DATASET_PATTERN
 from fletcher.errors import InvalidCommandError
-from fletcher.stores.base import Filter, Operator
+from fletcher.stores.base import Combination, Comparison, Filter, Negation, Operator
 from fletcher.stores.exact_search import MAX_K
 from fletcher.stores.staging import check_stored
 
@@ -33,6 +33,7 @@ OPERATORS: dict[str, Operator] = {
     "ge": ">=",
     "le": "<=",
 }
+NOT = "not"
 
 _Request = TypeVar("_Request")
 
@@ -60,6 +61,8 @@ def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> 
     """The request in a decoded JSON object. Raises as `decode_request`."""
     try:
         return msgspec.convert(fields, kind)
+    except RecursionError:
+        raise InvalidCommandError(f"{what} is nested too deeply") from None
     except msgspec.ValidationError as error:
         # "Expected `int` >= 1 - at `$.search.k`", or "Object missing required field `id`"
         reason, _, path = str(error).rpartition(" - at `$.")
@@ -121,7 +124,11 @@ class DeleteVectorRequest(msgspec.Struct):
 
 
 class FilterRequest(msgspec.Struct):
-    """A condition in Longbow's JSON. `op` is another name for `operator`."""
+    """A condition in Longbow's JSON. `op` is another name for `operator`.
+
+    Fletcher adds the operators `in`, with a list as `value`, `is null`, and `not`, which negates
+    `filters`. `logic` joins the condition to all conditions before it in the same list.
+    """
 
     field: str = ""
     operator: str | None = None
@@ -217,39 +224,81 @@ class DoGetRequest(msgspec.Struct, kw_only=True):
         return request
 
 
-def to_filters(requests: Filters, depth: int = 0) -> tuple[Filter, ...]:
+def to_filters(requests: Filters) -> tuple[Filter, ...]:
     """The filters of a request as the store takes them.
+
+    The `logic` of a filter joins it to all filters before it.
 
     Raises:
         InvalidCommandError: A filter has an unknown operator or logic, has no field, or is nested
             too deeply.
     """
-    if requests and depth > MAX_FILTER_DEPTH:
-        raise InvalidCommandError(
-            f"`filters` are nested more than {MAX_FILTER_DEPTH} deep", field="filters"
-        )
-    return tuple(_to_filter(one, depth) for one in requests or ())
+    if not requests:
+        return ()
+    return (_join(requests, 0)[0],)
 
 
-def _to_filter(request: FilterRequest, depth: int) -> Filter:
-    given = request.operator or request.op or "="
-    operator = OPERATORS.get(given.lower())
-    logic = (request.logic or "and").lower()
-    nested = to_filters(request.filters, depth + 1)
-    if not request.field and not nested:
-        raise InvalidCommandError("a filter has no `field`; name a column", field="filters")
-    if operator is None:
+def _join(requests: list[FilterRequest], depth: int) -> tuple[Filter, int]:
+    """The filter that requests make together, and the height of its tree."""
+    joined, height = _to_filter(requests[0], depth)
+    _logic(requests[0])
+    for request in requests[1:]:
+        logic = _logic(request)
+        one, own_height = _to_filter(request, depth)
+        if isinstance(joined, Combination) and joined.logic == logic:
+            joined = Combination(joined.logic, (*joined.conditions, one))
+            height = max(height, own_height + 1)
+        else:
+            joined = Combination(logic, (joined, one))
+            height = max(height, own_height) + 1
+        if height > MAX_FILTER_DEPTH:
+            raise _too_deep()
+    return joined, height
+
+
+def _to_filter(request: FilterRequest, depth: int) -> tuple[Filter, int]:
+    given = (request.operator or request.op or "=").lower()
+    if given != NOT and given not in OPERATORS:
         raise InvalidCommandError(
             f"`operator` is {given[:100]!r}, expected one of {', '.join(OPERATORS)}",
             field="operator",
             allowed=list(OPERATORS),
         )
+    parts: list[Filter] = []
+    height = 0
+    if request.field:
+        operator = OPERATORS.get(given)
+        if operator is None:
+            raise InvalidCommandError(
+                f"`operator` is {given} in a filter on `{request.field[:100]}`; put the condition "
+                "to negate into `filters`",
+                field="operator",
+            )
+        parts.append(Comparison(request.field, operator, request.value))
+    if request.filters:
+        if depth >= MAX_FILTER_DEPTH:
+            raise _too_deep()
+        nested, height = _join(request.filters, depth + 1)
+        parts.append(nested)
+    if not parts:
+        raise InvalidCommandError("a filter has no `field`; name a column", field="filters")
+    if len(parts) > 1:
+        return Combination("and", tuple(parts)), height + 1
+    return (Negation(parts[0]), height + 1) if given == NOT else (parts[0], height)
+
+
+def _logic(request: FilterRequest) -> Literal["and", "or"]:
+    logic = (request.logic or "and").lower()
     if logic not in ("and", "or"):
         raise InvalidCommandError(
             f"`logic` is {logic[:100]!r}, expected `and` or `or`",
             field="logic",
             allowed=["and", "or"],
         )
-    return Filter(
-        request.field, operator, request.value, cast("Literal['and', 'or']", logic), nested
+    return cast("Literal['and', 'or']", logic)
+
+
+def _too_deep() -> InvalidCommandError:
+    return InvalidCommandError(
+        f"`filters` are nested more than {MAX_FILTER_DEPTH} deep", field="filters"
     )

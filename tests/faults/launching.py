@@ -23,7 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.faults import callsites
+
 _PR_SET_PDEATHSIG = 1
+_INJECTING = "CALL_SITES"
 # LanceDB warns at every fork, which it survives.
 _PYTHON = [sys.executable, "-W", "ignore:lancedb fork support", "-m"]
 _ROOT = Path(__file__).resolve().parents[2]
@@ -108,20 +111,29 @@ class Launcher:
 
 
 class Forking(Launcher):
-    """Forks a process that has imported everything."""
+    """Forks a process that has imported everything.
 
-    def __init__(self) -> None:
+    Args:
+        preload: The library `filecalls.c`. If given, single calls of a process can be made to fail:
+            `start` takes `faults`, see `tests.faults.callsites`.
+
+    Attributes:
+        site_names: The call sites in the processes' modules, by their numbers.
+    """
+
+    def __init__(self, preload: Path | None = None) -> None:
         super().__init__()
         self._socket, theirs = socket.socketpair()
+        more = {} if preload is None else {"LD_PRELOAD": str(preload), _INJECTING: "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [*_PYTHON, "tests.faults.launching", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=_ROOT,
-                env=_environ(),
+                env=_environ() | more,
             )
         self._replies = self._socket.makefile("r")
-        assert self._replies.readline() == "ready\n"
+        self.site_names = json.loads(self._replies.readline())
 
     def _launch(self, request: dict[str, Any]) -> int:
         self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -185,6 +197,7 @@ class _WorkerForks:
 def _fork_workers(requests: socket.socket) -> None:
     from fletcher.workers import child
 
+    callsites.become_worker()
     while True:
         _, descriptors, _, _ = socket.recv_fds(requests, 16, 1)
         if not descriptors:  # the server has ended
@@ -228,6 +241,10 @@ def _fork_on_request(descriptor: int) -> None:
     import lancedb  # noqa: F401
     import pyarrow.flight  # noqa: F401
 
+    if _INJECTING in os.environ:
+        del os.environ["LD_PRELOAD"]
+        callsites.install()
+
     import fletcher.cli.serve
     import fletcher.cli.store
     import fletcher.inference.null
@@ -242,7 +259,7 @@ def _fork_on_request(descriptor: int) -> None:
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     requests = socket.socket(fileno=descriptor)
-    requests.sendall(b"ready\n")
+    requests.sendall(json.dumps([str(site) for site in callsites.sites]).encode() + b"\n")
     for line in requests.makefile("r"):
         pid = os.fork()
         if pid == 0:
@@ -260,10 +277,12 @@ def _become(request: dict[str, Any], roles: Any) -> None:
         os.dup2(log, stream)
     code = 70
     try:
+        if (faults := request.pop("faults", None)) is not None:
+            callsites.attach(**faults)
         if request["role"] == "serve":
-            from fletcher.workers import pool
+            from fletcher.workers import worker_handle
 
-            pool.subprocess = _WorkerForks()  # type: ignore[assignment]
+            worker_handle.subprocess = _WorkerForks()  # type: ignore[assignment]
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code = roles.play(**request)
     except BaseException:  # noqa: BLE001 - the end of a process

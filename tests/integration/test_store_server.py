@@ -28,7 +28,7 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.stores.address import open_store
-from fletcher.stores.base import Filter
+from fletcher.stores.base import Comparison
 from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
 
@@ -478,7 +478,7 @@ def test_a_flight_store_keeps_types_keys_and_nulls(server, name):
         rows.vectors(7, 1)[0],
         k=2,
         columns=["id", "text"],
-        filters=[Filter("id", "!=", "id7")],
+        filters=[Comparison("id", "!=", "id7")],
     )
     assert found.column_names == ["id", "text", "score"]
     assert found["id"][0].as_py() != "id7"

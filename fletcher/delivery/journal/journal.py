@@ -172,7 +172,10 @@ class Journal:
         return written
 
     def settle_group(self, group: JournaledGroup) -> None:
-        """Note that a group is settled; delete segments without waiting groups. Idempotent."""
+        """Note that a group is settled; delete segments without waiting groups.
+
+        Idempotent.
+        """
         segment = group.segment
         if group.settled:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,13 +78,13 @@ class JournalContent:
 
 
 def survey_journals(root: Path) -> list[JournalContent]:
-    """The content of all journals under `root`. Deletes empty folders, and opens no file.
+    """The content of all journals under `root`, without those that are empty.
 
-    Called before the first sink is made.
+    Deletes empty folders, and opens no file. Called before the first sink is made.
     """
     found = []
     for store, dataset, folder in journal_folders(root):
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
         if names:
             waits = any(name.endswith(WAITING) for name in names)
             found.append(JournalContent(store, dataset, folder, waits))

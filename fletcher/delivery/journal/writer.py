@@ -164,7 +164,10 @@ class JournalWriter:
         self._thread: threading.Thread | None = None
 
     def submit_rows(self, rows: Rows) -> None:
-        """Queue rows. Raises OverloadedError, without queueing them, if the thread cannot start."""
+        """Queue rows.
+
+        Raises OverloadedError, without queueing the rows, if the thread cannot start.
+        """
         with self._changed:
             stopped = self._queue.stopped
             if not stopped:

@@ -22,8 +22,8 @@ from fletcher.errors import (
 )
 from fletcher.stores import protocol
 from fletcher.stores.base import (
+    Comparison,
     DatasetInfo,
-    Filter,
     Filters,
     Names,
     Store,
@@ -32,7 +32,7 @@ from fletcher.stores.base import (
     WriteMode,
 )
 from fletcher.stores.exact_search import existing_dataset, unknown_dataset
-from fletcher.stores.filters import to_json
+from fletcher.stores.filters import check_longbow, to_json
 from fletcher.stores.flight import longbow
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
@@ -174,7 +174,7 @@ class FlightStore(Store):
         # All keys of the upload are between these two, and so are keys of uploads with a longer
         # name.
         low, high = f"{upload_id}:", f"{upload_id};"
-        bounds = (Filter("batch_key", ">=", low), Filter("batch_key", "<=", high))
+        bounds = (Comparison("batch_key", ">=", low), Comparison("batch_key", "<=", high))
         counts = self._count_keys(dataset, bounds)
         whole = (key for key, count in counts.items() if count >= num_group_rows(key))
         return upload_ranges(whole, upload_id)
@@ -185,7 +185,9 @@ class FlightStore(Store):
         """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
         check_stored(name)
         ticket: dict[str, Any] = {"filters": to_json(filters)}
-        if self._is_fletcher:
+        if not self._is_fletcher:
+            check_longbow(filters)
+        else:
             if columns is not None:
                 ticket["columns"] = list(columns)
             if limit is not None:
@@ -229,6 +231,8 @@ class FlightStore(Store):
                 field="columns",
                 allowed=["id"],
             )
+        else:
+            check_longbow(filters)
         what = f"searching dataset `{dataset}`"
         reader = self._connection.open_stream(dataset, {"search": search}, what)
         with store_call(what):

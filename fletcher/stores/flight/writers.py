@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 
 from fletcher.stores import protocol
-from fletcher.stores.base import DatasetWriter, Filter, Filters, WriteMode
+from fletcher.stores.base import Comparison, DatasetWriter, Filters, WriteMode
 from fletcher.stores.flight.connection import FlightConnection
 from fletcher.stores.flight.longbow import longbow_batch, without_stored
 from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
@@ -117,7 +117,7 @@ class LongbowWriter(FlightWriter):
         """See `DatasetWriter.missing_keys`. Reads the rows back, one call per key."""
         missing = []
         for key in batch_keys:
-            counts = self._count_keys(self._dataset, [Filter("batch_key", "=", key)])
+            counts = self._count_keys(self._dataset, [Comparison("batch_key", "=", key)])
             # Rows without a vector were never sent, so a complete group may have fewer rows than
             # its key says. The group then counts as missing, and its next append sends nothing.
             num_rows = num_group_rows(key)

@@ -314,12 +314,12 @@ def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:
     if condition is None:
         return query
     try:
-        # LanceDB checks only here whether a literal fits its column (300 in an int8).
+        # LanceDB checks only here whether it understands the condition.
         table.search().where(condition).select([]).limit(1).explain_plan()
     except ValueError as error:
         raise ColumnTypeError(
-            "a filter's value does not fit its column; compare with a value of its type",
-            field="filters",
+            "LanceDB cannot run this filter; filter by other columns, or with other values",
+            field="filter",
         ) from error
     return query.where(condition)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gc
 import json
 import os
@@ -208,6 +209,10 @@ def test_search_finds_a_row_by_its_text(place: Place, call: Call, server: tuple[
     }
     assert rows[0]["score"] == pytest.approx(1, abs=1e-2)
     assert rows[0]["score"] > rows[1]["score"] >= rows[2]["score"]
+    done = call(*argv, "--json", "--k", "1", "--columns", "timestamp")
+    assert (done.code, done.err) == (0, "")
+    stamp = dt.datetime.fromisoformat(json.loads(done.out)["timestamp"])
+    assert stamp.utcoffset() == dt.timedelta(0)
 
 
 @pytest.mark.usefixtures("ingested")
@@ -230,9 +235,13 @@ def test_search_filters_and_lays_out_lines(
         (["--dataset", "a/b"], 2, "`dataset` is 'a/b'"),
         (["--dataset", "rows", "--k", "0"], 2, "`k` is 0"),
         (["--dataset", "rows", "--columns", "weight"], 1, "asks for 'weight'; known: id,"),
-        (["--dataset", "rows", "--filter", "size"], 2, "`filter` is 'size', expected COLUMN"),
-        (["--dataset", "rows", "--filter", "siz = 1"], 1, "names 'siz'; did you mean size?"),
-        (["--dataset", "rows", "--filter", "size = big"], 2, "compares 'size' with 'big'"),
+        (["--dataset", "rows", "--filter", "size"], 2, "`filter` has the end; expected =, "),
+        (
+            ["--dataset", "rows", "--filter", "siz = 1"],
+            1,
+            "1; did you mean size?",
+        ),
+        (["--dataset", "rows", "--filter", "size = big"], 2, "has big; expected a number"),
         (["--dataset", "rows", "--store", "none"], 2, "`store` is none"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import socket
 import subprocess
 import sys
@@ -27,7 +30,7 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.stores.address import open_store
-from fletcher.stores.base import Filter, Store
+from fletcher.stores.base import Combination, Comparison, Store
 from tests.doubles import store_rows as rows
 
 
@@ -51,7 +54,7 @@ def test_rows_come_back_as_they_were_sent(store):
     info = store.dataset("d")
     assert info.num_rows == 150
     assert info.num_bytes > 0
-    assert info.schema.metadata == rows.schema().metadata
+    assert info.schema.metadata.items() >= rows.schema().metadata.items()
     assert [one.name for one in store.datasets()] == ["d"]
 
 
@@ -83,7 +86,7 @@ def test_quantized_rows_are_searched_with_the_query_in_float32(store, dtype):
     assert found.column_names == ["id", "score"]
     assert found.column("id").to_pylist() == [f"id{row}" for row in best]
     np.testing.assert_allclose(found.column("score").to_numpy(), cosines[best], atol=1e-5)
-    only = [Filter("id", "=", "id3")]
+    only = [Comparison("id", "=", "id3")]
     assert store.search("d", vectors[42], k=5, filters=only).column("id").to_pylist() == ["id3"]
     assert store.search("d", vectors[0], k=1000, columns=["id"]).num_rows == 299
     with pytest.raises(DimensionMismatchError, match=r"8 dimensions.*has 64"):
@@ -170,29 +173,28 @@ def test_filters_limit_and_columns(store):
     def ids(*filters, **more):
         return store.scan("d", columns=["id"], filters=filters, **more).read_all()["id"].to_pylist()
 
-    assert ids(Filter("id", "=", "o'brien")) == ["o'brien"]
-    assert ids(Filter("id", "=", "' OR 1=1 --")) == []
-    assert ids(Filter("id", "=", "id1"), Filter("id", "=", "id2", "or")) == ["id1", "id2"]
-    assert ids(Filter("id", "=", "x"), limit=3) == ["x"] * 3
-    assert ids(Filter("token_count", ">", 3)) == []
-    assert ids(Filter("token_count", "<=", 3), limit=1) == ["id0"]
-    assert len(ids(Filter("timestamp", "<", "2023-11-14T22:13:20.000000+00:00"))) == 0
-    assert len(ids(Filter("timestamp", ">=", "2023-11-14T22:13:20.000000+00:00"))) == 20
-    nested = Filter(
-        "", "=", None, "and", (Filter("id", "=", "id3"), Filter("id", "=", "id4", "or"))
-    )
-    assert ids(Filter("token_count", "=", 3), nested) == ["id3", "id4"]
-    assert len(ids(Filter("id", "!=", None))) == 20
-    best = store.search("d", rows.vectors(5, 1)[0], k=1, filters=[Filter("id", "!=", "id5")])
+    assert ids(Comparison("id", "=", "o'brien")) == ["o'brien"]
+    assert ids(Comparison("id", "=", "' OR 1=1 --")) == []
+    either = Combination("or", (Comparison("id", "=", "id1"), Comparison("id", "=", "id2")))
+    assert ids(either) == ["id1", "id2"]
+    assert ids(Comparison("id", "=", "x"), limit=3) == ["x"] * 3
+    assert ids(Comparison("token_count", ">", 3)) == []
+    assert ids(Comparison("token_count", "<=", 3), limit=1) == ["id0"]
+    assert len(ids(Comparison("timestamp", "<", "2023-11-14T22:13:20.000000+00:00"))) == 0
+    assert len(ids(Comparison("timestamp", ">=", "2023-11-14T22:13:20.000000+00:00"))) == 20
+    nested = Combination("or", (Comparison("id", "=", "id3"), Comparison("id", "=", "id4")))
+    assert ids(Comparison("token_count", "=", 3), nested) == ["id3", "id4"]
+    assert len(ids(Comparison("id", "!=", None))) == 20
+    best = store.search("d", rows.vectors(5, 1)[0], k=1, filters=[Comparison("id", "!=", "id5")])
     assert best["id"].to_pylist() != ["id5"]
     with pytest.raises(UnknownColumnError, match="no column `nope`; it has id, vector"):
-        ids(Filter("nope", "=", 1))
+        ids(Comparison("nope", "=", 1))
     with pytest.raises(UnknownColumnError):
         store.scan("d", columns=["nope"])
     with pytest.raises(ColumnTypeError, match="`token_count`"):
-        ids(Filter("token_count", "=", "3' OR '1'='1"))
+        ids(Comparison("token_count", "=", "3' OR '1'='1"))
     with pytest.raises(ColumnTypeError):
-        ids(Filter("vector", "=", 3))
+        ids(Comparison("vector", "=", 3))
 
 
 def test_nonsense_queries_are_refused(store):
@@ -287,13 +289,130 @@ def test_slices_of_structs_within_structs_are_stored(tmp_path, mode):
     assert sorted(found, key=str) == sorted(inner[1:], key=str)
 
 
-def test_overwrite_empties_the_dataset_and_takes_another_model(store):
+STAGED = staged_name("d", "new")
+
+
+def stage(store: Store, *batches: pa.RecordBatch) -> None:
+    writer = store.open_writer(STAGED, batches[0].schema, "append")
+    for batch in batches:
+        writer.append([batch])
+    writer.close()
+
+
+def test_a_staged_dataset_replaces_the_dataset_and_takes_another_model(store):
+    fill(store, rows.batch(0, 10), rows.batch(10, 5))
+    old = store.incarnation("d")
+    reader = store.scan("d", columns=["id"])
+    stage(
+        store,
+        rows.batch(0, 3, dims=9, model="other@1", null_rows=(1,)),
+        *(rows.batch(first, 2, dims=9, model="other@1") for first in (3, 5)),
+    )
+    assert [one.name for one in store.datasets()] == ["d"]
+    assert [(one.name, one.num_rows) for one in store.staged_datasets()] == [(STAGED, 7)]
+    assert store.dataset("d").num_rows == 15
+    store.replace_dataset("d", STAGED)
+    assert store.dataset("d").num_rows == 7
+    assert store.dataset("d").schema.field("vector").type.list_size == 9
+    found = store.scan("d").read_all().sort_by("id").column("id").to_pylist()
+    assert found == [f"id{row}" for row in range(7)]
+    assert store.scan("d").read_all().sort_by("id").column("vector").is_null()[1].as_py()
+    assert old != store.incarnation("d")
+    assert is_replaced_by(store.incarnation("d"), "new")
+    assert store.staged_datasets() == []
+    with pytest.raises(UnknownDatasetError):
+        store.replace_dataset("d", STAGED)
+    fill(store, rows.batch(20, 3, dims=9, model="other@1"))
+    assert store.dataset("d").num_rows == 10
+    if store.address.startswith("lance"):  # a reader goes on with the old version
+        assert len(reader.read_all()) == 15
+
+
+def test_a_staged_dataset_becomes_one_that_was_dropped(store):
+    for first in (0, 10):
+        stage(store, rows.batch(first, 3))
+        store.replace_dataset("d", STAGED)
+        found = store.scan("d").read_all().column("id").to_pylist()
+        assert found == [f"id{row}" for row in range(first, first + 3)]
+        fill(store, rows.batch(first + 5, 1))
+        assert store.dataset("d").num_rows == 4
+        store.delete_dataset("d")
+
+
+def test_a_dataset_with_a_writer_is_not_replaced(store):
     fill(store, rows.batch(0, 10))
-    fill(store, rows.batch(0, 3, dims=9, model="other@1"), mode="overwrite")
-    info = store.dataset("d")
-    assert info.num_rows == 3
-    assert info.schema.metadata[b"fletcher.model"] == b"other@1"
-    assert store.stored_ranges("d", "u") == [(0, 2)]
+    stage(store, rows.batch(0, 3))
+    for name in ("d", STAGED):
+        writer = store.open_writer(name, rows.schema(), "append")
+        with pytest.raises(StoreUnavailableError):
+            store.replace_dataset("d", STAGED)
+        writer.close()
+    assert store.dataset("d").num_rows == 10
+    store.replace_dataset("d", STAGED)
+    assert store.dataset("d").num_rows == 3
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_replacement_that_was_cut_off_is_finished(tmp_path, monkeypatch, at):
+    """A Parquet dataset is whole, old or new, after each step."""
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 10))
+    stage(store, rows.batch(0, 3))
+    calls = itertools.count()
+
+    def cut_off(self, *args, real, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink"):
+            patch.setattr(Path, name, functools.partialmethod(cut_off, real=getattr(Path, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            store.replace_dataset("d", STAGED)
+    again = open_store(f"parquet:{tmp_path}")
+    assert [info.name for info in again.datasets()] == ["d"]
+    assert again.dataset("d").num_rows in (3, 10)
+    if again.staged_datasets():
+        again.replace_dataset("d", STAGED)
+    writer = again.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(20, 2)])
+    writer.close()
+    found = again.scan("d").read_all().column("id").to_pylist()
+    assert sorted(found) == ["id0", "id1", "id2", "id20", "id21"]
+    left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
+    assert left == {"d"}
+
+
+def test_a_parquet_store_adds_columns(tmp_path):
+    """The rows were stored without the column, and nothing said so."""
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 3))
+    extra = rows.batch(3, 2)
+    extra = extra.append_column("url", pa.array(["a", None]))
+    fill(store, extra)
+    fill(store, rows.batch(5, 1))
+    found = store.scan("d").read_all()
+    assert found.column("url").to_pylist() == [None, None, None, "a", None, None]
+    other = rows.batch(6, 1).append_column("url", pa.array([1]))
+    with pytest.raises(ColumnTypeError, match="`url` is int64"):
+        fill(store, other)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.timestamp("s"), pa.timestamp("s", "UTC"), pa.time32("s"), pa.timestamp("ns"), pa.float16()],
+)
+def test_types_that_parquet_gives_back_in_another_form_are_taken_again(tmp_path, kind):
+    store = open_store(f"parquet:{tmp_path}")
+    values = pa.array([1, 2, None], pa.int32()).cast(
+        pa.int64() if kind.bit_width == 64 else pa.int32()
+    )
+    column = pa.array([1.5, None, 2.0], kind) if pa.types.is_floating(kind) else values.cast(kind)
+    for first in (0, 3, 6):
+        fill(store, rows.batch(first, 3).append_column("when", column))
+    found = store.scan("d", columns=["when"]).read_all().column("when")
+    assert found.cast(kind).to_pylist() == column.to_pylist() * 3
 
 
 def test_keys_and_ranges_tell_what_is_stored(store):

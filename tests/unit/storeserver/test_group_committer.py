@@ -84,7 +84,7 @@ def test_rows_that_were_stored_though_their_commit_failed_are_repeats(
     assert num_rows(store) == 30
 
 
-@pytest.mark.parametrize("mode", ["upsert", "overwrite"])
+@pytest.mark.parametrize("mode", ["upsert"])
 def test_rows_whose_client_waits_no_longer_replace_nothing(
     store: LanceStore, ingest: Ingest, mode: WriteMode
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fletcher.errors import InvalidCommandError
-from fletcher.stores.base import Filter
+from fletcher.stores.base import Combination, Comparison, Negation
 from fletcher.stores.protocol import GroupHeader, MissingKeysRequest
 from fletcher.storeserver.requests import (
     MAX_FILTER_DEPTH,
@@ -87,7 +87,7 @@ def test_a_converted_request_is_checked_as_well() -> None:
 def test_an_unknown_mode_is_refused_with_the_known_ones(mode: object) -> None:
     with pytest.raises(InvalidCommandError, match=r"`mode` is .* append, upsert, ") as caught:
         convert_request(GroupHeader, {"mode": mode}, "the header")
-    assert caught.value.allowed == ["append", "upsert", "overwrite"]
+    assert caught.value.allowed == ["append", "upsert"]
 
 
 def test_several_vectors_make_a_matrix_and_ragged_ones_none() -> None:
@@ -105,7 +105,7 @@ def test_a_ticket_is_a_name_or_an_object() -> None:
     ticket = DoGetRequest.from_ticket(json.dumps(outer).encode())
     assert ticket.search is not None
     assert ticket.search.dataset == "d"
-    assert to_filters(ticket.search.filters) == (Filter("id", "=", "x"),)
+    assert to_filters(ticket.search.filters) == (Comparison("id", "=", "x"),)
     inner = {**outer, "search": {"dataset": "e", "vector": [1], "filters": []}}
     ticket = DoGetRequest.from_ticket(json.dumps(inner).encode())
     assert ticket.search is not None
@@ -124,11 +124,28 @@ def test_filters_take_longbows_spellings() -> None:
         FilterRequest("b", operator=">=", op="eq", value=2, logic="OR"),
         FilterRequest(filters=[FilterRequest("c", value=None)]),
     ]
-    assert to_filters(requests) == (
-        Filter("a", "=", 1),
-        Filter("b", ">=", 2, "or"),
-        Filter("", "=", None, "and", (Filter("c", "=", None),)),
-    )
+    either = Combination("or", (Comparison("a", "=", 1), Comparison("b", ">=", 2)))
+    assert to_filters(requests) == (Combination("and", (either, Comparison("c", "=", None))),)
+
+
+def test_filters_take_our_operators_too() -> None:
+    requests = [
+        FilterRequest(operator="not", filters=[FilterRequest("a", operator="in", value=[1, 2])]),
+        FilterRequest("b", operator="IS NULL"),
+        FilterRequest("c", value=1),
+    ]
+    negated = Negation(Comparison("a", "in", [1, 2]))
+    both = (negated, Comparison("b", "is null"), Comparison("c", "=", 1))
+    assert to_filters(requests) == (Combination("and", both),)
+    with pytest.raises(InvalidCommandError, match="not in a filter on `a`"):
+        to_filters([FilterRequest("a", operator="not", value=1)])
+
+
+def test_alternating_logic_is_bounded() -> None:
+    one = [FilterRequest("a", value=1, logic=("and", "or")[place % 2]) for place in range(1000)]
+    with pytest.raises(InvalidCommandError, match="nested"):
+        to_filters(one)
+    assert to_filters([FilterRequest("a", value=1, logic="or")] * 1000)
 
 
 @pytest.mark.parametrize(

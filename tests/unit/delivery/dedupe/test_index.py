@@ -492,10 +492,25 @@ def test_an_overwrite_forgets(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         for name in ("one", "two"):
-            upload, sink = delivery.open_upload(options(name, mode="overwrite"), SCHEMA)
+            terms = options(name, mode="overwrite")
+            upload, sink = delivery.open_upload(terms, SCHEMA)
             send(sink, upload, 0, ("a", name), ("a", "again"))
             wait(upload)
+            upload.announce_total(2)
+            delivery.complete_upload(terms, upload, sink)
             assert stored(delivery, store) == [("a", name)]
+
+
+def test_a_dataset_that_somebody_dropped_has_no_duplicates(tmp_path: Path) -> None:
+    # Rows counted as duplicates of rows that were gone, and were stored nowhere.
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        for name in ("one", "two"):
+            upload, sink = delivery.open_upload(options(name), SCHEMA)
+            send(sink, upload, 0, ("a", name))
+            wait(upload)
+            assert stored(delivery, store) == [("a", name)]
+            store.delete_dataset("d")
 
 
 @journaled
