@@ -101,7 +101,7 @@ def _vectors(
     client: Client, source: TextSource, bundle: ModelBundle
 ) -> Iterator[tuple[int, FloatArray]]:
     options = EmbedCommand(
-        text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
+        text_column=source.selection.text_column, dtype="float32", normalize=bundle.normalize
     )
     for layers in bundle.layers:
         wanted = dataclasses.replace(options, layers=layers or None)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import Choice, command, option
@@ -29,6 +30,7 @@ from fletcher.errors import ConfigError, FletcherError
 
 if TYPE_CHECKING:
     from fletcher.client import Ack, Client, PutSummary
+    from fletcher.config.server import ServeConfig
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
@@ -51,7 +53,11 @@ _REPORTED = (
 @text_option()
 @option("--id COLUMN", "id_column", heading=INPUT)
 @option("--columns NAME,...", callback=split_names, heading=INPUT)
+@option("--source", is_flag=True, heading=INPUT)
+@option("--whole-files", is_flag=True, heading=INPUT)
 @format_option("files")
+@option("--delimiter CHARACTER", heading=INPUT)
+@option("--encoding NAME", heading=INPUT)
 @option("--limit N", heading=INPUT)
 @option("--dataset NAME", required=True, heading=OUTPUT)
 @option("--upload-id NAME", heading=OUTPUT)
@@ -74,23 +80,36 @@ def cli(
     paths: tuple[str, ...],
     format_name: str | None,
     limit: int | None,
+    source: bool,
+    whole_files: bool,
+    delimiter: str | None,
+    encoding: str | None,
     no_text: bool,
     as_json: bool,
     **fields: Any,
 ) -> int:
     """Embed files, folders of them or standard input into a dataset of a store.
 
-    Run the same command again to resume an upload that was stopped: no row is stored twice. The
-    exit status is 0 if the upload is complete, even if single rows could not be embedded.
+    Each file is an upload named after its content. Run the same command again to resume after a
+    stop, or after a file was repaired or added: no row is stored twice. The exit status is 0 if all
+    uploads are complete, even if single rows could not be embedded.
 
     Args:
         id_column: Column of row ids. Default: id if it exists, else ids are generated.
-        columns: Columns to store with the vectors.
+        columns: Columns to store with the vectors. A name with dots leads into objects, such as
+            meta.author.
+        source: Store the path of each row's file in a column named source.
+        whole_files: Take each file as one text, with its path as the id. Files of a folder are
+            taken whatever their names end in.
+        delimiter: Character between the values of CSV and TSV files, or tab. Default: comma for
+            CSV, tab for TSV. TSV has no quotes; for quoted values give --format csv.
+        encoding: Encoding of text files, such as latin-1 or utf-16. Default: utf-8.
         limit: Maximum number of rows to read.
         dataset: Dataset to write to.
-        upload_id: Name of the upload. Run the command again with the same name and input to resume.
-            Warning: other input under the same name counts as already uploaded. Default: a name
-            derived from the files' contents, or a random name for - and for --mode delta.
+        upload_id: Name of one upload for all files. Run the command again with the same name and
+            input to resume. Warning: other input under the same name counts as already uploaded.
+            Default: a name for each file, derived from its content, or a random name for - and for
+            --mode delta.
         mode: append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed
             only new and changed rows (delta).
         dedupe: Drop rows whose id or text was uploaded or stored before. The server reads the id or
@@ -112,13 +131,18 @@ def cli(
         target.refuse_local_flags()
     elif not config.store_addresses:
         raise ConfigError("`store` is none, which keeps no rows; give an address", field="store")
-    source = open_source(
+    texts = open_source(
         paths,
         text_column=fields["text_column"],
         id_column=fields["id_column"],
         columns=fields["columns"],
         format_name=format_name,
         limit=limit,
+        source=source,
+        whole_files=whole_files,
+        delimiter=delimiter,
+        encoding=encoding,
+        excluded=[] if target.server else _store_folders(config, fields["dataset"]),
         notice=lambda line: say(f"fletcher ingest: {line}"),
     )
     with target.open_client(config, max_retries=MAX_RETRIES) as client:
@@ -126,13 +150,13 @@ def cli(
         if options.prompt is None:
             prompt = client.prompt_for("document", options.model)
             options = dataclasses.replace(options, prompt=prompt)
-        meter = _Meter(client, source, local=not target.server)
+        meter = _Meter(client, texts, local=not target.server)
         try:
-            with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
-                summary = client.ingest(source, options, on_ack=meter.on_ack)
+            with Progress(meter.sample, Total(rows=limit, num_bytes=texts.total_bytes)):
+                summary = client.ingest(texts, options, on_ack=meter.on_ack)
         except KeyboardInterrupt:
             # Printed before the workers are stopped, which takes seconds.
-            resumable = source.reiterable or options.upload_id
+            resumable = texts.reiterable or options.upload_id
             again = "; the same command resumes the upload" if resumable else ""
             print(f"stopping{again}", file=sys.stderr)
             raise
@@ -143,6 +167,17 @@ def cli(
     else:
         _print(report)
     return 0 if summary.complete else 1
+
+
+def _store_folders(config: ServeConfig, dataset: str) -> list[Path]:
+    """Folders of the stores in this process, which may lie inside an input folder."""
+    from fletcher.stores.address import folder_of
+
+    folders: list[Path] = []
+    for address in config.store_addresses.values():
+        if (folder := folder_of(address)) is not None:
+            folders += [folder, folder / dataset]
+    return folders
 
 
 def _store_name(target: EmbedTarget) -> str | None:
@@ -197,6 +232,7 @@ def _report(summary: PutSummary, dataset: str, store: str, seconds: float) -> di
         "dataset": dataset,
         "store": store,
         **{name: getattr(summary, name) for name in _REPORTED},
+        "uploads": [{"file": file, "upload_id": name} for file, name in summary.uploads],
         "seconds": round(seconds, 3),
         "rows_per_s": round(new / seconds, 1) if seconds > 0 else 0.0,
         "errors": [dataclasses.asdict(error) for error in summary.errors],
@@ -217,10 +253,12 @@ def _print(report: Mapping[str, Any]) -> None:
     )
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
     for name in ("dataset", "store", "model", "upload_id"):
-        print(f"{name.removesuffix('_id'):<8} {report[name]}")
+        shown = report[name] or f"one for each of {len(report['uploads']):,} files"
+        print(f"{name.removesuffix('_id'):<8} {shown}")
     for error in report["errors"][:SHOWN_ERRORS]:
         named = f" (id {printable(error['id'])})" if error.get("id") is not None else ""
-        line = f"row {error['row']}{named}: {error['code']}: {printable(error['message'])}"
+        place = f"{printable(error['file'])}, " if error.get("file") else ""
+        line = f"{place}row {error['row']}{named}: {error['code']}: {printable(error['message'])}"
         print(cut(line, terminal_width()))
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])
     if more > 0:

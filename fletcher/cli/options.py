@@ -179,7 +179,10 @@ def format_option(what: str) -> Decorator:
 
 def text_option() -> Decorator:
     """Add `--text`, the column of texts, passed to the command as `text_column`."""
-    text = "Column of the texts."
+    text = (
+        "Column of the texts, a field inside objects such as meta.text, or a template of several "
+        r"such as '{title}\n{body}'."
+    )
     return option("--text COLUMN", "text_column", default="text", heading=INPUT, help=text)
 
 

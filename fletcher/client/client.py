@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
+from fletcher.client.files import ingest_files
 from fletcher.client.messages import PutSummary, as_batches, messages
 from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.client.put import OnAck, UploadSession
@@ -130,15 +130,18 @@ class Client(Closing):
         *,
         on_ack: OnAck | None = None,
     ) -> PutSummary:
-        """Embed files into a dataset, in an upload named after their contents.
+        """Embed files into a dataset, each in an upload named after its content.
 
-        To resume after a crash, make the same call again: no row is stored twice.
+        To resume after a crash, make the same call again: no row is stored twice. The same holds
+        if a file was repaired or added since. With a `mode` other than append, and for standard
+        input, all files are one upload.
 
         Args:
             source: A source from `fletcher.open_source`, or paths to open with the columns of
                 `options`.
-            options: Options of the upload, or the dataset's name. By default `upload_id` is a hash
-                of the files' contents and the options; for standard input it is random.
+            options: Options of the upload, or the dataset's name. With `upload_id`, all files are
+                one upload of that name. By default the name of a file's upload is a hash of its
+                content and the dataset; for standard input it is random.
             on_ack: See `put`.
         """
         options = _as_options(options)
@@ -152,20 +155,12 @@ class Client(Closing):
             )
         chosen = source.selection
         options = replace(
-            options, text_column=chosen.text, id_column=chosen.id or "id", columns=chosen.carried
+            options,
+            text_column=chosen.text_column,
+            id_column=chosen.id or "id",
+            columns=chosen.carried_columns,
         )
-        if options.upload_id is None:
-            upload_id = ingest_id(source, options)
-            if options.mode == "overwrite" and self._is_complete(options, upload_id):
-                # These files were the dataset once, and rows may have been added since.
-                upload_id = uuid.uuid4().hex
-            options = replace(options, upload_id=upload_id)
-        return self.put(source, options, resume=True, on_ack=on_ack)
-
-    def _is_complete(self, options: EmbedCommand, upload_id: str) -> bool:
-        fields = {"upload_id": upload_id, "dataset": options.dataset, "store": options.store}
-        body = {name: value for name, value in fields.items() if value is not None}
-        return bool(self._connection.action("upload_status", body).get("complete"))
+        return ingest_files(self.put, source, options, on_ack)
 
     def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
         """Embed text and return an iterator over batches with vectors.
@@ -328,19 +323,6 @@ class Client(Closing):
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._connection.close()
-
-
-def ingest_id(source: TextSource, options: EmbedCommand) -> str:
-    """The `upload_id` of files: a hash, or random if the source can be read only once.
-
-    With `mode=upsert` and `mode=delta`, the id is also random. With a hash, files that were changed
-    and later changed back would count as sent, although the store has other rows by then.
-    """
-    if not source.reiterable or options.mode in ("upsert", "delta"):
-        return uuid.uuid4().hex
-    digest = hashlib.sha256(source.content_hash().encode())
-    digest.update(replace(options, upload_id=None, priority=None).to_json())
-    return digest.hexdigest()[:40]
 
 
 def _as_options(options: EmbedCommand | str) -> EmbedCommand:

@@ -17,12 +17,16 @@ from fletcher.errors import InternalError, InvalidCommandError
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """The error of a row without a vector; `row` is its offset in the upload."""
+    """The error of a row without a vector; `row` is its offset in the upload.
+
+    `file` is the file of the row, if several files were sent.
+    """
 
     row: int | None
     id: str | int | None
     code: str
     message: str
+    file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class PutSummary:
     """Result of an upload; counts include earlier connections.
 
     Attributes:
-        upload_id: Name of the upload; pass it again to resume.
+        upload_id: Name of the upload; pass it again to resume. Empty for several files.
         complete: Whether the server knows the number of rows and has finished all of them.
         rows_received: Rows that arrived.
         rows_stored: Rows in the store.
@@ -55,6 +59,7 @@ class PutSummary:
         errors: Errors of the first failed rows.
         errors_truncated: Whether more rows failed than `errors` lists.
         rows_skipped: Rows not sent because the server had them from an earlier run.
+        uploads: Pairs of file and `upload_id`, if several files were sent.
     """
 
     upload_id: str
@@ -68,6 +73,7 @@ class PutSummary:
     errors: tuple[RowError, ...] = ()
     errors_truncated: bool = False
     rows_skipped: int = 0
+    uploads: tuple[tuple[str, str], ...] = ()
 
 
 _REPLIES: dict[Any, type[Ack | PutSummary]] = {"ack": Ack, "summary": PutSummary}

@@ -82,7 +82,7 @@ def find_similar(
     options = EmbedCommand(
         model=model,
         output="dense",
-        text_column=candidates.selection.text,
+        text_column=candidates.selection.text_column,
         id_column=candidates.selection.id or "id",
         prompt=document,
         dtype="float32",

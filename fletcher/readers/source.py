@@ -5,30 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from fletcher.errors import FletcherError, InvalidCommandError
-from fletcher.readers.columns import Batches, Selection
-from fletcher.readers.files import Format, InputFile, find_files, guess_notice, open_file, sniff
-from fletcher.readers.lines import read_jsonl, read_text
-from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv, read_parquet
+from fletcher.errors import InvalidCommandError
+from fletcher.readers.arrays import Batches
+from fletcher.readers.columns import Selection
+from fletcher.readers.csv_rows import check_delimiter
+from fletcher.readers.file_reader import FileReader, ReadOptions
+from fletcher.readers.files import InputFile
+from fletcher.readers.folders import Notice, find_files
+from fletcher.readers.merging import merged_schema
+from fletcher.readers.streams import check_encoding
 
 log = logging.getLogger(__name__)
-
-# Functions that read batches from a stream: (stream, name for messages, selection) -> batches.
-_STREAM_READERS: dict[Format, Callable[..., Batches]] = {
-    "arrow": read_arrow_stream,
-    "jsonl": read_jsonl,
-    "text": read_text,
-    "csv": partial(read_csv, delimiter=","),
-    "tsv": partial(read_csv, delimiter="\t"),
-}
 
 
 def open_source(
@@ -40,43 +34,66 @@ def open_source(
     format_name: str | None = None,
     batch_rows: int = 4096,
     limit: int | None = None,
+    source: bool = False,
+    whole_files: bool = False,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    excluded: Iterable[Path] = (),
     stdin: BinaryIO | None = None,
-    notice: Callable[[str], None] = log.info,
+    notice: Notice = log.info,
 ) -> TextSource:
-    """Open files, folders or standard input (`-`) for reading as one stream.
+    r"""Open files, folders or standard input (`-`) for reading as one stream.
 
-    Formats: Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain
-    text (a text per line). All formats except Parquet and the Arrow IPC file may be compressed with
-    gzip or zstd.
+    Formats: Parquet, CSV and TSV with a header, JSON lines, arrays of JSON objects, Arrow IPC (file
+    and stream) and plain text (a text per line). All formats except Parquet and the Arrow IPC file
+    may be compressed with gzip, zstd, bz2 or xz.
 
     If `format_name` is None, the format of standard input is detected. Parquet and Arrow are
     recognized by their first bytes, other formats by the first line: JSON, or a CSV or TSV header
     with the text column. Any other first line means plain text, but one that might be a header is
     refused.
 
+    The types of columns are those of all values of all files. Files are therefore read twice if
+    they are JSON, or CSV with further columns. The types of a pipe are those of its first rows, and
+    a later value that does not fit is an error.
+
     Args:
         paths: Files or folders, or `-` for standard input.
-        text_column: Column of the text. The only column of plain text gets this name.
+        text_column: Column of the text, or a template such as `{title}\n{body}`. The only column of
+            plain text gets this name. A name with dots leads into structs, such as `meta.text`.
         id_column: Column of the id; None: the column `id` if the input has it.
         columns: Further columns to read.
         format_name: One of `fletcher.readers.FORMATS`; None: detected from name and content.
         batch_rows: Maximum number of rows of a batch. Batches are also limited to about 4 MiB.
         limit: Maximum number of rows to read in all; None: no limit.
+        source: Whether to add a column `source` with the path of each row's file.
+        whole_files: Whether each file is one text, with its path as the id.
+        delimiter: Delimiter of CSV and TSV; None: comma and tab.
+        encoding: Encoding of text files; None: UTF-8.
+        excluded: Folders inside `paths` to leave out, such as that of a store.
         stdin: Stream to read instead of standard input.
-        notice: Called with a message about a detected format or skipped files.
+        notice: Called with a message about a detected format or what is left out.
 
     Raises:
         InvalidCommandError: A path cannot be read, or a file does not match its format.
-        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: The first rows lack a column, or hold
+        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: A file lacks a column, or holds
             values of a wrong type or invalid UTF-8.
     """
     if limit is not None and limit < 0:
         raise InvalidCommandError(f"`limit` is {limit}, expected 0 or more", field="limit")
     if batch_rows < 1:
         raise InvalidCommandError(f"`batch_rows` is {batch_rows}, expected at least 1")
+    if encoding is not None:
+        check_encoding(encoding)
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    selection = Selection(text_column, id_column, tuple(columns), batch_rows, limit)
-    return TextSource(find_files(listed, format_name, notice), selection, stdin, notice)
+    selection = Selection(
+        text_column, id_column, tuple(columns), batch_rows, limit, source, whole_files
+    )
+    files = find_files(
+        listed, format_name, notice, whole_files=whole_files, excluded=tuple(excluded)
+    )
+    options = ReadOptions(check_delimiter(delimiter), encoding, stdin, notice)
+    return TextSource(files, FileReader(selection, options))
 
 
 class TextSource:
@@ -87,37 +104,58 @@ class TextSource:
         selection: Columns and rows to read from the files.
         schema: Schema of every batch. The text is utf8, the id utf8 or an integer type.
         total_bytes: Size of all files; None unless all are regular files.
-        bytes_read: Bytes of the files that the latest iteration of `batches()` has read so far.
+        limit: Maximum number of rows of the next iteration; None: no limit.
+        rows_read: Rows of the latest iteration so far.
     """
 
     def __init__(
-        self,
-        files: list[InputFile],
-        selection: Selection,
-        stdin: BinaryIO | None,
-        notice: Callable[[str], None],
+        self, files: list[InputFile], reader: FileReader, plain_schema: pa.Schema | None = None
     ) -> None:
+        """Open the files; `plain_schema` is the schema before composition, if it is known."""
         self.files = files
-        self.selection = selection
-        self.bytes_read = 0
-        self._stdin = stdin
-        self._notice = notice
+        self.selection = reader.selection
+        self._reader = reader
+        self.limit = reader.selection.limit
+        self.rows_read = 0
+        self._bytes_read = 0
+        self._parts: list[TextSource] | None = None
         sizes = [file.size for file in files if file.size is not None]
         self.total_bytes: int | None = sum(sizes) if len(sizes) == len(files) else None
-        # The first batch is read here because it decides the schema. The first call of `batches`
-        # returns that batch, and continues after it.
-        found = self._read_files()
-        empty = pa.RecordBatch.from_pydict({selection.text: pa.array([], pa.utf8())})
-        batch, where = first = next(found, (empty, "no input"))
-        self.schema = selection.sent_schema(batch.schema, where)
-        self._first_pass: Iterable[tuple[pa.RecordBatch, str]] | None = chain([first], found)
+        self._first_pass: Iterable[tuple[pa.RecordBatch, str]] | None = None
+        if plain_schema is None and self.reiterable:
+            plain_schema = self._survey()
+        elif plain_schema is None:
+            # The first batch decides the schema. The first call of `batches` returns that batch,
+            # and continues after it.
+            found = self._read_files()
+            first = next(found, None)
+            batch, where = first or (reader.no_rows(), "no input")
+            plain_schema = self.selection.plain_schema(batch.schema, where)
+            self._first_pass = chain([first] if first else [], found)
+        self._plain_schema = plain_schema
+        self.schema = self.selection.sent_schema(plain_schema)
 
     @property
     def reiterable(self) -> bool:
         """Whether `batches` can be called repeatedly, as all inputs are regular files."""
         return self.total_bytes is not None
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the files that the latest iteration of `batches()` has read so far."""
+        if self._parts is None:
+            return self._bytes_read
+        return sum(part.bytes_read for part in self._parts)
+
+    def by_file(self) -> list[TextSource]:
+        """A source for each file with the schema of this one. They replace this source."""
+        if self._parts is None:
+            self._parts = [
+                TextSource([one], self._reader, self._plain_schema) for one in self.files
+            ]
+        return self._parts
+
+    def batches(self) -> Batches:
         """Batches of at most `batch_rows` rows. Every call starts at the first row.
 
         Raises:
@@ -133,7 +171,9 @@ class TextSource:
         return self._conformed(self._read_files())
 
     def content_hash(self) -> str:
-        """SHA-256 in hex of the files' contents, their formats and the selection.
+        """SHA-256 in hex of the files' contents and of the options that decide rows.
+
+        Neither the limit nor the carried columns count: rows of the same files are the same rows.
 
         Raises:
             InvalidCommandError: An input is not a regular file, or a file cannot be read.
@@ -141,8 +181,11 @@ class TextSource:
         if not self.reiterable:
             raise InvalidCommandError("standard input has no hash before it is read; give a file")
         digest = hashlib.sha256()
-        chosen, formats = self.selection, [file.format for file in self.files]
-        read = [chosen.text, chosen.id, chosen.carried, chosen.limit, formats]
+        chosen, options = self.selection, self._reader.options
+        formats = [file.format for file in self.files]
+        read: list[Any] = [chosen.text, chosen.id, formats, options.delimiter, options.encoding]
+        if chosen.whole_files or chosen.source:  # the rows hold the path
+            read.append([file.name for file in self.files])
         digest.update(json.dumps(read).encode())
         for file in self.files:
             assert file.path is not None
@@ -153,12 +196,32 @@ class TextSource:
                 raise InvalidCommandError(f"cannot read {file.name}: {error.strerror}") from None
         return digest.hexdigest()
 
+    def _survey(self) -> pa.Schema:
+        """The schema of all files, by all values where a file does not tell its types.
+
+        Raises:
+            FletcherError: A file cannot be read, or see `merged_schema`.
+        """
+        for file in self.files:
+            self._reader.survey(file)
+            if self._reader.is_satisfied:
+                break
+        schemas = self._reader.schemas()
+        if not schemas:
+            return self._reader.no_rows().schema
+        return merged_schema(schemas, self.selection)
+
     def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
-        left = self.selection.limit
+        left = self.limit
+        self.rows_read = 0
+        rows, last = 0, ""
         for batch, where in found:
+            rows, last = (rows if where == last else 0), where
             part = batch.slice(0, left)
             if part.num_rows:
-                yield self.selection.conform(part, self.schema, where)
+                yield self.selection.conform(part, self._plain_schema, where, rows)
+                rows += part.num_rows
+                self.rows_read += part.num_rows
             if left is not None:
                 left -= part.num_rows
                 if left == 0:
@@ -168,41 +231,8 @@ class TextSource:
         """Unconverted batches, each with its file's name; updates `bytes_read`."""
         before = 0
         for file in self.files:
-            try:
-                for batch, position in self._read_file(file):
-                    self.bytes_read = before + position
-                    yield batch, file.name
-            except FletcherError:
-                raise
-            except (pa.ArrowException, OSError, EOFError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["?"])[0]
-                raise InvalidCommandError(f"{file.name} cannot be read: {reason[:300]}") from None
+            for batch, position in self._reader.read(file):
+                self._bytes_read = before + position
+                yield batch, file.name
             before += file.size or 0
-            self.bytes_read = before
-
-    def _read_file(self, file: InputFile) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """Unconverted batches of a file, each with the bytes of the file read so far."""
-        with open_file(file, self._stdin) as opened:
-            kind = sniff(file, opened, self.selection.text)
-            if file.path is None and file.format is None:
-                self._notice(guess_notice(file, kind))
-            is_arrow_file = kind == "arrow" and opened.stream.peek(6).startswith(b"ARROW1")
-            if kind == "parquet" or is_arrow_file:
-                yield from self._read_seekable(file, kind, opened.compression)
-                return
-            for batch in _STREAM_READERS[kind](opened.stream, file.name, self.selection):
-                yield batch, opened.position()
-
-    def _read_seekable(
-        self, file: InputFile, kind: Format, compression: str | None
-    ) -> Iterator[tuple[pa.RecordBatch, int]]:
-        if file.path is None or file.size is None or compression is not None:
-            form = "a Parquet file" if kind == "parquet" else "an Arrow file"
-            remedy = "give it as a file, not through a pipe"
-            raise InvalidCommandError(
-                f"{file.name} is {form}, whose index is at its end: "
-                f"{'decompress it first' if compression else remedy}"
-            )
-        read = read_parquet if kind == "parquet" else read_arrow_file
-        for batch, share in read(file.path, file.name, self.selection):
-            yield batch, int(share * file.size)
+            self._bytes_read = before

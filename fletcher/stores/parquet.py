@@ -29,7 +29,7 @@ from fletcher.stores.schemas import (
     upload_ranges,
     wanted_columns,
 )
-from fletcher.stores.staging import check_stored, incarnation_of, staged_for, with_incarnation
+from fletcher.stores.staging import check_stored, staged_for, with_incarnation
 from fletcher.util.durable import atomic_path, sync_path, write_atomically
 from fletcher.util.locks import FileLock
 
@@ -119,12 +119,10 @@ class ParquetStore(EmbeddedStore):
         are renamed. Whoever opens the dataset for writing next finishes an interrupted replacement.
         """
         with self.lock_dataset(name), self.lock_dataset(staged), _disk_errors(name):
-            self._finish_replacement(name)
-            new = self.read_schema(staged)
-            if new is None:
-                raise unknown_dataset(staged)
-            sync_path(self.folder / staged)
-            if incarnation_of(new) != self.incarnation(name):
+            if self._current(name) == self.folder / name:  # else it was interrupted
+                if self.read_schema(staged) is None:
+                    raise unknown_dataset(staged)
+                sync_path(self.folder / staged)
                 write_atomically(self._pointer(name), staged)
             self._finish_replacement(name)
 

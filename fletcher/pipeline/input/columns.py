@@ -5,6 +5,14 @@ from __future__ import annotations
 import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
+from fletcher.core.encodings import (
+    extension_texts,
+    is_text,
+    is_text_extension,
+    runs_as_dictionary,
+    value_type,
+)
+from fletcher.core.json_columns import is_json_type, json_texts
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
@@ -12,6 +20,8 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.pipeline.input.arrays import decoded_bytes, validate, viewed_bytes, without_views
+
+METADATA = "metadata"
 
 # Least memory of a row in this process, for offsets, lengths and masks. A row may be smaller on the
 # wire.
@@ -26,14 +36,14 @@ class InputColumns:
 
     Attributes:
         text: Index of the text column.
-        has_metadata: Whether the input has a `metadata` column of strings.
+        has_metadata: Whether the input has a `metadata` column. A nested one becomes JSON text.
         carried: Output fields of the columns that are copied from input to output.
         only_texts: Whether `text` is the only column and holds no views or dictionary, as in a
             search.
 
     Raises:
         UnknownColumnError: The input has no column of a name in the command.
-        ColumnTypeError: The type of the text or id column is not accepted.
+        ColumnTypeError: The type of the text, id or metadata column is not accepted.
         InvalidCommandError: The input has several columns of a name in the command.
     """
 
@@ -42,10 +52,14 @@ class InputColumns:
         self.text = _place(schema, options.text_column, "text_column")
         kind = _check_text(schema.field(self.text))
         self._id = _id(schema, options)
-        self._metadata = _optional_utf8(schema, "metadata")
-        self._carried = [_place(schema, name, "columns") for name in options.columns]
+        self._metadata = _metadata(schema)
+        self._carried = [
+            _place(schema, name, "columns") for name in options.columns if name != METADATA
+        ]
+        if METADATA in options.columns:
+            _place(schema, METADATA, "columns")
         self.has_ids, self.has_metadata = self._id is not None, self._metadata is not None
-        self.id_type = pa.utf8() if self._id is None else schema.field(self._id).type
+        self.id_type = pa.utf8() if self._id is None else _id_type(schema.field(self._id).type)
         self.carried = [_plain(schema.field(place)) for place in self._carried]
         only_texts = schema.names == ["text"] and not self.has_ids and not self._carried
         self.only_texts = only_texts and _is_flat_text(kind)
@@ -54,7 +68,8 @@ class InputColumns:
         """Validates a batch and returns its used columns.
 
         The returned columns are named `text`, `id`, `metadata` and `carried:NAME`. A text column
-        that is a dictionary stays one. All other dictionaries, and all views, are decoded.
+        that is a dictionary stays one, and runs of texts become one. All other dictionaries and
+        runs, and all views, are decoded. Ids that are texts, and metadata, become utf8.
 
         Raises:
             BatchTooLargeError: The batch, as received or decoded, exceeds `max_message_bytes`.
@@ -71,11 +86,19 @@ class InputColumns:
         for key, array in arrays.items():
             name = key.removeprefix("carried:")
             validate(array, name)
+            if pa.types.is_run_end_encoded(array.type):
+                array = runs_as_dictionary(array)  # noqa: PLW2901
             # A few bytes of views may stand for many bytes. So the size is checked before decoding.
             self._check_size(viewed_bytes(array), f"`{name}` holds views of")
             arrays[key] = without_views(array)
             if key != "text":
                 arrays[key] = self.decoded(arrays[key], name)
+            if is_text_extension(arrays[key].type):
+                arrays[key] = extension_texts(arrays[key])
+        if self._id is not None:
+            arrays["id"] = arrays["id"].cast(self.id_type)
+        if self._metadata is not None:
+            arrays[METADATA] = _as_metadata(arrays[METADATA])
         return pa.RecordBatch.from_pydict(arrays)
 
     def decoded(self, array: pa.Array, name: str) -> pa.Array:
@@ -137,32 +160,69 @@ def _id(schema: pa.Schema, options: EmbedCommand) -> int | None:
         return None
     place = _place(schema, options.id_column, "id_column")
     kind = schema.field(place).type
-    if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
+    plain = _id_type(kind)
+    if not (pa.types.is_string(plain) or pa.types.is_integer(plain)):
+        remedy = "; cast whole numbers to int64" if pa.types.is_floating(plain) else ""
         raise ColumnTypeError(
-            f"`id_column` {options.id_column!r} is {kind}, expected utf8 or an integer type",
+            f"`id_column` {options.id_column!r} is {kind}, expected strings, UUIDs or integers"
+            f"{remedy}",
             field="id_column",
-            allowed=["utf8", "integers"],
+            allowed=[
+                "utf8",
+                "large_utf8",
+                "utf8_view",
+                "dictionary of one",
+                "arrow.uuid",
+                "integers",
+            ],
         )
     return place
 
 
-def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
-    """Returns the index of the column `name` if it is utf8 and the only one so named."""
-    indices = schema.get_all_field_indices(name)
-    if len(indices) == 1 and pa.types.is_string(schema.field(indices[0]).type):
-        return int(indices[0])
-    return None
+def _id_type(kind: pa.DataType) -> pa.DataType:
+    """The type of stored ids: utf8 for all strings and UUIDs, else the type itself."""
+    plain = value_type(kind)
+    return pa.utf8() if is_text(plain) or is_text_extension(plain) else plain
+
+
+def _metadata(schema: pa.Schema) -> int | None:
+    """Returns the index of the column `metadata`; None if there is none.
+
+    Raises:
+        InvalidCommandError: Several columns have this name.
+        ColumnTypeError: The column holds neither texts nor values that JSON can hold.
+    """
+    if METADATA not in schema.names:
+        return None
+    place = _place(schema, METADATA, METADATA)
+    kind = value_type(schema.field(place).type)
+    if not (is_text_extension(kind) or is_json_type(kind)):
+        raise ColumnTypeError(
+            f"`{METADATA}` is {kind}, expected JSON text, or a struct, map or list of strings, "
+            "numbers and booleans; cast its other fields to strings, or rename the column",
+            field=METADATA,
+        )
+    return place
+
+
+def _as_metadata(column: pa.Array) -> pa.Array:
+    """Returns metadata as utf8. Raises ColumnTypeError for NaN and infinities."""
+    if is_text(column.type):
+        return column.cast(pa.utf8())
+    try:
+        return json_texts(column)
+    except ValueError as error:
+        raise ColumnTypeError(f"`{METADATA}`: {error}", field=METADATA) from None
 
 
 def _check_text(field: pa.Field) -> pa.DataType:
     """Returns the type of a text column. Raises ColumnTypeError if it is not accepted."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not (_is_flat_text(kind) or pa.types.is_string_view(kind)):
+    if not is_text(value_type(field.type)):
         raise ColumnTypeError(
             f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, "
-            "utf8_view or a dictionary of one",
+            "utf8_view, or a dictionary or runs of one",
             field="text_column",
-            allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
+            allowed=["utf8", "large_utf8", "utf8_view", "dictionary or runs of one of these"],
         )
     return field.type
 
@@ -173,11 +233,13 @@ def _is_flat_text(kind: pa.DataType) -> bool:
 
 
 def _plain(field: pa.Field) -> pa.Field:
-    """Returns the field of a column after decoding its dictionary or views.
+    """Returns the field of a column after decoding encodings, views and UUIDs.
 
-    Stores read neither dictionaries nor views.
+    Stores read none of them.
     """
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    kind = value_type(field.type)
+    if is_text_extension(kind):
+        return pa.field(field.name, pa.utf8())
     return pa.field(field.name, _UNVIEWED.get(kind, kind))
 
 

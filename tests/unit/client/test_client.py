@@ -10,9 +10,10 @@ import pytest
 from pyarrow import flight
 
 from fletcher import EmbedCommand, TlsOptions, TransferOptions, connect, errors, open_source
-from fletcher.client.client import ingest_id
 from fletcher.client.connection import Connection
 from fletcher.client.exchange_call import ExchangeCall
+from fletcher.client.files import ingest_files, ingest_id
+from fletcher.client.messages import PutSummary, RowError
 from fletcher.flight.exchange import Ending
 from fletcher.net.flight_errors import to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting, limit
@@ -604,12 +605,12 @@ def test_ingest_twice_stores_once(files):
             return chunk
 
     with Named() as server, connect(server.uri, transfer=SMALL) as client:
-        first = client.ingest(files, options)
-        again = client.ingest([files / "a.jsonl", files / "b.jsonl"], options)
+        first = client.ingest(files / "a.jsonl", options)
+        again = client.ingest([files / "a.jsonl"], options)
         assert first.complete
         assert again.complete
         assert first.upload_id == again.upload_id
-        assert server.rows == {n: f"text {n}" for n in range(50)}
+        assert server.rows == {n: f"text {n}" for n in range(30)}
         assert server.sent_again == 0
         assert server.names == ["id", "body", "stars"]
         assert server.commands[0]["text_column"] == "body"
@@ -627,12 +628,85 @@ def test_the_name_of_an_ingest_is_of_what_matters(files):
         source = open_source(files, text_column="body", limit=changes.pop("limit", None))
         return ingest_id(source, EmbedCommand(**{"dataset": "d", **changes}))
 
-    assert name() == name() == name(priority="bulk", upload_id="u")
-    changed = [name(), name(dataset="e"), name(model="m"), name(dtype="float32"), name(limit=3)]
-    assert len(set(changed)) == 5
+    same = [name(), name(), name(limit=3), name(columns=("stars",)), name(dtype="float32")]
+    assert len({*same, name(priority="bulk", upload_id="u")}) == 1
+    changed = [name(), name(dataset="e"), name(mode="upsert"), name(prompt="query: ")]
+    assert len(set(changed)) == 4
     assert name(mode="delta") != name(mode="delta")  # files may be changed, and changed back
-    (files / "b.jsonl").write_text('{"body": "other"}')
+    (files / "b.jsonl").write_text('{"body": "other", "id": 1}')
     assert name() not in changed
+
+
+class Puts:
+    """Stands for `Client.put`: remembers the rows of each upload."""
+
+    def __init__(self):
+        self.rows = {}
+        self.ends = {}
+
+    def __call__(self, source, options, *, resume, on_ack, end=True):
+        assert resume
+        texts = pa.Table.from_batches(source.batches(), source.schema)[options.text_column]
+        rows = self.rows.setdefault(options.upload_id, [])
+        new = texts.to_pylist()[len(rows) :]
+        rows += new
+        self.ends[options.upload_id] = end
+        error = RowError(0, None, "x", "y")
+        number = len(rows)
+        skipped = len(texts) - len(new)
+        return PutSummary(
+            options.upload_id, end, number, number, 0, number, errors=(error,), rows_skipped=skipped
+        )
+
+    @property
+    def texts(self):
+        return sorted(text for rows in self.rows.values() for text in rows)
+
+
+def ingest_with(put, files, **changes):
+    source = open_source(files, text_column="body", limit=changes.pop("limit", None))
+    options = EmbedCommand(**{"dataset": "d", "text_column": "body", **changes})
+    return ingest_files(put, source, options, None)
+
+
+def test_a_file_that_was_repaired_or_added_stores_no_other_again(files):
+    put = Puts()
+    summary = ingest_with(put, files)
+    assert (summary.complete, summary.rows_received, summary.rows_skipped) == (True, 50, 0)
+    assert [name for name, _ in summary.uploads] == [str(files / "a.jsonl"), str(files / "b.jsonl")]
+    assert [error.file for error in summary.errors] == [name for name, _ in summary.uploads]
+    (files / "b.jsonl").write_text('{"body": "repaired", "id": 1}')
+    (files / "c.jsonl").write_text('{"body": "added", "id": 2}')
+    summary = ingest_with(put, files)
+    assert (summary.rows_received, summary.rows_skipped) == (32, 30)
+    assert put.texts == sorted([f"text {n}" for n in range(50)] + ["repaired", "added"])
+
+
+def test_two_files_of_the_same_content_are_both_stored_and_once(files):
+    (files / "b.jsonl").write_bytes((files / "a.jsonl").read_bytes())
+    put = Puts()
+    for _ in range(2):
+        assert ingest_with(put, files).rows_received == 60
+    assert len(put.texts) == 60
+
+
+def test_a_trial_with_a_limit_and_then_all_stores_each_row_once(files):
+    put = Puts()
+    for most, received in ((5, 5), (35, 35), (None, 50)):
+        summary = ingest_with(put, files, limit=most)
+        assert summary.complete
+        assert summary.rows_received == received
+        assert set(put.ends.values()) == {most is None}
+    assert put.texts == sorted(f"text {n}" for n in range(50))
+    assert ingest_with(put, files, limit=5).complete  # although more rows are there
+
+
+def test_files_are_one_upload_where_their_order_matters_or_a_name_is_given(files):
+    for changes in ({"mode": "overwrite"}, {"upload_id": "u"}):
+        put = Puts()
+        summary = ingest_with(put, files, **changes)
+        assert summary.uploads == ()
+        assert list(put.rows) == [summary.upload_id]
 
 
 def test_a_pipe_is_ingested_under_a_name_of_its_own(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery import sink as sink_module
+from fletcher.delivery.actions import Staged
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
@@ -552,7 +553,8 @@ def test_a_replacement_does_not_wait_for_what_comes_after_it() -> None:
     # Behind a steady upload it waited for ever, and all openings behind it.
     store = MemoryStore()
     store.gate.clear()
-    store.open_writer("d.staged-0123456789abcdef", SCHEMA, "append")
+    with_key = SCHEMA.append(pa.field("batch_key", pa.utf8()))
+    store.open_writer("d.staged-0123456789abcdef", with_key, "append")
     staged = Staged("d.staged-0123456789abcdef", "i", [])
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)

@@ -35,6 +35,7 @@ from fletcher.errors import (
     StoreUnavailableError,
     UploadConflictError,
 )
+from fletcher.stores.staging import staged_name
 from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
@@ -511,7 +512,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Forgotten as soon as they were journaled: its client sent them again, and they came twice.
-    monkeypatch.setattr("fletcher.delivery.upload._REMEMBERED", 2)
+    monkeypatch.setattr("fletcher.delivery.upload_registry._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
@@ -531,7 +532,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
 def test_uploads_found_in_the_journal_are_remembered_however_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fletcher.delivery.upload._REMEMBERED", 2)
+    monkeypatch.setattr("fletcher.delivery.upload_registry._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         for upload_id in "uvw":

@@ -31,6 +31,7 @@ from fletcher.errors import (
 )
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Combination, Comparison, Store
+from fletcher.stores.staging import is_replaced_by, staged_name
 from tests.doubles import store_rows as rows
 
 
@@ -401,14 +402,12 @@ def test_a_parquet_store_adds_columns(tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    [pa.timestamp("s"), pa.timestamp("s", "UTC"), pa.time32("s"), pa.timestamp("ns"), pa.float16()],
+    [pa.timestamp("s"), pa.timestamp("s", "UTC"), pa.time32("s"), pa.timestamp("ns"), pa.float32()],
 )
 def test_types_that_parquet_gives_back_in_another_form_are_taken_again(tmp_path, kind):
     store = open_store(f"parquet:{tmp_path}")
-    values = pa.array([1, 2, None], pa.int32()).cast(
-        pa.int64() if kind.bit_width == 64 else pa.int32()
-    )
-    column = pa.array([1.5, None, 2.0], kind) if pa.types.is_floating(kind) else values.cast(kind)
+    number = pa.int64() if kind.bit_width == 64 else pa.int32()
+    column = pa.array([1000, 2000, None], number).cast(kind)
     for first in (0, 3, 6):
         fill(store, rows.batch(first, 3).append_column("when", column))
     found = store.scan("d", columns=["when"]).read_all().column("when")

@@ -1,0 +1,244 @@
+"""Reading of one input file, with the types of all files."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from fletcher.errors import FletcherError, InvalidCommandError
+from fletcher.readers.columns import Selection
+from fletcher.readers.csv_rows import CsvFile, Dialect
+from fletcher.readers.csv_types import CsvTypes
+from fletcher.readers.files import Format, InputFile, guess_notice, sniff
+from fletcher.readers.json_rows import JsonGroup, read_groups
+from fletcher.readers.json_types import JsonTypes
+from fletcher.readers.lines import read_text, read_whole_file
+from fletcher.readers.streams import OpenFile, open_stream, utf8_stream
+from fletcher.readers.tables import (
+    arrow_schema,
+    parquet_schema,
+    read_arrow_file,
+    read_arrow_stream,
+    read_parquet,
+    stream_schema,
+)
+
+log = logging.getLogger(__name__)
+
+BatchesWithPosition = Iterator[tuple[pa.RecordBatch, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """Options for reading files.
+
+    Attributes:
+        delimiter: Delimiter of CSV and TSV; None: comma and tab.
+        encoding: Encoding of text files; None: UTF-8.
+        stdin: Stream to read instead of standard input.
+        notice: Called with a message about a detected format.
+    """
+
+    delimiter: str | None = None
+    encoding: str | None = None
+    stdin: BinaryIO | None = None
+    notice: Callable[[str], None] = log.info
+
+
+class FileReader:
+    """Reader of files of every format.
+
+    `survey` looks at files before they are read, so that the types of columns are those of all
+    values. The types of a file that was not surveyed are those of its first batch.
+    """
+
+    def __init__(self, selection: Selection, options: ReadOptions) -> None:
+        self.selection = selection
+        self.options = options
+        self._json = JsonTypes(selection)
+        self._csv = CsvTypes(selection)
+        self._surveyed: set[str] = set()
+        # By file, a function that returns the file's schema once all files are surveyed.
+        self._schemas: list[tuple[Callable[[], pa.Schema], str]] = []
+        self._num_rows = 0
+
+    def no_rows(self) -> pa.RecordBatch:
+        """The batch of an input without rows."""
+        texts = {name: pa.array([], pa.utf8()) for name in self.selection.text_columns}
+        others = {name: pa.nulls(0) for name in self.selection.carried if name not in texts}
+        return pa.RecordBatch.from_pydict(texts | others)
+
+    @property
+    def is_satisfied(self) -> bool:
+        """Whether the surveyed files have as many rows as may be read."""
+        return self.selection.limit is not None and self._num_rows >= self.selection.limit
+
+    def schemas(self) -> list[tuple[pa.Schema, str]]:
+        """The schemas of the surveyed files that have rows, and the names of the files."""
+        return [(schema(), where) for schema, where in self._schemas]
+
+    def survey(self, file: InputFile) -> None:
+        """Look at a regular file: at all of it if its columns have no declared types.
+
+        Raises:
+            FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
+        """
+        self._surveyed.add(file.name)
+        with named_errors(file.name), self._open(file) as (opened, kind):
+            if kind in ("parquet", "arrow"):
+                self._survey_table(file, opened, kind)
+                return
+            stream = self._text_stream(file, opened)
+            if self.selection.whole_files:
+                fixed = pa.schema({"id": pa.utf8(), self.selection.text_column: pa.utf8()})
+                self._schemas.append((lambda: fixed, file.name))
+            elif kind == "text":
+                for batch in read_text(stream, file.name, self.selection):
+                    self._schemas.append((lambda: batch.schema, file.name))  # noqa: B023
+                    break
+            elif kind == "jsonl":
+                groups = self._counted(read_groups(stream, file.name, self.selection.batch_rows))
+                names = self._json.observe_file(groups, file.name)
+                if names is not None:
+                    self._schemas.append((lambda: self._json.schema(names), file.name))
+            else:
+                self._survey_csv(CsvFile(stream, file.name, self.selection, self._dialect(kind)))
+
+    def _survey_table(self, file: InputFile, opened: OpenFile, kind: Format) -> None:
+        if not _is_seekable(opened, kind):
+            schema = stream_schema(opened.stream, file.name, self.selection)
+        else:
+            path = _seekable_path(file, opened, kind)
+            read = parquet_schema if kind == "parquet" else arrow_schema
+            schema = read(path, file.name, self.selection)
+        self._schemas.append((lambda: schema, file.name))
+
+    def _survey_csv(self, csv: CsvFile) -> None:
+        if not csv.chosen:
+            return
+        if self._csv.needed:
+            for batch in csv.read_batches():
+                self._csv.observe_texts(batch)
+                self._num_rows += batch.num_rows
+                if self.is_satisfied:
+                    break
+        self._schemas.append((lambda: self._csv.schema(csv.chosen), csv.name))
+
+    def _counted(self, groups: Iterator[JsonGroup]) -> Iterator[JsonGroup]:
+        for group in groups:
+            yield group
+            self._num_rows += group.num_rows
+            if self.is_satisfied:
+                return
+
+    def read(self, file: InputFile) -> BatchesWithPosition:
+        """Batches of a file, each with the bytes of the file read so far.
+
+        Raises:
+            FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
+        """
+        with named_errors(file.name), self._open(file) as (opened, kind):
+            if file.path is None and file.format is None:
+                self.options.notice(guess_notice(file, kind))
+            if kind in ("parquet", "arrow"):
+                if _is_seekable(opened, kind):
+                    yield from self._read_seekable(file, opened, kind)
+                    return
+                batches = read_arrow_stream(opened.stream, file.name, self.selection)
+            else:
+                batches = self._read_text(file, self._text_stream(file, opened), kind)
+            for batch in batches:
+                yield batch, opened.position()
+
+    def _read_text(
+        self, file: InputFile, stream: io.BufferedReader, kind: Format
+    ) -> Iterator[pa.RecordBatch]:
+        name = file.name
+        if self.selection.whole_files:
+            return read_whole_file(stream, name, self.selection)
+        if kind == "text":
+            return read_text(stream, name, self.selection)
+        if kind == "jsonl":
+            return self._read_json(read_groups(stream, name, self.selection.batch_rows), name)
+        return self._read_csv(CsvFile(stream, name, self.selection, self._dialect(kind)))
+
+    def _read_json(self, groups: Iterator[JsonGroup], name: str) -> Iterator[pa.RecordBatch]:
+        if name not in self._surveyed and (first := next(groups, None)) is not None:
+            self._json.observe_file(iter([first]), name)
+            groups = chain([first], groups)
+        for group in groups:
+            yield self._json.convert(group, name)
+
+    def _read_csv(self, csv: CsvFile) -> Iterator[pa.RecordBatch]:
+        observed = csv.name in self._surveyed
+        rows = 0
+        for batch in csv.read_batches():
+            if not observed:
+                self._csv.observe_texts(batch)
+                observed = True
+            for start in range(0, batch.num_rows, self.selection.batch_rows):
+                part = batch.slice(start, self.selection.batch_rows)
+                yield self._csv.convert(part, csv.name, rows)
+                rows += part.num_rows
+
+    def _read_seekable(
+        self, file: InputFile, opened: OpenFile, kind: Format
+    ) -> BatchesWithPosition:
+        path = _seekable_path(file, opened, kind)
+        read = read_parquet if kind == "parquet" else read_arrow_file
+        for batch, share in read(path, file.name, self.selection):
+            yield batch, int(share * (file.size or 0))
+
+    @contextmanager
+    def _open(self, file: InputFile) -> Iterator[tuple[OpenFile, Format]]:
+        pipe = file.size is None
+        with open_stream(file.path, pipe=pipe, stdin=self.options.stdin) as opened:
+            if self.options.encoding is not None and file.format not in ("parquet", "arrow"):
+                stream = utf8_stream(opened.stream, self.options.encoding, file.name)
+                opened = OpenFile(stream, opened.compression, opened.position)  # noqa: PLW2901
+            yield opened, sniff(file, opened, self.selection.text_columns)
+
+    def _text_stream(self, file: InputFile, opened: OpenFile) -> io.BufferedReader:
+        if self.options.encoding is not None:  # converted when it was opened
+            return opened.stream
+        return utf8_stream(opened.stream, None, file.name)
+
+    def _dialect(self, kind: Format) -> Dialect:
+        return Dialect.of(self.options.delimiter, is_tsv=kind == "tsv")
+
+
+def _is_seekable(opened: OpenFile, kind: Format) -> bool:
+    """Whether a file's index is at its end."""
+    return kind == "parquet" or opened.stream.peek(6).startswith(b"ARROW1")
+
+
+def _seekable_path(file: InputFile, opened: OpenFile, kind: Format) -> Path:
+    """The path of a file with an index. Raises InvalidCommandError for a stream."""
+    if file.path is None or file.size is None or opened.compression is not None:
+        form = "a Parquet file" if kind == "parquet" else "an Arrow file"
+        remedy = "give it as a file, not through a pipe"
+        raise InvalidCommandError(
+            f"{file.name} is {form}, whose index is at its end: "
+            f"{'decompress it first' if opened.compression else remedy}"
+        )
+    return file.path
+
+
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Convert errors of libraries to InvalidCommandError with the file's name."""
+    try:
+        yield
+    except FletcherError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["?"])[0]
+        raise InvalidCommandError(f"{name} cannot be read: {reason[:300]}") from None

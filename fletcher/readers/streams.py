@@ -1,0 +1,210 @@
+"""Input files as streams of bytes: opened, decompressed and converted to UTF-8."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from fletcher.errors import InvalidCommandError, InvalidUtf8Error
+
+BUFFER_BYTES = 1 << 20
+SNIFF_BYTES = 64
+# A first line longer than this is not treated as a header.
+FIRST_LINE_BYTES = 64 << 10
+# Memory of an xz decoder. `xz -9` needs 65 MiB, and a damaged header may ask for gigabytes.
+_XZ_MEMORY = 256 << 20
+
+# zstd files may begin with a skippable frame, as pzstd writes them.
+_MAGIC: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"\x1f\x8b"), "gzip"),
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), "zstd"),
+    (re.compile(rb"BZh[1-9]\x31\x41\x59|BZh[1-9]\x17\x72\x45", re.DOTALL), "bz2"),
+    (re.compile(rb"\xfd7zXZ\x00"), "xz"),
+)
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """An open input.
+
+    Attributes:
+        stream: Stream of the decompressed bytes.
+        compression: Compression of the input: `gzip`, `zstd`, `bz2`, `xz` or None.
+        position: Function that returns the number of bytes of the file on disk that were read so
+            far; 0 for standard input and pipes.
+    """
+
+    stream: io.BufferedReader
+    compression: str | None
+    position: Callable[[], int]
+
+
+@contextmanager
+def open_stream(path: Path | None, *, pipe: bool, stdin: BinaryIO | None) -> Iterator[OpenFile]:
+    """Open an input and detect its compression by the first bytes.
+
+    `path` is None for standard input. `pipe` tells that the path is a named pipe.
+    """
+    if path is None:
+        yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
+        return
+    with path.open("rb", buffering=0) as raw:
+        yield _opened(_Pipe(raw) if pipe else raw)
+
+
+def _opened(raw: io.FileIO | _Pipe) -> OpenFile:
+    position = raw.tell if isinstance(raw, io.FileIO) else lambda: 0
+    stream = cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
+    start = stream.peek(7)
+    for magic, compression in _MAGIC:
+        if magic.match(start):
+            inner = io.BufferedReader(_decompressed(stream, compression), BUFFER_BYTES)
+            return OpenFile(inner, compression, position)
+    return OpenFile(stream, None, position)
+
+
+def _decompressed(stream: io.BufferedReader, compression: str) -> Any:
+    if compression == "gzip":  # accepts zeros after a member, as tapes have them
+        return gzip.GzipFile(fileobj=stream, mode="rb")
+    if compression == "zstd":
+        return pa.CompressedInputStream(stream, compression)
+    if compression == "bz2":
+        return _Members(stream, bz2.BZ2Decompressor)
+    return _Members(stream, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))
+
+
+class _Pipe(io.RawIOBase):
+    """Standard input or a named pipe.
+
+    The first read waits for enough bytes to detect the format. That is SNIFF_BYTES with a line end
+    among the bytes, or FIRST_LINE_BYTES without one.
+    """
+
+    def __init__(self, source: BinaryIO | io.FileIO) -> None:
+        self.read_some = getattr(source, "read1", source.read)
+        self.begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        filled, line_ended = 0, False
+        while data := self.read_some(len(buffer) - filled):
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+            line_ended = line_ended or b"\n" in data or b"\r" in data
+            enough = SNIFF_BYTES if line_ended else FIRST_LINE_BYTES
+            if self.begun or filled >= min(enough, len(buffer)):
+                break
+        self.begun = True
+        return filled
+
+
+class _Members(io.RawIOBase):
+    """The members of a bz2 or xz file, decompressed; zeros after a member are padding.
+
+    Python's `bz2` and `lzma` files ignore anything else after the last member.
+    """
+
+    def __init__(self, source: io.BufferedReader, decompressor: Callable[[], Any]) -> None:
+        self._source = source
+        self._new = decompressor
+        self._member = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        while True:
+            if self._member.eof:
+                data = self._member.unused_data.lstrip(b"\0")
+                while not data and (more := self._source.read1(BUFFER_BYTES)):
+                    data = more.lstrip(b"\0")
+                if not data:
+                    return 0
+                self._member = self._new()
+            else:
+                data = self._source.read1(BUFFER_BYTES) if self._member.needs_input else b""
+                if not data and self._member.needs_input:
+                    raise EOFError("the compressed data ends early")
+            try:
+                part = self._member.decompress(data, len(buffer))
+            except lzma.LZMAError as error:
+                raise OSError(str(error)) from None
+            if part:
+                buffer[: len(part)] = part
+                return len(part)
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise InvalidCommandError unless `encoding` names a text encoding of Python."""
+    try:
+        "".encode(encoding)
+        codecs.getincrementaldecoder(encoding)
+    except (LookupError, UnicodeError):
+        raise InvalidCommandError(
+            f"`encoding` is {encoding!r}, expected the name of a text encoding such as utf-8, "
+            "latin-1, cp1252 or utf-16",
+            field="encoding",
+        ) from None
+
+
+def utf8_stream(stream: io.BufferedReader, encoding: str | None, name: str) -> io.BufferedReader:
+    """The stream's text as UTF-8. Without `encoding` it is UTF-8 already.
+
+    Raises:
+        InvalidUtf8Error: The stream begins like UTF-16, and no encoding was given.
+    """
+    if encoding is not None:
+        return cast(
+            "io.BufferedReader", io.BufferedReader(_Recoded(stream, encoding, name), BUFFER_BYTES)
+        )
+    if stream.peek(2)[:2] in _UTF16:
+        raise InvalidUtf8Error(f"{name} is UTF-16; give --encoding utf-16", field="encoding")
+    return stream
+
+
+class _Recoded(io.RawIOBase):
+    """Text in any encoding, read as UTF-8."""
+
+    def __init__(self, source: io.BufferedReader, encoding: str, name: str) -> None:
+        self._source = source
+        self._encoding = encoding
+        self._name = name
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready = b""
+        self._num_read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            data = self._source.read1(BUFFER_BYTES)
+            try:
+                self._ready = self._decoder.decode(data, final=not data).encode()
+            except UnicodeError as error:
+                place = self._num_read + getattr(error, "start", 0)
+                raise InvalidUtf8Error(
+                    f"{self._name} is not {self._encoding}: near byte {place + 1}",
+                    field="encoding",
+                ) from None
+            self._num_read += len(data)
+            if not data:
+                break
+        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
