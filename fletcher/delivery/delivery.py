@@ -19,6 +19,7 @@ from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.completion import UploadCompletion
+from fletcher.delivery.dedupe.fingerprints import delta_kind
 from fletcher.delivery.dedupe.index import DedupeMemory
 from fletcher.delivery.groups import Destination
 from fletcher.delivery.journal.journal import Journal
@@ -283,7 +284,11 @@ class Delivery:
             durability,
             # The new and changed rows of a delta upload replace stored rows with the same id.
             mode="upsert" if options.mode == "delta" else options.mode,
-            dedupe_by="delta" if delta else None if options.dedupe == "off" else options.dedupe,
+            dedupe_by=delta_kind(schema)
+            if delta
+            else None
+            if options.dedupe == "off"
+            else options.dedupe,
             fingerprint=(schema, schema.metadata, options.mode, options.dedupe, durability),
         )
 

@@ -31,7 +31,8 @@ class UploadTerms:
             as durable.
         mode: How rows are written to the store. `upsert` replaces stored rows with the same id.
             `overwrite` writes to a staged dataset, which replaces the dataset at the end.
-        dedupe_by: Key by which duplicates are found and dropped: `id`, `text` or both (`delta`).
+        dedupe_by: Key by which duplicates are found and dropped: `id`, `text` or `delta`, which
+            compares texts and the carried columns that it names.
             None keeps duplicates.
         fingerprint: Settings that must match when the upload is continued. None if the upload was
             found in the journal; its next connection then sets the fingerprint.

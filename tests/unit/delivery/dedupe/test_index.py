@@ -514,6 +514,29 @@ def test_a_dataset_that_somebody_dropped_has_no_duplicates(tmp_path: Path) -> No
 
 
 @journaled
+def test_delta_sends_rows_with_another_carried_column(tmp_path: Path, journal: bool) -> None:
+    store = MemoryStore()
+    carried = SCHEMA.append(pa.field("url", pa.utf8()))
+    with delivering(store, where(tmp_path, journal)) as delivery:
+        for name, url, num_sent in (("one", "u1", 1), ("two", "u2", 2), ("three", "u2", 2)):
+            terms = options(name, dedupe="off", mode="delta")
+            upload, sink = delivery.open_upload(terms, carried)
+            batch = batch_of([("a", "same")]).append_column("url", pa.array([url]))
+            received = pa.record_batch(
+                {"id": batch["id"], "text": batch["text"], "carried:url": batch["url"]}
+            )
+            prefilter = DedupePrefilter(sink.dedupe_index, upload)
+            found = prefilter.find_duplicates(received, 0).tolist()
+            assert found == [name == "three"]
+            upload.claim_rows(0, 0)
+            sink.submit_rows(Rows.from_batch(upload, batch, 0, (), lambda: None))
+            wait(upload)
+            assert delivery.flush(30)
+            assert len(stored(delivery, store)) == num_sent
+            delivery.close_upload(upload, sink)
+
+
+@journaled
 def test_delta_sends_what_is_new_or_changed(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
