@@ -2,16 +2,20 @@
 
     healthcheck.py [ACTION]      (default: health; `fletcher store` has `capabilities`)
 
+`ready` exits with 1 while the server drains, or has no workers to serve calls.
+
 Reads the server's own settings: FLETCHER_PORT, FLETCHER_TOKEN_FILE and FLETCHER_TLS_CERT. A server
 that asks callers for certificates (FLETCHER_TLS_CLIENT_CA) needs another check.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 from pyarrow import flight
 
 TIMEOUT_S = 4.0
@@ -32,10 +36,13 @@ def main() -> int:
     action = sys.argv[1] if len(sys.argv) > 1 else "health"
     options = flight.FlightCallOptions(timeout=TIMEOUT_S, headers=headers)
     try:
-        for _ in client.do_action(action, options):
-            pass
-    except flight.FlightError as error:
+        (answer,) = client.do_action(action, options)
+        fields = json.loads(answer.body.to_pybytes()) if action == "ready" else {}
+    except (flight.FlightError, pa.ArrowException, ValueError) as error:
         print(error, file=sys.stderr)
+        return 1
+    if fields.get("ready", True) is not True:
+        print("the server takes no calls now", file=sys.stderr)
         return 1
     return 0
 

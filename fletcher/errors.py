@@ -15,13 +15,15 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── BatchTooLargeError         batch_too_large
 │   ├── DimensionMismatchError     dimension_mismatch
 │   ├── ModelMismatchError         model_mismatch
-│   └── UploadConflictError        upload_conflict
+│   ├── UploadConflictError        upload_conflict
+│   └── NotFiniteError             not_finite
 ├── UnavailableError               the same request may succeed later; its own code: unavailable
 │   ├── OverloadedError            overloaded
 │   ├── DrainingError              draining
 │   ├── StoreUnavailableError      store_unavailable
 │   └── JournalFullError           journal_full
 ├── DeadlineExceededError          deadline_exceeded
+├── CancelledError                 cancelled
 ├── UnauthenticatedError           unauthenticated
 ├── UnauthorizedError              unauthorized
 ├── InternalError                  internal
@@ -138,6 +140,10 @@ class ModelMismatchError(RequestError): ...
 class UploadConflictError(RequestError): ...
 
 
+class NotFiniteError(RequestError):
+    """A vector with NaN, infinity, or a number that its element type cannot hold."""
+
+
 class UnavailableError(FletcherError):
     """The same request may succeed later.
 
@@ -159,6 +165,10 @@ class JournalFullError(UnavailableError): ...
 
 
 class DeadlineExceededError(FletcherError): ...
+
+
+class CancelledError(FletcherError):
+    """The client cancelled the call, let its deadline pass or lost its connection."""
 
 
 class UnauthenticatedError(FletcherError): ...

@@ -31,6 +31,8 @@ from fletcher.util.allocator import IdleTrimmer, keep_large_blocks
 
 log = logging.getLogger(__name__)
 
+# Time for calls to end by themselves at a shutdown, and then for those whose connection was ended.
+_LAST_WORDS_S = 0.5
 _SHUTDOWN_S = 2.0
 # Longest normal wait of a stream for memory. It is a tenth of the 600 s after which clients give up
 # (TransferOptions.stall_timeout_s).
@@ -94,8 +96,7 @@ class Runtime:
         while time.monotonic() < deadline:
             if admission.wait_idle(0.05):
                 break
-            # A call whose client sends nothing cannot be ended. It need not be waited for, because
-            # it holds no rows.
+            # A call whose client sends nothing need not be waited for, because it holds no rows.
             busy = budget.statistics()["used_bytes"] > 0
             quiet = 0 if busy else quiet + 1
             if quiet > 5:
@@ -109,8 +110,7 @@ class Runtime:
     def close(self) -> bool:
         """Close all parts, and return whether all calls ended. Idempotent.
 
-        A call whose client sends nothing cannot be ended from here. The process cannot exit in the
-        ordinary way before that call ends.
+        The process cannot exit in the ordinary way before all calls have ended.
         """
         self._service = None
         self._started.pop_all().close()
@@ -176,7 +176,8 @@ class Runtime:
         trimmer = IdleTrimmer(lambda: int(budget.statistics()["used_bytes"]))
         trimmer.start()
         self._started.callback(trimmer.stop)
-        server = _listen(self._service, config.network, credentials)
+        idle_timeout_s = config.limits.idle_timeout_s
+        server = _listen(self._service, config.network, credentials, idle_timeout_s)
         self._started.callback(self._shut_down, server)
         self.address = server.address
 
@@ -199,9 +200,11 @@ class Runtime:
 
     def _shut_down(self, server: FlightServer) -> None:
         # `shutdown` has no deadline. It waits for handlers, which may wait for clients that send
-        # nothing.
+        # nothing. The end of their connections ends them.
         shutdown = threading.Thread(target=server.shutdown, daemon=True)
         shutdown.start()
+        shutdown.join(_LAST_WORDS_S)
+        server.end_calls()
         shutdown.join(_SHUTDOWN_S)
         self._calls_ended = not shutdown.is_alive()
 
@@ -220,9 +223,11 @@ def _signals(
     )
 
 
-def _listen(service: Service, config: NetworkConfig, credentials: Credentials) -> FlightServer:
+def _listen(
+    service: Service, config: NetworkConfig, credentials: Credentials, idle_timeout_s: float
+) -> FlightServer:
     try:
-        return FlightServer(service, config, credentials)
+        return FlightServer(service, config, credentials, idle_timeout_s)
     except Exception as error:  # for a port in use and bad PEM, pyarrow raises several types
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port}: {str(error).splitlines()[0][:200]}; "

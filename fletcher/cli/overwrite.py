@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -45,19 +45,18 @@ def list_overwrites(flags: ConfigFlags, as_json: bool) -> None:
 
     An overwrite that is running now is listed, too.
     """
-    found = []
-    for address, store in _stores(flags.resolve(("home", "store")).config):
-        for info in store.staged_datasets():
-            found.append(
-                {
-                    "name": info.name,
-                    "dataset": info.name.partition(".")[0],
-                    "store": address,
-                    "upload_id": _upload_id(store, info.name),
-                    "rows": info.num_rows,
-                    "bytes": info.num_bytes,
-                }
-            )
+    found = [
+        {
+            "name": info.name,
+            "dataset": info.name.partition(".")[0],
+            "store": address,
+            "upload_id": _upload_id(store, info.name),
+            "rows": info.num_rows,
+            "bytes": info.num_bytes,
+        }
+        for address, store in _stores(flags.resolve(("home", "store")).config)
+        for info in store.staged_datasets()
+    ]
     if as_json:
         print_json({"overwrites": found})
         return
@@ -110,10 +109,8 @@ def _stores(config: ServeConfig) -> Iterator[tuple[str, Store]]:
 def _upload_id(store: Store, name: str) -> str | None:
     from fletcher.core.schema import parse_batch_key
 
-    row: list[dict[str, Any]] = (
-        store.scan(name, columns=["batch_key"], limit=1).read_all().to_pylist()
-    )
-    parsed = parse_batch_key(row[0]["batch_key"]) if row else None
+    first = store.scan(name, columns=["batch_key"], limit=1).read_all().column("batch_key")
+    parsed = parse_batch_key(first[0].as_py()) if len(first) else None
     return parsed[0] if parsed else None
 
 

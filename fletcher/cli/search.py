@@ -14,7 +14,7 @@ from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import json_option, split_names, starting
 from fletcher.cli.terminal import columns as width_of
-from fletcher.cli.terminal import cut, padded, print_json, printable, terminal_width
+from fletcher.cli.terminal import cut, padded, print_json, printable, say, terminal_width
 from fletcher.config.delivery import NO_STORE
 from fletcher.config.option import nearest
 from fletcher.config.server import fletcher_home
@@ -100,7 +100,7 @@ def cli(
     """
     from fletcher.core.command import check_dataset
     from fletcher.stores.address import folder_of, open_store
-    from fletcher.stores.exact_search import vector_reader
+    from fletcher.stores.exact_search import APPROXIMATE, check_searchable
     from fletcher.stores.filter_parser import parse_filter
 
     check_dataset(dataset)
@@ -121,12 +121,13 @@ def cli(
     opened = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
     with contextlib.closing(opened) as store:
         info = _find_dataset(store, dataset)
-        if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
-            vector_reader(dataset, info.schema)  # raises before a model is loaded
+        check_searchable(dataset, info.schema)  # raises before a model is loaded
         shown = _shown_columns(info, columns)
         conditions = [parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
         found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
+    if APPROXIMATE in (found.schema.metadata or {}):
+        say("note: approximate: scores are exact, but better rows may be missing")
     rows = _to_rows(found.select([*shown, "score"]))
     if as_json:
         for rank, row in enumerate(rows, 1):
@@ -194,7 +195,11 @@ def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
 
 
 def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: DatasetInfo) -> Any:
+    import pyarrow as pa
+
     from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
+    from fletcher.core.similarity import Similarity
+    from fletcher.evaluation.vectors import embed_batches
 
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
@@ -213,14 +218,21 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
             )
         if prompt is None:
             prompt = default_prompt(known, QUERY_PROMPTS)
+            written = metadata.get("fletcher.prompt")
+            if written and prompt is None:
+                say(
+                    f"note: the dataset was written with the prompt {written!r}, and the model "
+                    "has none for queries; --prompt gives one"
+                )
         dims = int(metadata.get("fletcher.dims", 0)) or None
         layers = int(metadata.get("fletcher.layers", 0)) or None
-        vectors = client.embed(
-            [query],
+        asked = embed_batches(
+            client,
+            pa.array([query]),
             model=qualified,
             prompt=prompt,
             dims=None if dims == known["dim"] else dims,
             layers=None if layers == known["num_layers"] else layers,
             dtype="float32",
         )
-    return vectors[0]
+    return Similarity.from_schema(asked[0].schema).queries(asked[0])[0]

@@ -47,8 +47,10 @@ def cli(
 ) -> None:
     """Compare texts with each other, or find those most like them in a file.
 
-    Prints the cosine of each pair of texts, the most similar pair first. With --candidates, prints
-    for each text the most similar texts of a file instead. Nothing is stored.
+    Prints the similarity of each pair of texts, the most similar pair first. It is the one that the
+    model was trained for: the cosine for most models, the dot product of sparse vectors, MaxSim
+    with the first text as the query for token vectors. With --candidates, prints for each text the
+    most similar texts of a file instead. Nothing is stored.
 
     Args:
         texts: Texts, or - to read one text per line from standard input.
@@ -102,32 +104,33 @@ def _check_number(texts: Sequence[str], least: int) -> None:
 
 
 def _print_pairs(
-    texts: Sequence[str], cosines: FloatArray, k: int | None, *, as_json: bool
+    texts: Sequence[str], compared: tuple[str, FloatArray], k: int | None, *, as_json: bool
 ) -> None:
+    metric, scores = compared
     pairs = [
-        (float(cosines[one, other]), one, other)
+        (float(scores[one, other]), one, other)
         for one, other in itertools.combinations(range(len(texts)), 2)
     ]
     pairs.sort(key=lambda pair: -pair[0])
     width = (terminal_width() - 13) // 2
-    for cosine, one, other in pairs[:k]:
+    for score, one, other in pairs[:k]:
         if as_json:
-            print_json({"cosine": cosine, "first": texts[one], "second": texts[other]})
+            print_json({metric: score, "first": texts[one], "second": texts[other]})
         else:
             both = " | ".join(cut(printable(texts[place]), width) for place in (one, other))
-            print(f"{cosine:7.4f}  {both}")
+            print(f"{score:7.4f}  {both}")
 
 
 def _print_found(texts: Sequence[str], found: SimilarTexts, *, as_json: bool) -> None:
     for text, best in zip(texts, found.best, strict=True):
         if not as_json and len(texts) > 1:
             print(cut(printable(text), terminal_width()))
-        for rank, (cosine, row, candidate) in enumerate(best, 1):
+        for rank, (score, row, candidate) in enumerate(best, 1):
             if as_json:
-                line = {"text": text, "rank": rank, "cosine": cosine, "row": row}
+                line = {"text": text, "rank": rank, found.metric: score, "row": row}
                 print_json(line | {"candidate": candidate})
             else:
-                line_of = f"{rank:>{len(str(len(best)))}}  {cosine:7.4f}  {printable(candidate)}"
+                line_of = f"{rank:>{len(str(len(best)))}}  {score:7.4f}  {printable(candidate)}"
                 print(cut(line_of, terminal_width()))
     if found.num_failed:
         say(f"note: {found.num_failed} of {found.num_candidates} candidates have no vector")

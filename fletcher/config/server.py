@@ -63,6 +63,9 @@ class LimitsConfig(OptionGroup):
     Attributes:
         max_streams: Maximum number of open calls. A higher limit admits more callers, and each open
             call may hold one message in memory.
+        idle_timeout_s: Time after which a call ends whose client sends and takes nothing, 0: never.
+            A shorter time frees places among `max_streams` sooner, but ends calls of clients that
+            pause for longer. Calls that wait for vectors or acknowledgements never end so.
         max_memory: Memory for work in progress. With a lower limit, callers have to wait earlier.
         max_message_bytes: Largest decoded message. Each open call may hold one message in memory.
         max_row_bytes: Largest text. A row with a larger text fails, without effect on other rows.
@@ -70,6 +73,7 @@ class LimitsConfig(OptionGroup):
     """
 
     max_streams: int = option(256, minimum=1)
+    idle_timeout_s: float = option(600)
     max_memory: int = option(2 * GIB, SIZE)
     max_message_bytes: int = option(64 * MIB, SIZE, minimum=1)
     max_row_bytes: int = option(16 * MIB, SIZE, minimum=1)

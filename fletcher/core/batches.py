@@ -140,6 +140,8 @@ class InferenceResult:
     # [num_rows], number of vectors of each row (`fletcher.vectors.ragged`); None: one per row or
     # span.
     counts: Int32Array | None = None
+    # Errors of rows that the engine failed on, by the row's index. Their vectors have no meaning.
+    errors: dict[int, FletcherError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ class EmbedCommand:
         on_error: `continue` reports a failed row and processes the others; `abort` ends the call
             with the row's error.
         mode: `append`, `upsert` (replace by id), `overwrite` (replace the dataset) or `delta`
-            (like `upsert`, but rows are dropped if their id is stored with the same text).
+            (like `upsert`, but rows are dropped if their id is stored with the same text and the
+            same carried columns). An overwrite takes effect once all its rows are stored.
         dedupe: `id` or `text` drops rows whose id or text was sent earlier or is stored; `off`
             keeps all rows. Only for the modes `append` and `overwrite`.
         durability: When a row is acknowledged as durable: `journal` (on the server's disk), `store`

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from fletcher.core.chunking import Chunking
 from fletcher.core.quantization import QUANTIZATION, ROW, Ranges, pack_signs, quantize_rows
+from fletcher.core.similarity import SIMILARITY
 from fletcher.errors import InvalidCommandError
 
 ELEMENT_TYPES: dict[str, pa.DataType] = {
@@ -51,6 +52,8 @@ class VectorSpec:
     output: str = "dense"  # or `sparse` or `multi`, as in ModelBundle
     max_vectors: int = 1  # most vectors of one row
     chunking: Chunking | None = None  # None: texts are not cut
+    similarity: str = "cosine"  # one of `core.similarity.SIMILARITIES`
+    prompt: str = ""  # text in front of each text
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -96,13 +99,14 @@ class VectorSpec:
             "fletcher.normalized": "true" if self.normalized else "false",
             "fletcher.dtype": self.dtype,
             "longbow.vector_type": self.dtype,
+            SIMILARITY: self.similarity,
+            "fletcher.prompt": self.prompt,
+            "fletcher.chunking": "none" if self.chunking is None else str(self.chunking),
         }
         if self.dtype == "int8":
             fields |= self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
         if self.output != "dense":
             fields["fletcher.output"] = self.output
-        if self.chunking is not None:
-            fields["fletcher.chunking"] = str(self.chunking)
         return fields
 
 

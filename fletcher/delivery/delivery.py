@@ -174,10 +174,14 @@ class Delivery:
             with contextlib.suppress(FletcherError):  # the rows are journaled or stored
                 self._completion.check_rows(name, store, upload)
 
-    def close_upload(self, upload: Upload, sink: DatasetSink) -> None:
+    def leave_upload(self, upload: Upload, error: FletcherError) -> None:
+        """End a connection early, and fail the upload with `error` if it was the last one."""
+        self._uploads.leave_upload(upload, error)
+
+    def close_upload(self, upload: Upload, sink: DatasetSink, *, left: bool = False) -> None:
         if upload.failure is not None:
             sink.committer.drop_abandoned()
-        self._leave_sink(sink, upload)
+        self._leave_sink(sink, None if left else upload)
 
     def upload_status(self, options: EmbedCommand) -> dict[str, Any]:
         """The state of an upload, from memory if it is known there, else from the store.
@@ -217,10 +221,7 @@ class Delivery:
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def recover(self) -> int:
-        """Send rows that an earlier process journaled but did not store.
-
-        Returns the number of these rows.
-        """
+        """Send rows that an earlier process journaled and return their number."""
         if self._journal is None:
             return 0
         names = {folder_name(store.address): name for name, store in self.stores.items()}
@@ -241,8 +242,7 @@ class Delivery:
 
     def flush(self, timeout_s: float) -> bool:
         """Store all waiting rows now; False if that takes longer than `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        sinks = self._all_sinks()
+        deadline, sinks = time.monotonic() + timeout_s, self._all_sinks()
         for sink in sinks:
             sink.flush()
         for sink in sinks:
@@ -279,16 +279,14 @@ class Delivery:
                 field="durability",
                 allowed=["store", "memory"],
             )
-        delta = options.mode == "delta"
+        dedupe_by = None if options.dedupe == "off" else options.dedupe
+        if options.mode == "delta":
+            dedupe_by = delta_kind(schema)
         return UploadTerms(
             durability,
             # The new and changed rows of a delta upload replace stored rows with the same id.
             mode="upsert" if options.mode == "delta" else options.mode,
-            dedupe_by=delta_kind(schema)
-            if delta
-            else None
-            if options.dedupe == "off"
-            else options.dedupe,
+            dedupe_by=dedupe_by,
             fingerprint=(schema, schema.metadata, options.mode, options.dedupe, durability),
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fletcher.delivery.upload import Upload, UploadKey, UploadTerms, terms_conflict
-from fletcher.errors import StoreUnavailableError
+from fletcher.errors import FletcherError, StoreUnavailableError
 from fletcher.stores.staging import staged_for
 
 # Number of uploads that are remembered for `upload_status`. The status of older ones is read from
@@ -79,9 +79,11 @@ class UploadRegistry:
             self._forget_unused()
             return upload
 
-    def leave_upload(self, upload: Upload) -> None:
+    def leave_upload(self, upload: Upload, error: FletcherError | None = None) -> None:
         with self._lock:
             upload.connections -= 1
+            if error is not None and not upload.connections:
+                upload.fail(error)
 
     def find_upload(self, store: str, dataset: str | None, upload_id: str) -> Upload | None:
         """The first upload with that id, failed or not.

@@ -50,18 +50,9 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
         FletcherError: The server refuses the call or fails, the model's vectors are not dense, or a
             text has no vector.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    wanted = EmbedCommand(output="dense", priority="bulk", include_text=False, **given)
-    table = pa.table({"text": texts})
     hits = _cache_hits(client)
     started = time.perf_counter()
-    batches = []
-    with client.exchange(iter(table.to_batches(_BATCH_ROWS)), wanted) as exchange:
-        for batch in exchange:
-            for error in exchange.errors:
-                kind = BY_CODE.get(error.code, InternalError)
-                raise kind(f"text {error.row}: {error.message}")
-            batches.append(batch)
+    batches = embed_batches(client, texts, output="dense", **options)
     elapsed_s = time.perf_counter() - started
     return Embedded(
         vectors=np.concatenate([read_vectors(batch) for batch in batches]),
@@ -69,6 +60,25 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
         num_truncated=sum(batch.column("truncated").true_count for batch in batches),
         texts_per_s=None if _cache_hits(client) > hits else len(texts) / elapsed_s,
     )
+
+
+def embed_batches(client: Client, texts: pa.Array, **options: Any) -> list[pa.RecordBatch]:
+    """Embed texts in one exchange; the arguments and errors are those of `embed`.
+
+    Returns:
+        Answers in the order of the texts, with one row per text, of whatever output the model has.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    wanted = EmbedCommand(priority="bulk", include_text=False, **given)
+    table = pa.table({"text": texts})
+    batches = []
+    with client.exchange(iter(table.to_batches(_BATCH_ROWS)), wanted) as exchange:
+        for batch in exchange:
+            for error in exchange.errors:
+                kind = BY_CODE.get(error.code, InternalError)
+                raise kind(f"text {error.row}: {error.message}")
+            batches.append(batch)
+    return batches
 
 
 def read_vectors(batch: pa.RecordBatch) -> FloatArray:

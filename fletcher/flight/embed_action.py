@@ -11,6 +11,7 @@ from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.flight.middleware import embed_call
 from fletcher.flight.requests import parse_json
 from fletcher.pipeline.interactive.single_row import vector_lists
+from fletcher.serving.callers import Caller
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedSession
 
@@ -21,7 +22,7 @@ _UNUSED = (
 )
 
 
-def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
+def embed(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
     """Embed the texts of `{"texts": [...], ...}`, with fields of EmbedCommand.
 
     Returns:
@@ -40,7 +41,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     for name in _UNUSED:
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
-    call = embed_call("embed", EmbedCommand.from_mapping(fields), context, abort=True)
+    call = embed_call("embed", EmbedCommand.from_mapping(fields), caller, abort=True)
     with EmbedSession(service, call) as session:
         session.open_input(batch.schema)
         session.admit(bulk=False)

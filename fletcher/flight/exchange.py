@@ -13,13 +13,18 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
-from fletcher.core.schema import VectorSpec
-from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
+from fletcher.errors import (
+    BatchTooLargeError,
+    CancelledError,
+    FletcherError,
+    InvalidCommandError,
+)
 from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.serving.background import BackgroundTask
+from fletcher.serving.callers import Caller
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedSession
 from fletcher.serving.slice_result import SliceResult
@@ -64,26 +69,31 @@ class Ending(AbstractContextManager["Ending"]):
 
 
 def exchange(
-    service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any, ending: Ending
+    service: Service,
+    command: EmbedCommand,
+    caller: Caller,
+    reader: Any,
+    writer: Any,
+    ending: Ending,
 ) -> None:
     """Answer one DoExchange call.
 
     The call's own thread reads and submits batches. A second thread writes answers.
     """
     _check_command(command)
-    with EmbedSession(service, embed_call("do_exchange", command, context)) as session:
+    with EmbedSession(service, embed_call("do_exchange", command, caller)) as session:
         output = session.open_input(read_schema(reader))
         # Begin before the first batch arrives: a client may wait for the schema before it sends.
-        writing_as = service.answers.for_call(context.peer(), output)
+        writing_as = service.answers.for_call(caller.peer(), output)
         writer.begin(output, options=writing_as.options)
         # A client that sends nothing takes no stream.
-        messages, first = wait_first(read_messages(reader, context, continuous=command.continuous))
-        if first is None and context.is_cancelled():
+        messages, first = wait_first(read_messages(reader, caller, continuous=command.continuous))
+        if first is None and caller.is_cancelled():
             return
         bulk = first is not None and first.batch is not None and session.intake.is_bulk(first.batch)
         session.admit(bulk=bulk)
         upload_id = command.upload_id or uuid.uuid4().hex
-        answers = _Answers(session, upload_id, writer, ending, writing_as)
+        answers = _Answers(session, upload_id, _Writer(caller, writer, writing_as), ending)
         expected = (FletcherError, flight.FlightError)
         answering = BackgroundTask(
             "exchange-writer", answers.write_results, answers.report_failure, expected
@@ -92,18 +102,40 @@ def exchange(
             for message in messages:
                 service.admission.check_draining()
                 if message.batch is not None:
-                    _check_size(message.batch.num_rows, session.spec)
+                    _check_size(message.batch.num_rows, session)
                     ends, row_first = message.metadata.document_end, message.row_first
                     session.submit_batch(
                         message.batch, message.batch_id, row_first, document_end=ends
                     )
-            if not context.is_cancelled():
+            if not caller.is_cancelled():
                 session.submit_rest()
         finally:  # an error is raised after earlier batches are answered
-            if context.is_cancelled():
-                session.close()  # drop what is queued
+            if caller.is_cancelled():
+                session.abandon(CancelledError("the client ended the exchange before its end"))
             session.end_input()
             answering.join()
+
+
+class _Writer:
+    """Writer of answers to one caller."""
+
+    def __init__(self, caller: Caller, writer: Any, writing_as: CallCompression) -> None:
+        self._caller = caller
+        self._writer = writer
+        self._writing_as = writing_as
+
+    def write_batch(self, batch: pa.RecordBatch, metadata: dict[str, Any]) -> None:
+        """Write a batch; blocks while the client does not read.
+
+        Raises CancelledError if the client is gone.
+        """
+        started_s = time.perf_counter()
+        try:
+            with self._caller.writing():
+                self._writer.write_with_metadata(batch, _to_json(metadata).encode())
+        except (pa.ArrowException, OSError) as error:  # pyarrow raises several kinds
+            raise CancelledError(f"the client is gone: {str(error)[:200]}") from None
+        self._writing_as.record_write(batch, time.perf_counter() - started_s)
 
 
 class _Answers:
@@ -113,20 +145,19 @@ class _Answers:
         self,
         session: EmbedSession,
         upload_id: str,
-        writer: Any,
+        writer: _Writer,
         ending: Ending,
-        writing_as: CallCompression,
     ) -> None:
         self._session = session
         self._upload_id = upload_id
         self._writer = writer
         self._ending = ending
-        self._writing_as = writing_as
         # A batch may have any number of chunks, so chunks are sent slice by slice.
         chunking = session.spec.chunking
         self._chunk_rows = chunking is not None and chunking.rows
         self._parts: list[pa.RecordBatch] = []
         self._parts_bytes = 0
+        self._max_bytes = _max_output_bytes(session)
         self._errors: list[dict[str, Any]] = []
 
     def write_results(self) -> None:
@@ -151,24 +182,21 @@ class _Answers:
         if result.errors:
             self._errors += result.error_reports(MAX_REPORTED_ERRORS - len(self._errors))
         self._parts.append(batch)
-        # Only these columns may be larger than the message in which the rows arrived.
-        for name in {"vector", "text"} & set(batch.schema.names):
-            self._parts_bytes += batch.column(name).nbytes
-        if self._parts_bytes > _MAX_OUTPUT_BYTES:
-            raise _too_large(sum(part.num_rows for part in self._parts))
-        if row_slice.last or (self._chunk_rows and batch.num_rows):
+        self._parts_bytes += batch.nbytes
+        is_last = row_slice.last or (self._chunk_rows and batch.num_rows > 0)
+        if len(self._parts) > 1 or not is_last:
+            if self._parts_bytes > self._max_bytes:
+                raise _too_large(sum(part.num_rows for part in self._parts), self._max_bytes)
+            # The parts and their copy, which is the answer.
+            self._session.keep_bytes(2 * self._parts_bytes)
+        if is_last:
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata: dict[str, Any] = {"batch_id": row_slice.batch_id, "errors": self._errors}
             if self._chunk_rows:
                 metadata["last"] = row_slice.last
             self._parts, self._parts_bytes, self._errors = [], 0, []
-            started_s = time.perf_counter()
-            try:
-                self._writer.write_with_metadata(whole, _to_json(metadata).encode())
-            except (pa.ArrowException, OSError) as error:  # pyarrow raises several kinds
-                text = f"the client is gone: {str(error)[:200]}"
-                raise flight.FlightCancelledError(text) from None
-            self._writing_as.record_write(whole, time.perf_counter() - started_s)
+            self._writer.write_batch(whole, metadata)
+            self._session.keep_bytes(0)
 
 
 def _check_command(command: EmbedCommand) -> None:
@@ -186,15 +214,21 @@ def _check_command(command: EmbedCommand) -> None:
         )
 
 
-def _check_size(num_rows: int, spec: VectorSpec) -> None:
-    """Refuse a batch whose dense vectors would be too large for one message."""
-    if spec.output == "dense" and num_rows * spec.num_bytes > _MAX_OUTPUT_BYTES:
-        raise _too_large(num_rows)
+def _max_output_bytes(session: EmbedSession) -> int:
+    """Largest answer to a batch: it is copied once while the answer is put together."""
+    return min(_MAX_OUTPUT_BYTES, session.max_kept_bytes // 2)
 
 
-def _too_large(num_rows: int) -> BatchTooLargeError:
+def _check_size(num_rows: int, session: EmbedSession) -> None:
+    """Refuse a batch whose dense vectors would be too large for one answer."""
+    spec, most = session.spec, _max_output_bytes(session)
+    if spec.output == "dense" and num_rows * spec.num_bytes > most:
+        raise _too_large(num_rows, most)
+
+
+def _too_large(num_rows: int, most: int) -> BatchTooLargeError:
     return BatchTooLargeError(
-        f"{num_rows} rows of a batch make more than {_MAX_OUTPUT_BYTES} bytes of vectors and text; "
-        "send smaller batches",
-        allowed=[f"<= {_MAX_OUTPUT_BYTES} bytes"],
+        f"{num_rows} rows of a batch make more than {most} bytes of vectors and text; send smaller "
+        "batches",
+        allowed=[f"<= {most} bytes"],
     )

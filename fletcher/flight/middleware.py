@@ -13,6 +13,7 @@ from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
+from fletcher.serving.callers import Caller
 from fletcher.serving.session import EmbedCall
 from fletcher.telemetry.tracing import Telemetry
 
@@ -101,13 +102,15 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         return None if trace is None else _Trace(trace)
 
 
-def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:
-    """Arguments of a session, with trace and cancellation from the call's context."""
-    middleware = context.get_middleware("trace")
+def embed_call(
+    name: str, command: EmbedCommand, caller: Caller, *, abort: bool = False
+) -> EmbedCall:
+    """Arguments of a session, with the caller and its trace."""
+    middleware = caller.get_middleware("trace")
     return EmbedCall(
         name=name,
         command=command,
         abort=abort,
         trace=None if middleware is None else middleware.trace,
-        is_cancelled=context.is_cancelled,
+        caller=caller,
     )

@@ -10,31 +10,34 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
-from fletcher.errors import DrainingError
+from fletcher.errors import CancelledError, DrainingError
 from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.serving.background import BackgroundTask
+from fletcher.serving.callers import Caller
 from fletcher.serving.service import Service
 from fletcher.serving.store_session import StoreSession
 
 log = logging.getLogger(__name__)
 
 
-def put(service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any) -> None:
+def put(service: Service, command: EmbedCommand, caller: Caller, reader: Any, writer: Any) -> None:
     """Answer one DoPut call.
 
     The call's own thread reads and submits batches. A second thread writes acknowledgements.
     """
-    with StoreSession(service, embed_call("do_put", command, context)) as session:
+    with StoreSession(service, embed_call("do_put", command, caller)) as session:
         session.open_input(read_schema(reader))
         # Wait first: a client that sends nothing takes no stream and creates no dataset.
-        messages, first = wait_first(read_messages(reader, context))
-        if first is None and context.is_cancelled():
+        messages, first = wait_first(read_messages(reader, caller))
+        if first is None and caller.is_cancelled():
             return
         session.admit()
         upload = session.upload
         answering = BackgroundTask(
-            "put-acknowledge", lambda: _acknowledge(session, writer), lambda _: session.close()
+            "put-acknowledge",
+            lambda: _acknowledge(session, caller, writer),
+            lambda _: session.close(),
         )
         refusal: Exception | None = None
         try:
@@ -48,7 +51,9 @@ def put(service: Service, command: EmbedCommand, context: Any, reader: Any, writ
                     upload.announce_total(message.metadata.rows)
         except Exception as error:  # noqa: BLE001 - raised below, after accepted rows are safe
             refusal = error
-        # Submitted rows go to the store even if the connection failed.
+        if caller.is_cancelled():
+            session.abandon(CancelledError("the client ended the upload before its end"))
+        # After a refusal, rows that were submitted before it still go to the store.
         session.end_input()
         answering.join()
         if refusal is not None and not isinstance(refusal, DrainingError):
@@ -59,14 +64,15 @@ def put(service: Service, command: EmbedCommand, context: Any, reader: Any, writ
             raise refusal
 
 
-def _acknowledge(session: StoreSession, writer: Any) -> None:
+def _acknowledge(session: StoreSession, caller: Caller, writer: Any) -> None:
     """Write acknowledgements and the summary until the client is gone."""
     client_gone = False
     for message in session.acknowledgements():
         if client_gone:
             continue
         try:
-            writer.write(pa.py_buffer(json.dumps(message, ensure_ascii=False).encode()))
+            with caller.writing():
+                writer.write(pa.py_buffer(json.dumps(message, ensure_ascii=False).encode()))
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             log.info("upload %s: the client is gone (%s)", message["upload_id"], error)
             client_gone = True

@@ -14,6 +14,7 @@ from pyarrow import flight
 
 from fletcher.errors import ColumnTypeError, InvalidCommandError
 from fletcher.flight.requests import field_error
+from fletcher.serving.callers import Caller
 
 # Largest integer that JSON readers in all languages keep exact.
 MAX_ROW_OFFSET = 2**53 - 1
@@ -71,13 +72,13 @@ class ReceivedMessage:
 
 
 def read_messages(
-    reader: Any, context: Any, *, continuous: bool = False
+    reader: Any, caller: Caller, *, continuous: bool = False
 ) -> Iterator[ReceivedMessage]:
     """Read a client's messages until it ends the call or disconnects.
 
     Args:
         reader: The call's reader.
-        context: The call's context.
+        caller: The call's client.
         continuous: Whether rows are parts of documents and `document_end` is allowed.
 
     Raises:
@@ -87,11 +88,12 @@ def read_messages(
     batch_id = row_next = 0
     while True:
         try:
-            chunk = reader.read_chunk()
+            with caller.reading():
+                chunk = reader.read_chunk()
         except StopIteration:
             return
         except (flight.FlightError, pa.ArrowException, OSError) as error:
-            if isinstance(error, flight.FlightCancelledError) or context.is_cancelled():
+            if isinstance(error, flight.FlightCancelledError) or caller.is_cancelled():
                 return
             if isinstance(error, flight.FlightError):
                 raise

@@ -17,12 +17,15 @@ from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetEr
 from fletcher.flight.actions import ACTIONS, run_action
 from fletcher.flight.commands import parse_descriptor
 from fletcher.flight.exchange import Ending, exchange
-from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory, embed_call
+from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory
 from fletcher.flight.put import put
 from fletcher.net.address import FlightAddress
+from fletcher.net.connections import ServerConnections
+from fletcher.net.flight_answers import action_results, flight_info, schema_result
 from fletcher.net.flight_errors import handler_errors, without_traceback
+from fletcher.serving.callers import CallWatch
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedSession
+from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.stores.base import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -35,12 +38,23 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         service: The server's parts.
         network: Address to listen on.
         credentials: Tokens and TLS keys.
+        idle_timeout_s: How long a call's client may be silent; 0: without limit.
 
     Attributes:
         address: The server's address in the form that clients use, with the port in use.
     """
 
-    def __init__(self, service: Service, network: NetworkConfig, credentials: Credentials) -> None:
+    def __init__(
+        self,
+        service: Service,
+        network: NetworkConfig,
+        credentials: Credentials,
+        idle_timeout_s: float = 0.0,
+    ) -> None:
+        # Before the server listens: a call may come at once.
+        self._service = service
+        connections = ServerConnections()
+        self._callers = CallWatch(idle_timeout_s, connections)
         host, encrypted = network.host.strip("[]"), credentials.tls is not None
         address = FlightAddress(host, network.port, encrypted)
         middleware: dict[str, Any] = {"trace": TraceFactory(service.telemetry)}
@@ -53,23 +67,30 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             root_certificates=credentials.client_ca,
             middleware=middleware,
         )
-        self._service = service
+        connections.port = self.port
+        self._callers.start()
         self.address = address.with_port(self.port).uri
 
+    def end_calls(self) -> None:
+        """End the connections of all open calls, and with them reads that block."""
+        self._callers.close()
+
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._handling(), self._service.admission.begin_call():
-            put(self._service, parse_descriptor(descriptor), context, reader, writer)
+        admission, watch = self._service.admission, self._callers.watch(context)
+        with self._handling(), admission.begin_call(), watch as caller:
+            put(self._service, parse_descriptor(descriptor), caller, reader, writer)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         ending, admission = Ending(context, writer), self._service.admission
         with ending, self._handling(), admission.begin_call():
             command = parse_descriptor(descriptor)
-            exchange(self._service, command, context, reader, writer, ending)
+            with self._callers.watch(context) as caller:
+                exchange(self._service, command, caller, reader, writer, ending)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
-        with self._handling():
+        with self._handling(), self._callers.watch(context) as caller:
             body = action.body.to_pybytes() if action.body else b""
-            return [run_action(self._service, action.type, body, context)]
+            return action_results(run_action(self._service, action.type, body, caller))
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
         return [(name, action.description) for name, action in ACTIONS.items()]
@@ -78,11 +99,9 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         with self._handling():
             delivery = self._service.delivery
             if not delivery.stores:
-                return
+                return iter(())
             _, store = delivery.store(None)
-            infos = store.datasets()
-        for info in infos:
-            yield _flight_info(info)
+            return iter([_flight_info(info) for info in store.datasets()])
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
         with self._handling():
@@ -94,12 +113,12 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             with self._handling():
                 command = parse_descriptor(descriptor)
                 if command.dataset is not None:
-                    return flight.SchemaResult(self._dataset(command).schema)
-                call = embed_call("get_schema", command, context)
+                    return schema_result(self._dataset(command).schema)
+                call = EmbedCall(name="get_schema", command=command)
                 with EmbedSession(self._service, call) as session:
                     spec = session.spec
                 text = bool(command.include_text)
-                return flight.SchemaResult(output_schema(spec, id_type=pa.utf8(), text=text))
+                return schema_result(output_schema(spec, id_type=pa.utf8(), text=text))
         except flight.FlightError as error:
             raise without_traceback(error) from None
 
@@ -136,6 +155,4 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
 
 def _flight_info(info: DatasetInfo) -> Any:
-    descriptor = flight.FlightDescriptor.for_path(info.name)
-    num_bytes = -1 if info.num_bytes is None else info.num_bytes
-    return flight.FlightInfo(info.schema, descriptor, [], info.num_rows, num_bytes)
+    return flight_info(info.schema, info.name, info.num_rows, info.num_bytes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Spans
-from fletcher.errors import BackendError
+from fletcher.errors import BackendError, FletcherError, InternalError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.late import LateBackend
 from fletcher.models.bundle.bundle import ModelBundle, version_folder
 from fletcher.models.checkpoint.markers import Queries
 from fletcher.vectors.ragged import spans_of
+
+log = logging.getLogger(__name__)
 
 # Messages of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which share no exception class.
 _OUT_OF_MEMORY = re.compile(
@@ -31,12 +34,28 @@ _OUT_OF_MEMORY = re.compile(
 _RUNS_TO_GROW = 64
 
 
+# Number of failed runs without a successful one after which an error is not a row's fault. Halving
+# the most rows of a micro-batch down to the row at fault takes fewer.
+_FAILURES_OF_ONE_ROW = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Result of a part of a micro-batch, or the error of its only row."""
+
+    part: MicroBatch
+    result: InferenceResult | BackendError | MemoryError
+
+
 class BudgetedBackend:
     """Backend that splits micro-batches by a budget of padded tokens.
 
     The budget is halved when the device is out of memory, and slowly grows again. A row that is
     longer than the budget runs by itself. The split does not change vectors. Fillers of queries, as
     `queries` describes them, count as tokens.
+
+    If a run fails for another reason, its rows are run again in halves. So a row at which the
+    engine fails does not fail the rows beside it.
     """
 
     def __init__(
@@ -58,31 +77,52 @@ class BudgetedBackend:
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
-        parts = _cut(batch, self._lengths(batch), self._budget)
-        result = _joined([self._run(part) for part in parts])
+        outcomes = self._outcomes(_cut(batch, self._lengths(batch), self._budget))
+        result = _joined(outcomes)
         embeddings = result.embeddings
         if batch.half:
-            embeddings = embeddings.astype(np.float16, copy=False)
+            with np.errstate(over="ignore"):  # found later: `fletcher.vectors.finite`
+                embeddings = embeddings.astype(np.float16, copy=False)
         return replace(result, embeddings=embeddings, budget_tokens=self._budget)
 
     def describe(self) -> dict[str, str]:
         return self._backend.describe()
 
-    def _run(self, part: MicroBatch) -> InferenceResult:
-        try:
-            result = self._backend.run(part)
-        except (BackendError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._shrink(_padded(self._lengths(part)))
+    def _outcomes(self, parts: list[MicroBatch]) -> list[_Outcome]:
+        """Run parts of a micro-batch, and where the engine fails, halves of them.
+
+        The halves may end at single rows.
+
+        Raises:
+            BackendError: The engine failed at every run, which is not a row's fault.
+        """
+        waiting, outcomes, num_failures = parts[::-1], [], 0
+        while waiting:
+            part = waiting.pop()
+            try:
+                result = self._backend.run(part)
+            except (BackendError, MemoryError) as error:
+                failure = error
+                failure.__traceback__ = None  # it keeps the failed run's arrays
+            else:
+                self._grow(_padded(self._lengths(part)))
+                outcomes.append(_Outcome(part, result))
+                continue
+            is_full = is_out_of_memory(failure)
+            if is_full:
+                self._shrink(_padded(self._lengths(part)))
+            num_failures += not is_full or len(part.lengths) == 1
             if len(part.lengths) == 1:
-                raise BackendError(
-                    f"the device has too little memory for a text of {part.lengths[0]} tokens"
-                ) from error
-        else:
-            self._grow(_padded(self._lengths(part)))
-            return result
-        return self.run(part)  # outside `except`: the traceback there keeps the failed run's arrays
+                outcomes.append(_Outcome(part, _alone(part, failure) if is_full else failure))
+            else:
+                lengths = self._lengths(part)
+                waiting += (_cut(part, lengths, self._budget) if is_full else _halves(part))[::-1]
+            no_success = all(isinstance(one.result, Exception) for one in outcomes)
+            if no_success and (not waiting or num_failures >= _FAILURES_OF_ONE_ROW):
+                first = outcomes[0].result if outcomes else failure
+                assert isinstance(first, Exception)
+                raise first
+        return outcomes
 
     def _lengths(self, batch: MicroBatch) -> Int32Array:
         """int32 [num_rows], number of tokens of each row, including its fillers."""
@@ -168,6 +208,15 @@ def _cut(batch: MicroBatch, run_lengths: Int32Array, budget: int) -> list[MicroB
         if row > edges[-1] and longest * (row + 1 - edges[-1]) > budget:
             edges.append(row)
             longest = length
+    return _split(batch, edges)
+
+
+def _halves(batch: MicroBatch) -> list[MicroBatch]:
+    return _split(batch, [0, len(batch.lengths) // 2])
+
+
+def _split(batch: MicroBatch, edges: list[int]) -> list[MicroBatch]:
+    """Split a micro-batch into parts; `edges` has the index of each part's first row."""
     ends = np.cumsum(batch.lengths)
     ids = np.split(batch.input_ids, ends[np.array(edges[1:], np.int64) - 1])
     lengths = np.split(batch.lengths, edges[1:])
@@ -179,9 +228,26 @@ def _cut(batch: MicroBatch, run_lengths: Int32Array, budget: int) -> list[MicroB
     return [MicroBatch(own, length, batch.layers, part, batch.half) for own, length, part in parts]
 
 
-def _joined(parts: list[InferenceResult]) -> InferenceResult:
-    if len(parts) == 1:
-        return parts[0]
+def _alone(part: MicroBatch, failure: Exception) -> BackendError:
+    error = BackendError(f"the device has too little memory for a text of {part.lengths[0]} tokens")
+    error.__cause__ = failure
+    return error
+
+
+def _joined(outcomes: list[_Outcome]) -> InferenceResult:
+    """Join the results of a micro-batch's parts; a failed row gets zeros and an error."""
+    good = [one.result for one in outcomes if isinstance(one.result, InferenceResult)]
+    if len(outcomes) == 1:
+        return good[0]
+    errors: dict[int, FletcherError] = {}
+    first_row, parts = 0, []
+    for one in outcomes:
+        if isinstance(one.result, InferenceResult):
+            parts.append(one.result)
+        else:
+            errors[first_row] = _row_error(one.part, one.result)
+            parts.append(_nothing(one.part, good[0]))
+        first_row += len(one.part.lengths)
     norms = [part.norms for part in parts if part.norms is not None]
     counts = [part.counts for part in parts if part.counts is not None]
     return InferenceResult(
@@ -189,4 +255,25 @@ def _joined(parts: list[InferenceResult]) -> InferenceResult:
         np.concatenate(norms) if norms else None,
         sum(part.compute_s for part in parts),
         counts=np.concatenate(counts) if counts else None,
+        errors=errors,
+    )
+
+
+def _nothing(part: MicroBatch, like: InferenceResult) -> InferenceResult:
+    """Zeros for a failed row, of the kind of a result `like`."""
+    num_vectors = 1 if part.spans is None else int(part.spans.counts[0])
+    counts = None if like.counts is None else np.zeros(1, np.int32)
+    if counts is not None:
+        num_vectors = 0
+    embeddings = np.zeros((num_vectors, like.embeddings.shape[1]), like.embeddings.dtype)
+    norms = None if like.norms is None else np.zeros(num_vectors, np.float32)
+    return InferenceResult(embeddings, norms, 0.0, counts=counts)
+
+
+def _row_error(part: MicroBatch, failure: Exception) -> InternalError:
+    # The engine's reason may have paths of the server, so it goes only to the log.
+    log.warning("the engine fails at one text of a run: %s", failure)
+    return InternalError(
+        f"the engine fails at this text of {part.lengths[0]} tokens alone; the server's log has "
+        "the reason"
     )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher import errors
+from fletcher.net.trailers import fitted
 
 # An error is looked up by its class, else by the nearest base class. Flight has no exception for a
 # wrong request that can carry `extra_info`. FlightServerError (gRPC UNKNOWN) is used instead,
@@ -24,6 +25,7 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
     errors.RequestError: flight.FlightServerError,
     errors.UnavailableError: flight.FlightUnavailableError,
     errors.DeadlineExceededError: flight.FlightTimedOutError,
+    errors.CancelledError: flight.FlightCancelledError,
     errors.UnauthenticatedError: flight.FlightUnauthenticatedError,
     errors.UnauthorizedError: flight.FlightUnauthorizedError,
     errors.InternalError: flight.FlightInternalError,
@@ -88,7 +90,8 @@ def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
 def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> flight.FlightError:
     """The Flight exception that a handler raises for `exc`.
 
-    The result has the message of `exc`, and the result of `to_json` as `extra_info`. A SetupError,
+    The result has the message of `exc`, and the result of `to_json` as `extra_info`, both cut to
+    what trailers bear. A SetupError,
     or an exception that is not a FletcherError, becomes an `internal` error with an incident id.
     Only the log has its details, under that id.
     """
@@ -105,6 +108,7 @@ def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> fl
         error = errors.InternalError(
             f"the server failed on this request; its log says more under incident {incident}"
         )
+    error = fitted(error)
     return flight_error_type(error)(error.message, extra_info=error.to_json())
 
 

@@ -16,6 +16,7 @@ from fletcher.pipeline.input.limits import INTERACTIVE_ROWS
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.interactive.single_row import is_plain, single_row_batch
 from fletcher.vectors.aggregation import aggregation
+from fletcher.vectors.finite import refuse_not_finite
 from fletcher.vectors.pooling import finish
 from fletcher.vectors.ragged import gather_rows
 
@@ -126,21 +127,32 @@ class Assembler:
 
         Returns None if the text continues in the next slice.
         """
-        outcome = self._finish(outcome)
         if row_slice.texts.chunking is None or not row_slice.texts.num_texts:
-            return outcome
-        return self._aggregation.add_chunks(outcome, continued=row_slice.texts.continued)
+            return self._finish(outcome)
+        cut = self._finish(outcome, dtype="float32")  # the type of the sum over a text's chunks
+        joined = self._aggregation.add_chunks(cut, continued=row_slice.texts.continued)
+        if joined is None or isinstance(joined, FletcherError):
+            return joined
+        return refuse_not_finite(joined, self._spec.dtype)
 
-    def _finish(self, outcome: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
-        if isinstance(outcome, FletcherError) or outcome.counts is not None:
+    def _finish(
+        self, outcome: EmbeddingBatch | FletcherError, dtype: str = ""
+    ) -> EmbeddingBatch | FletcherError:
+        """Returns vectors with their final width and norm; errors if not finite.
+
+        `dtype` is the type that the vectors are converted to next, by default the command's.
+        """
+        if isinstance(outcome, FletcherError):
             return outcome
         spec = self._spec
-        embeddings = finish(
-            outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
-        )
-        if embeddings is outcome.embeddings:
-            return outcome
-        return replace(outcome, embeddings=embeddings)
+        if outcome.counts is None:
+            embeddings = finish(
+                outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
+            )
+            if embeddings is not outcome.embeddings:
+                outcome = replace(outcome, embeddings=embeddings)
+        first = 1 if spec.output == "sparse" else 0
+        return refuse_not_finite(outcome, dtype or spec.dtype, first_column=first)
 
     def _vectors(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError

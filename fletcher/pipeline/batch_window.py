@@ -28,6 +28,7 @@ from fletcher.core.batches import (
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import StreamTicket
+from fletcher.vectors.finite import not_finite_error, rows_not_finite
 from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
 Plan = Callable[[Int32Array], list[Int64Array]]
@@ -45,12 +46,14 @@ class BatchWindow:
 
     Attributes:
         row_sets: Indices of the rows of each micro-batch.
+        streams: Streams of the tickets.
     """
 
     def __init__(self, tickets: Sequence[StreamTicket], dim: int, plan: Plan) -> None:
         token_batches = [ticket.tokens for ticket in tickets if ticket.tokens is not None]
         assert len(token_batches) == len(tickets)
         self.tickets = tickets
+        self.streams = {ticket.stream for ticket in tickets}
         self._layers = tickets[0].texts.layers
         self._half = tickets[0].texts.half
         self._dtype = np.dtype(np.float16 if self._half else np.float32)
@@ -89,10 +92,21 @@ class BatchWindow:
         input_ids = self._input_ids[np.arange(ends[-1]) + shift]
         return MicroBatch(input_ids, lengths, self._layers, spans, self._half)
 
-    @property
-    def abandoned(self) -> bool:
-        """Whether the streams of all tickets are closed, so that nobody waits for them."""
-        return all(ticket.stream.closed for ticket in self.tickets)
+    def wanted_rows(self, rows: Int64Array) -> Int64Array | None:
+        """Returns the rows of a planned micro-batch whose streams are open. Thread-safe.
+
+        The others need no vector, because nobody waits for them. If no row is left, the micro-batch
+        counts as done, and the answer is None.
+        """
+        closed = [ticket.stream.closed for ticket in self.tickets]
+        if not any(closed):
+            return rows
+        owners = np.searchsorted(self._first_rows, rows, side="right") - 1
+        wanted: Int64Array = rows[~np.array(closed)[owners]]
+        if len(wanted):
+            return wanted
+        self._finish_run()
+        return None
 
     def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
         """Takes the vectors or the error of a run. Thread-safe.
@@ -103,13 +117,22 @@ class BatchWindow:
             error = result if isinstance(result, FletcherError) else self._store(rows, result)
             if error is not None:
                 self._errors.update(dict.fromkeys(rows.tolist(), error))
+            elif not isinstance(result, FletcherError):
+                self._add_row_errors(rows, result)
+        self._finish_run()
+
+    def _finish_run(self) -> None:
+        with self._lock:
             self._remaining -= 1
             if self._remaining:
                 return
         self.finish_tickets()
 
     def finish_tickets(self) -> None:
-        """Gives every ticket its slice of the vectors."""
+        """Gives every ticket of an open stream its slice of the vectors.
+
+        Rows of closed streams may have no vectors, which must not reach the embedding cache.
+        """
         starts, counts = self._vector_starts, None
         embeddings = self._embeddings
         if self._ragged:
@@ -118,6 +141,8 @@ class BatchWindow:
         elif embeddings is None:
             embeddings = np.zeros((starts[-1], self._dim), self._dtype)
         for index, ticket in enumerate(self.tickets):
+            if ticket.stream.closed:
+                continue
             first, last = self._first_rows[index], self._first_rows[index + 1]
             begin, end = starts[first], starts[last]
             tokens = ticket.tokens
@@ -192,6 +217,18 @@ class BatchWindow:
                 self._norms = np.zeros(self._vector_starts[-1], np.float32)
             self._norms[targets] = result.norms.reshape(-1)
         return None
+
+    def _add_row_errors(self, rows: Int64Array, result: InferenceResult) -> None:
+        """Records the rows that the engine failed on, or whose vectors are not finite."""
+        counts = result.counts
+        if counts is None and self._spans is not None:
+            counts = self._spans.counts[rows]
+        found = rows_not_finite(result.embeddings, result.norms, counts)
+        if found:
+            error = not_finite_error(self._dtype.name)
+            self._errors.update({int(rows[place]): error for place in found})
+        if result.errors:
+            self._errors.update({int(rows[place]): one for place, one in result.errors.items()})
 
     def _store_ragged(
         self, rows: Int64Array, vectors: FloatArray, counts: Int32Array

@@ -178,9 +178,13 @@ class CacheLookup:
             records["norm"][places] = np.nan if result.norms is None else result.norms
             records["token_count"][places] = result.token_count
             records["truncated"][places] = result.truncated
+            # A failed text says nothing about whether the network normalises its vectors.
+            records["norm"][list(errors)] = 0
             good = [place for place in places.tolist() if place not in errors]
             self.cache.store_vectors([self.keys[place] for place in good], records[good])
         norms = self.records["norm"]
+        # The norm of a failed row says nothing about the model.
+        norms[list(errors)] = 0 if len(errors) < len(norms) else np.nan
         return EmbeddingBatch(
             embeddings=np.ascontiguousarray(self.records["embedding"]),
             norms=None if np.isnan(norms).any() else np.ascontiguousarray(norms),

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from fletcher.pipeline.cache import EmbeddingCache
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.interactive.path import InlineModel, InteractiveHost, InteractivePath
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.pipeline.scheduler import BatchingConfig, ModelShape, Scheduler
+from fletcher.pipeline.scheduler import BatchingConfig, ModelShape, Runners, Scheduler
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.telemetry.tracing import Span, Telemetry
 from fletcher.workers.messages import WorkerSpec
@@ -77,9 +77,8 @@ class Embedder:
         self._closed = False
         self._nothing = EmbeddingBatch.zeros(0, model.dim)
         self._usage = DeviceUsage(telemetry, model.name)
-        self._scheduler = Scheduler(
-            model, batching, self._usage, telemetry, lambda: self.replicas.concurrency
-        )
+        runners = Runners(lambda: self.replicas.concurrency, self._rate)
+        self._scheduler = Scheduler(model, batching, self._usage, telemetry, runners)
         self._interactive = InteractivePath(
             inline or InlineModel(),
             InteractiveHost(
@@ -92,7 +91,7 @@ class Embedder:
             telemetry,
         )
         # Every call asks for its prompt's number of tokens. Most calls use one of a few prompts.
-        self.num_tokens = lru_cache(_CACHED_PROMPTS)(self._num_tokens)
+        self._prompt_tokens: dict[str, int] = {}
 
         restarts, states, name = telemetry.worker_restarts, telemetry.worker_states, model.name
         events = PoolEvents(
@@ -146,7 +145,9 @@ class Embedder:
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """Opens a stream for one client call; the caller closes it."""
-        stream = EmbedStream(self._budget.open_allowance(), self._enqueue, trace)
+        stream = EmbedStream(
+            self._budget.open_allowance(), self._enqueue, trace, self._scheduler.remove_stream
+        )
         with self._opening:
             self._streams.add(stream)
             closed = self._closed
@@ -154,12 +155,24 @@ class Embedder:
             stream.close()
         return stream
 
-    def _num_tokens(self, text: str) -> int:
-        """Number of a text's tokens, special ones included, at most `max_length`.
+    def num_tokens(
+        self, text: str, on_open: Callable[[EmbedStream], None] = lambda _stream: None
+    ) -> int:
+        """Number of a prompt's tokens, special ones included, at most `max_length`.
 
         If this process has no tokenizer, the text is embedded on the ordinary path to find the
-        number.
+        number. `on_open` gets the stream, and may close it to end the wait.
         """
+        found = self._prompt_tokens.get(text)
+        if found is None:
+            found = self._count_tokens(text, on_open)
+            with self._opening:
+                if len(self._prompt_tokens) >= _CACHED_PROMPTS:
+                    self._prompt_tokens.clear()
+                self._prompt_tokens[text] = found
+        return found
+
+    def _count_tokens(self, text: str, on_open: Callable[[EmbedStream], None]) -> int:
         data = text.encode()
         texts = TextBatch(data, np.array([0, len(data)], np.int64))
         tokens = self._interactive.tokenize(texts)
@@ -167,6 +180,7 @@ class Embedder:
             return len(tokens.input_ids)
         stream = self.open_stream()
         try:
+            on_open(stream)
             stream.submit(texts, None, num_bytes=0, priority="interactive")
             stream.end()
             (result,) = stream.results()
@@ -217,6 +231,10 @@ class Embedder:
                 for one in self.replicas.statistics()
             ],
         }
+
+    def _rate(self) -> float:
+        """Tokens that all replicas compute in a second; 0 before the first measurement."""
+        return sum(self.replicas.rate(name) for name in self.replicas.names)
 
     def _busy_share(self, device: str) -> float:
         return self._usage.busy(device).recent_share(self.replicas.concurrency_of(device))

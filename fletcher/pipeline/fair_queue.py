@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -48,3 +48,38 @@ class FairQueue(Generic[Item]):
             self._owners[owner] = items
         self.weight -= weight
         return item
+
+    def take_items(
+        self,
+        max_weight: float = float("inf"),
+        wanted: Callable[[Hashable], bool] = lambda _owner: True,
+    ) -> list[Item]:
+        """Takes items in rotation, up to a total weight; at least one, if there is one.
+
+        Args:
+            max_weight: The first item that would exceed this total ends the taking.
+            wanted: Whether an owner takes part. The others keep their items and their turn.
+        """
+        taken: list[Item] = []
+        owners = deque(owner for owner in self._owners if wanted(owner))
+        total = 0
+        while owners:
+            owner = owners.popleft()
+            items = self._owners[owner]
+            if taken and total + items[0][1] > max_weight:
+                break
+            item, weight = items.popleft()
+            taken.append(item)
+            total += weight
+            del self._owners[owner]
+            if items:  # again, behind all others
+                self._owners[owner] = items
+                owners.append(owner)
+        self.weight -= total
+        return taken
+
+    def remove_owner(self, owner: Hashable) -> list[Item]:
+        """Removes and returns all items of an owner."""
+        items = self._owners.pop(owner, ())
+        self.weight -= sum(weight for _, weight in items)
+        return [item for item, _ in items]

@@ -68,7 +68,8 @@ class RowErrors:
         if self._no_id is not None:
             for row in np.flatnonzero(self._no_id[rows]).tolist():
                 errors[row] = InvalidCommandError(
-                    "`id` is null or empty, expected a value; give every row an id, or leave the column out",
+                    "`id` is null or empty, expected a value; give every row an id, or leave the "
+                    "column out",
                     field="id",
                 )
         return errors

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +21,17 @@ from fletcher.core.batches import InferenceResult, Int32Array, Int64Array, Micro
 from fletcher.pipeline.batch_window import BatchWindow
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.fair_queue import FairQueue
-from fletcher.pipeline.stream import StreamTicket, as_fletcher_error
+from fletcher.pipeline.ready_windows import PlannedBatch, ReadyWindows
+from fletcher.pipeline.stream import EmbedStream, StreamTicket, as_fletcher_error
+from fletcher.pipeline.window_size import WindowSize
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 
-# How many times larger a batch window may become under pressure. At this size, only a third of the
-# padding is left (docs/lab-book.md).
-_WINDOW_GROWTH = 4
+# Time between two windows for streams that have none yet, while other windows wait. New streams
+# share a window, which makes fuller runs.
+_NEW_STREAMS_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ class BatchingConfig:
     Attributes:
         plan: Divides rows into micro-batches, given their lengths and the number of runs at the
             same time; see `fletcher.pipeline.planner`.
-        window_tokens: Number of bulk tokens that are planned together. A larger number means less
-            padding, but the first results take longer.
+        window_tokens: Most tokens that are planned together, as far as they take about a second. A
+            larger number means less padding, but the first results take longer.
         max_queue_delay_s: Longest time that a bulk ticket waits for a full batch window.
         under_pressure: Returns whether so much work waits that batch windows should be larger.
     """
@@ -65,6 +66,19 @@ class BatchingConfig:
     window_tokens: int
     max_queue_delay_s: float
     under_pressure: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, slots=True)
+class Runners:
+    """Replicas of a model, as callbacks.
+
+    Attributes:
+        count: Returns the number of runs that execute at the same time.
+        rate: Returns the tokens that they compute in a second; 0 if that is not measured yet.
+    """
+
+    count: Callable[[], int] = lambda: 1
+    rate: Callable[[], float] = lambda: 0.0
 
 
 class Scheduler:
@@ -76,10 +90,10 @@ class Scheduler:
         batching: BatchingConfig,
         usage: DeviceUsage,
         telemetry: Telemetry,
-        num_runners: Callable[[], int] = lambda: 1,
+        runners: Runners = Runners(),
     ) -> None:
         self.inference = InferenceStage(
-            model, batching, usage, telemetry, num_runners, lambda: self.tokenization.busy
+            model, batching, usage, telemetry, runners, lambda: self.tokenization.busy
         )
         self.tokenization = TokenizationStage(telemetry, self.inference.add_ticket)
 
@@ -92,6 +106,11 @@ class Scheduler:
             self.tokenization.add_ticket(ticket)
         else:
             self.inference.add_ticket(ticket)
+
+    def remove_stream(self, stream: EmbedStream) -> None:
+        """Drops the waiting tickets of a closed stream."""
+        self.tokenization.remove_stream(stream)
+        self.inference.remove_stream(stream)
 
     @property
     def idle(self) -> bool:
@@ -111,6 +130,15 @@ class _Stage:
     def connect(self, dispatch_urgent: Callable[[], None]) -> None:
         """Sets the callback for new interactive work: the pool's `dispatch_urgent`."""
         self._dispatch_urgent = dispatch_urgent
+
+    def remove_stream(self, stream: EmbedStream) -> list[StreamTicket]:
+        """Removes and returns the tickets of a closed stream that wait here."""
+        with self._changed:
+            return [
+                ticket
+                for queue in (self._interactive, self._bulk)
+                for ticket in queue.remove_owner(stream)
+            ]
 
     def depth(self) -> int:
         """Total weight of waiting tickets: their number of texts or tokens."""
@@ -135,9 +163,17 @@ class TokenizationStage(_Stage):
         """Whether tickets wait for tokens or are being tokenized."""
         return self._outstanding > 0
 
+    def remove_stream(self, stream: EmbedStream) -> list[StreamTicket]:
+        removed = super().remove_stream(stream)
+        with self._changed:
+            self._outstanding -= len(removed)
+        return removed
+
     def add_ticket(self, ticket: StreamTicket) -> None:
         interactive = ticket.priority == "interactive"
         with self._changed:
+            if ticket.stream.closed:
+                return
             queue = self._interactive if interactive else self._bulk
             queue.add_item(ticket.stream, ticket, ticket.texts.num_texts)
             self._outstanding += 1
@@ -178,19 +214,13 @@ class TokenizationStage(_Stage):
         return None
 
 
-@dataclass(slots=True)
-class _Planned:
-    window: BatchWindow
-    rows: Int64Array
-    queued: float
-
-
 class InferenceStage(_Stage):
     """Tickets with tokens, which are planned when a device has room.
 
     The weight of a ticket is its number of tokens. Bulk work waits for a full batch window, but at
     most `max_queue_delay_s`, and only while more texts are being tokenized. Interactive work waits
-    only for a device, and all interactive tickets that wait are planned together.
+    only for a device. A batch window takes about a second. Its micro-batches take turns with those
+    of windows for streams that came later.
     """
 
     def __init__(
@@ -199,7 +229,7 @@ class InferenceStage(_Stage):
         batching: BatchingConfig,
         usage: DeviceUsage,
         telemetry: Telemetry,
-        num_runners: Callable[[], int],
+        runners: Runners,
         more_coming: Callable[[], bool],
     ) -> None:
         super().__init__()
@@ -207,11 +237,13 @@ class InferenceStage(_Stage):
         self._batching = batching
         self._usage = usage
         self._telemetry = telemetry
-        self._num_runners = num_runners
+        self._runners = runners
+        self._window_size = WindowSize(
+            batching.window_tokens, runners.rate, batching.under_pressure
+        )
         self._more_coming = more_coming
         self._oldest_bulk = 0.0
-        self._ready_interactive: deque[_Planned] = deque()
-        self._ready_bulk: deque[_Planned] = deque()
+        self._ready_interactive, self._ready_bulk = ReadyWindows(), ReadyWindows()
 
     def add_ticket(self, ticket: StreamTicket) -> None:
         assert ticket.tokens is not None
@@ -220,14 +252,23 @@ class InferenceStage(_Stage):
         self._telemetry.tokens_received.add(num_tokens)
         if ticket.priority == "interactive":
             with self._changed:
-                self._interactive.add_item(ticket.stream, ticket, num_tokens)
+                if not ticket.stream.closed:
+                    self._interactive.add_item(ticket.stream, ticket, num_tokens)
             self._dispatch_urgent()
             return
         with self._changed:
+            if ticket.stream.closed:
+                return
             if not self._bulk:
                 self._oldest_bulk = time.monotonic()
             self._bulk.add_item(ticket.stream, ticket, num_tokens)
             self._changed.notify()
+
+    def remove_stream(self, stream: EmbedStream) -> list[StreamTicket]:
+        removed = super().remove_stream(stream)
+        self._ready_interactive.drop_closed()
+        self._ready_bulk.drop_closed()
+        return removed
 
     def planned(self) -> int:
         """Number of micro-batches that wait for a device."""
@@ -237,15 +278,14 @@ class InferenceStage(_Stage):
         ready = self._ready_interactive if urgent else self._ready_bulk
         deadline = time.monotonic() + timeout_s
         while True:
-            while ready:
-                planned = ready.popleft()
-                if not planned.window.abandoned:
-                    return self._job(planned, urgent=urgent)
+            # Planned outside the lock: planning takes milliseconds, and the threads that read the
+            # tokenizers' answers need the lock.
+            self._plan_windows(self._tickets_of_new_streams(ready, urgent=urgent), ready)
+            if (planned := ready.next_batch()) is not None:
+                return self._job(planned, urgent=urgent)
             tickets = self._next_interactive() if urgent else self._next_bulk(deadline)
             if not tickets:
                 return None
-            # Planned outside the lock: planning takes milliseconds, and the threads that read the
-            # tokenizers' answers need the lock.
             self._plan_windows(tickets, ready)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
@@ -259,9 +299,20 @@ class InferenceStage(_Stage):
         self._usage.count_run(job.worker, job.payload.lengths, result)
         window.take_result(rows, result)
 
+    def _tickets_of_new_streams(self, ready: ReadyWindows, *, urgent: bool) -> list[StreamTicket]:
+        """Takes tickets of streams without a window, while other streams' windows wait."""
+        queue = self._interactive if urgent else self._bulk
+        if not ready or not queue:
+            return []
+        if not urgent and time.monotonic() < ready.planned_at + _NEW_STREAMS_S:
+            return []
+        with self._changed:
+            most = self._window_size.usual()
+            return queue.take_items(most, lambda stream: not ready.has_stream(stream))
+
     def _next_interactive(self) -> list[StreamTicket]:
         with self._changed:
-            return _take(self._interactive, None)
+            return self._interactive.take_items(self._window_size.usual())
 
     def _next_bulk(self, deadline: float) -> list[StreamTicket]:
         """Waits for the tickets of the next batch window; returns [] after the deadline."""
@@ -270,7 +321,7 @@ class InferenceStage(_Stage):
                 now = time.monotonic()
                 due_in = self._bulk_due_in(now)
                 if due_in <= 0:
-                    taken = _take(self._bulk, self._next_window_tokens())
+                    taken = self._bulk.take_items(self._window_size.next_bulk(self._bulk.weight))
                     self._oldest_bulk = now
                     if taken:
                         return taken
@@ -283,21 +334,13 @@ class InferenceStage(_Stage):
         """Seconds until the waiting bulk tickets are due; infinite if there are none."""
         if not self._bulk:
             return float("inf")
-        is_full = self._bulk.weight >= self._batching.window_tokens
+        is_full = self._bulk.weight >= self._window_size.usual()
         if is_full or not self._more_coming():
             return 0.0
         return self._oldest_bulk + self._batching.max_queue_delay_s - now
 
-    def _next_window_tokens(self) -> int:
-        usual = self._batching.window_tokens
-        if not self._batching.under_pressure():
-            return usual
-        # Half of the waiting tokens: the other half is the next window, while the memory of this
-        # one is released.
-        return min(max(self._bulk.weight // 2, usual), _WINDOW_GROWTH * usual)
-
-    def _plan_windows(self, taken: list[StreamTicket], ready: deque[_Planned]) -> None:
-        now = time.monotonic()
+    def _plan_windows(self, taken: list[StreamTicket], ready: ReadyWindows) -> None:
+        windows = []
         for tickets in _alike(taken):
             try:
                 window = BatchWindow(tickets, self._model.dim, self._plan)
@@ -306,14 +349,17 @@ class InferenceStage(_Stage):
                 for ticket in tickets:
                     ticket.finish(as_fletcher_error(error))
                 continue
-            ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
-            if not window.row_sets:
+            if window.row_sets:
+                windows.append(window)
+            else:
                 window.finish_tickets()
+        if windows:
+            ready.add_windows(windows)
 
     def _plan(self, lengths: Int32Array) -> list[Int64Array]:
-        return self._batching.plan(lengths, self._num_runners())
+        return self._batching.plan(lengths, self._runners.count())
 
-    def _job(self, planned: _Planned, *, urgent: bool) -> Job:
+    def _job(self, planned: PlannedBatch, *, urgent: bool) -> Job:
         batch = planned.window.micro_batch(planned.rows)
         waited_s = time.monotonic() - planned.queued
         self._telemetry.stage_duration.record(waited_s, stage="queue")
@@ -344,17 +390,3 @@ def _alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
         late = texts.chunking is not None and texts.chunking.late
         found.setdefault((texts.layers, late, texts.half), []).append(ticket)
     return found.values()
-
-
-def _take(queue: FairQueue[StreamTicket], max_tokens: int | None) -> list[StreamTicket]:
-    """Takes about `max_tokens` tokens of tickets from a queue, or all if it is None.
-
-    Streams take turns. Tickets of closed streams are dropped.
-    """
-    taken: list[StreamTicket] = []
-    target = 0 if max_tokens is None else max(0, queue.weight - max_tokens)
-    while queue and (queue.weight > target or not taken):
-        ticket = queue.next_item()
-        if not ticket.stream.closed:
-            taken.append(ticket)
-    return taken

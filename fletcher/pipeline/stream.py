@@ -101,6 +101,9 @@ class EmbedStream:
 
     The caller releases the bytes of each result in `allowance`. Call `submit` and `end` on one
     thread, and `results` on the same thread or one other thread. All other methods are thread-safe.
+
+    Args:
+        on_close: Called once the stream is closed; drops what others hold of its tickets.
     """
 
     def __init__(
@@ -108,14 +111,17 @@ class EmbedStream:
         allowance: Allowance,
         enqueue: Callable[[StreamTicket], None],
         trace: Span | None = None,
+        on_close: Callable[[EmbedStream], None] = lambda _stream: None,
     ) -> None:
         self.trace = trace
         self.allowance = allowance
         self._enqueue = enqueue
+        self._on_close = on_close
         self._tickets: deque[StreamTicket] = deque()
         self._ended = False
         self.closed = False
-        self._cut_off = False  # closed before all results were read
+        # Set if the stream was closed before all results were read.
+        self._cut_off: FletcherError | None = None
         self._seam: Seam | None = None  # of the text that was submitted last
         self._work: Callable[[], None] | None = None  # for the thread in `results`
         self._changed = threading.Condition()
@@ -131,9 +137,12 @@ class EmbedStream:
             num_bytes: Memory that the submission holds until the caller releases it.
 
         Raises:
-            DrainingError: The stream was closed.
+            FletcherError: The stream was closed: the error given to `close`, or a DrainingError.
         """
-        self.allowance.acquire(num_bytes, bulk=priority == "bulk")
+        try:
+            self.allowance.acquire(num_bytes, bulk=priority == "bulk")
+        except DrainingError as error:
+            raise self._cut_off or error from None
         ticket = StreamTicket(self, texts, context, num_bytes, priority)
         before = None
         with self._changed:
@@ -158,7 +167,8 @@ class EmbedStream:
         """Yields results in the order of submission; ends after the last one after `end`.
 
         Raises:
-            DrainingError: The stream was closed before all results were yielded.
+            FletcherError: The stream was closed before all results were yielded: the error given
+                to `close`, or a DrainingError.
         """
         while True:
             with self._changed:
@@ -168,8 +178,8 @@ class EmbedStream:
                 work()
                 continue
             with self._changed:
-                if self._cut_off:
-                    raise DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
+                if self._cut_off is not None:
+                    raise self._cut_off
                 if not self._tickets:
                     return
                 ticket = self._tickets.popleft()
@@ -200,14 +210,27 @@ class EmbedStream:
             self._changed.notify_all()
             return True
 
-    def close(self) -> None:
-        """Drops all tickets, finished or not, and gives their memory back. Idempotent."""
+    def close(self, error: FletcherError | None = None) -> None:
+        """Drops all tickets, finished or not, and gives their memory back. Idempotent.
+
+        `error`: raised by `submit` and `results` from now on; None: a DrainingError.
+        """
         with self._changed:
-            self._cut_off = self._cut_off or not self._ended or bool(self._tickets)
-            self.closed = True
+            was_closed, self.closed = self.closed, True
+            if self._cut_off is None and (self._tickets or not self._ended):
+                stopped = DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
+                self._cut_off = error or stopped
             self._tickets.clear()
             self._changed.notify_all()
         self.allowance.close()
+        if not was_closed:
+            self._on_close(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all submitted texts have been yielded as results."""
+        with self._changed:
+            return not self._tickets
 
     def _go_on(self, seam: Seam, carry: Carry | FletcherError | None) -> None:
         """Lets the next part of a text proceed; an error fails all waiting parts."""

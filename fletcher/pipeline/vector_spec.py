@@ -12,6 +12,7 @@ from fletcher.core.schema import VectorSpec
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.calibration import Cut
+from fletcher.pipeline.prompts import resolve_prompt
 
 # Element types of sparse and multi-vector output, and the pooling that the output schema names.
 _DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "int8")}
@@ -31,7 +32,7 @@ def vector_spec(
     Raises:
         DimensionMismatchError: The model does not give vectors with `dims` dimensions.
         InvalidCommandError: The model, the server or the destination does not support the `layers`,
-            `dtype` or `output` of the command.
+            `dtype`, `output` or `prompt` of the command.
     """
     dtypes = _check_output(model, options, dtypes)
     dims = model.dim if options.dims is None else options.dims
@@ -51,6 +52,8 @@ def vector_spec(
         ranges=_ranges(model, cut, dtypes, rules) if dtype == "int8" else None,
         output=model.output,
         max_vectors=model.max_vectors,
+        similarity=model.similarity,
+        prompt=resolve_prompt(model, options.prompt),
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from fletcher.errors import DrainingError, OverloadedError
@@ -23,6 +23,24 @@ class RetryHints:
     overloaded_ms: int = 1000  # all streams are taken
     severe_ms: int = 5000  # the load level is severe
     draining_ms: int = 5000
+
+
+class Place(AbstractContextManager["Place"]):
+    """Place among `max_streams`, given back when the context is left. Thread-safe."""
+
+    def __init__(self, on_given_back: Callable[[], None]) -> None:
+        self._on_given_back: Callable[[], None] | None = on_given_back
+        self._lock = threading.Lock()
+
+    def give_back(self) -> None:
+        """Let another call have the place. Idempotent."""
+        with self._lock:
+            given_back, self._on_given_back = self._on_given_back, None
+        if given_back is not None:
+            given_back()
+
+    def __exit__(self, *error: object) -> None:
+        self.give_back()
 
 
 class Admission:
@@ -76,9 +94,8 @@ class Admission:
             with self._changed:
                 self._num_calls -= 1
 
-    @contextmanager
-    def admit(self, embedder: Embedder, *, bulk: bool) -> Iterator[None]:
-        """Count a stream as open while the body runs.
+    def admit(self, embedder: Embedder, *, bulk: bool) -> Place:
+        """Count a stream as open until its place is given back.
 
         An admitted call may be slowed down, but is not refused later.
 
@@ -102,12 +119,12 @@ class Admission:
                     retry_after_ms=self.hints.overloaded_ms,
                 )
             self.num_streams += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.num_streams -= 1
-                self._changed.notify_all()
+        return Place(self._end_stream)
+
+    def _end_stream(self) -> None:
+        with self._changed:
+            self.num_streams -= 1
+            self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no stream is open; False after `timeout_s` seconds."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -33,14 +34,17 @@ from fletcher.errors import DrainingError, FletcherError
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.chunk_assembly import assembler
 from fletcher.pipeline.document_assembly import DocumentAssembler
+from fletcher.pipeline.input.column_types import check_readable
 from fletcher.pipeline.input.documents import DocumentIntake
 from fletcher.pipeline.input.intake import Intake, Skip, TextTreatment
 from fletcher.pipeline.input.row_slice import RowSlice
-from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
+from fletcher.pipeline.prompts import prompt_tokens
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.stream import EmbedStream, Result
 from fletcher.pipeline.vector_spec import check_late, vector_spec
+from fletcher.serving.admission import Place
 from fletcher.serving.background import BackgroundTask
+from fletcher.serving.callers import Caller
 from fletcher.serving.model_versions import ServedModel
 from fletcher.serving.service import Service
 from fletcher.serving.slice_result import RowRanges, SliceResult
@@ -64,7 +68,7 @@ class EmbedCall:
     alias_key: str = ""  # calls with one key get the same model of an alias; empty: `upload_id`
     dataset_model: str | None = None  # `name@hash` to choose if it is in the alias
     trace: Any = None  # the caller's trace, from `Telemetry.extract`
-    is_cancelled: Callable[[], bool] = lambda: False  # whether the client is gone
+    caller: Caller | None = None  # None: nobody who could leave
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
@@ -89,9 +93,12 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     intake: Intake
     _treatment: TextTreatment
     _output: pa.Schema
-    _stream: EmbedStream
+    _stream: EmbedStream = None  # type: ignore[assignment]  # until `admit`
 
     def __init__(self, service: Service, call: EmbedCall) -> None:
+        self._place: Place | None = None
+        self._counting: EmbedStream | None = None
+        self._failure: FletcherError | None = None  # the caller left
         self._service = service
         self._call = call
         self._exits = ExitStack()
@@ -104,11 +111,14 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 call.command.model,
                 alias_key=call.alias_key or call.command.upload_id or "",
                 dataset_model=call.dataset_model,
-                is_cancelled=call.is_cancelled,
+                is_cancelled=call.caller.is_cancelled if call.caller else lambda: False,
             )
             self.model = exits.enter_context(lease)
+            if call.caller is not None:
+                call.caller.bind(self)
+            num_tokens = partial(self.model.embedder.num_tokens, on_open=self._open_count)
             self.spec, self._treatment = _resolve_command(
-                self.model, call.command, call.dtypes, service.outputs
+                self.model, call.command, call.dtypes, service.outputs, num_tokens
             )
             self._exits = exits.pop_all()
         return self
@@ -124,6 +134,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 the command names, or a column has the wrong type.
         """
         call, command = self._call, self._call.command
+        check_readable(schema, command)
         kind = DocumentIntake if command.continuous else Intake
         text = command.include_text
         self.intake = intake = kind(
@@ -150,10 +161,12 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             OverloadedError, DrainingError: As `Admission.admit`.
         """
         service, embedder = self._service, self.model.embedder
-        self._exits.enter_context(service.admission.admit(embedder, bulk=bulk))
+        self._place = self._exits.enter_context(service.admission.admit(embedder, bulk=bulk))
         span = self._exits.enter_context(service.telemetry.span(self._call.name, self._call.trace))
         self._stream = embedder.open_stream(span)
         self._exits.callback(self._stream.close)
+        if self._failure is not None:  # the caller left meanwhile
+            self.abandon(self._failure)
         return span
 
     def submit_batch(
@@ -242,9 +255,45 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 result.release_unheld()
             del result
 
+    @property
+    def max_kept_bytes(self) -> int:
+        """Largest `num_bytes` that `keep_bytes` accepts."""
+        return self._stream.allowance.max_row_bytes
+
+    def keep_bytes(self, num_bytes: int) -> None:
+        """Count memory of results that are kept beyond the next one; 0: nothing is kept.
+
+        Call it on the thread of `results`, without `whole_rows`. It waits while other streams keep
+        so much that there is no room.
+        """
+        self._stream.allowance.grow_row(num_bytes)
+
     def close(self) -> None:
         """Drop submitted rows and wake waiting threads. Thread-safe, idempotent."""
         self._stream.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all submitted rows have been yielded as results."""
+        return self._stream is None or self._stream.idle
+
+    def abandon(self, error: FletcherError) -> None:
+        """Drop all work and give the call's place back; waiting threads get the error.
+
+        Thread-safe, idempotent.
+        """
+        self._failure = error
+        if self._counting is not None:
+            self._counting.close(error)
+        if self._place is not None and self._stream is not None:
+            self._stream.close(error)
+            self._place.give_back()
+
+    def _open_count(self, stream: EmbedStream) -> None:
+        """Note the stream in which a prompt's tokens are counted, before `admit`."""
+        self._counting = stream
+        if self._failure is not None:  # the caller left meanwhile
+            stream.close(self._failure)
 
     def _submit_slices(self, slices: Iterable[RowSlice], claim: Claim | None = None) -> None:
         for row_slice in slices:
@@ -303,7 +352,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
 
 def _resolve_command(
-    served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
+    served: ServedModel,
+    command: EmbedCommand,
+    dtypes: tuple[str, ...],
+    rules: OutputConfig,
+    num_tokens: Callable[[str], int],
 ) -> tuple[VectorSpec, TextTreatment]:
     """Resolve a command: choose every setting that it leaves open.
 
@@ -313,13 +366,13 @@ def _resolve_command(
     """
     model = served.bundle
     spec = vector_spec(model, command, dtypes, rules)
-    prompt = resolve_prompt(model, command.prompt)
+    prompt = spec.prompt
     chunking = Chunking.from_text(command.chunking or "none")
     chunk_overhead = 0
     if chunking is not None:
         check_late(model, chunking, spec.layers)
     if prompt or chunking is not None:
-        chunk_overhead = prompt_tokens(model, prompt, served.embedder.num_tokens)
+        chunk_overhead = prompt_tokens(model, prompt, num_tokens)
         chunking = chunking and chunking.fitted(model.max_length, chunk_overhead)
         spec = replace(spec, chunking=chunking)
     # The last layer is always given as 0, so that all work for the last layer runs together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -16,7 +17,7 @@ from fletcher.delivery.dedupe.prefilter import DedupePrefilter
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
-from fletcher.errors import FletcherError, InvalidCommandError
+from fletcher.errors import FletcherError, InvalidCommandError, OverloadedError
 from fletcher.pipeline.input.intake import Skip
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.serving.background import BackgroundTask
@@ -102,6 +103,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._command = call.command
         self._exits = ExitStack()
         self._ended = False
+        self._leaving = threading.Lock()
+        self._left = False  # this connection no longer counts among the upload's
+        self._num_claimed = self._num_delivered = 0  # rows claimed here, and those with the sink
 
     def __enter__(self) -> StoreSession:
         command, service = self._command, self._service
@@ -150,7 +154,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         span = session.admit(bulk=self._command.priority != "interactive")
         self.upload, self._sink = service.delivery.open_upload(self._command, self._output)
         upload = self.upload
-        self._exits.callback(service.delivery.close_upload, upload, self._sink)
+        self._exits.callback(self._close_upload)
         span.set_attributes(dataset=upload.dataset, upload_id=upload.upload_id)
         in_memory = self._command.durability == "memory"
         covers = (lambda _first, _last: True) if in_memory else upload.covers
@@ -161,6 +165,8 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)
+        if self._call.caller is not None:
+            self._call.caller.bind(self)
 
     def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
         """Submit a batch, without rows that the upload has already.
@@ -217,6 +223,24 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             self.upload.changed.notify_all()
 
     @property
+    def idle(self) -> bool:
+        """Whether all rows of the upload that were received are acknowledged."""
+        return self._session.idle and self.upload.in_flight == 0
+
+    def abandon(self, error: FletcherError) -> None:
+        """Drop what is not acknowledged, and give the call's place back.
+
+        Rows that another connection of the upload may wait for are embedded and stored all the
+        same. Call again: that connection may leave, too. Thread-safe.
+        """
+        with self._leaving:
+            if not self._left:
+                self._left = True
+                self._service.delivery.leave_upload(self.upload, error)
+        if self.upload.failure is not None or self.idle:
+            self._session.abandon(error)
+
+    @property
     def _is_finished(self) -> bool:
         return self.upload.failure is not None or (self._ended and self.upload.in_flight == 0)
 
@@ -226,7 +250,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         if not num_rows:
             return []
         new = self.upload.claim_rows(row_slice.row_first, row_slice.row_first + num_rows - 1)
-        num_known = num_rows - sum(last - first + 1 for first, last in new)
+        num_new = sum(last - first + 1 for first, last in new)
+        num_known = num_rows - num_new
+        self._num_claimed += num_new
         if num_known:
             self._service.telemetry.rows_deduplicated.add(num_known)
         return new
@@ -261,12 +287,22 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                     num_rows=last - first + 1,
                 )
             )
+            self._num_delivered += last - first + 1
 
     def _fail(self, error: Exception) -> None:
         """Fail the upload; a client may resume it and send unacknowledged rows again."""
         assert isinstance(error, FletcherError)  # BackgroundTask raises no other
         self._session.close()
+        if self._left and self.upload.failure is None:  # other connections feed the upload
+            if self._num_claimed == self._num_delivered:
+                return
+            error = OverloadedError("another connection of this upload ended; send again")
         self.upload.fail(error)
+
+    def _close_upload(self) -> None:
+        with self._leaving:
+            left, self._left = self._left, True
+        self._service.delivery.close_upload(self.upload, self._sink, left=left)
 
 
 def _checked_store(service: Service, command: EmbedCommand) -> Store:

@@ -181,10 +181,14 @@ class Store(Protocol):
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        """The k rows nearest to a vector, float32 [dim], by cosine; best first.
+        """The k rows nearest to a query by the dataset's similarity; best first.
+
+        `vector` is a query of `core.similarity.Similarity`: float32 [dims] for one vector per row.
 
         Returns:
-            Table with `columns`, chosen as in `scan`, and the cosine as `score`, float32.
+            Table with `columns`, chosen as in `scan`, and the exact similarity as `score`, float32.
+            `exact_search.APPROXIMATE` in the metadata says that rows were compared approximately
+            first, so that better rows may be missing.
 
         Raises:
             UnknownDatasetError, UnknownColumnError, DimensionMismatchError.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.core.quantization import VectorReader
+from fletcher.core.similarity import Similarity
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
@@ -19,6 +20,8 @@ from fletcher.errors import (
 from fletcher.stores.base import DatasetInfo, Store, Vector
 
 MAX_K = 100_000
+# Schema metadata of rows found among candidates: better ones may be missing. Scores are exact.
+APPROXIMATE = b"fletcher.approximate"
 Scores = Callable[[pa.RecordBatch], Vector]
 
 
@@ -37,34 +40,55 @@ def existing_dataset(store: Store, name: str) -> DatasetInfo:
     return info
 
 
-def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
-    """Reader of a dataset's vectors, for a search.
+def check_searchable(dataset: str, schema: pa.Schema) -> Similarity:
+    """The similarity by which a dataset is searched.
 
     Raises:
-        ColumnTypeError: The vectors are not dense, or of a type that Fletcher does not write.
+        ColumnTypeError: The vectors are of a type that Fletcher does not write.
     """
     try:
-        return VectorReader.from_schema(schema)
+        return Similarity.from_schema(schema)
     except ColumnTypeError as error:
         raise ColumnTypeError(
             f"dataset `{dataset}` cannot be searched: {error.message}", field="vector"
         ) from None
 
 
-def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> VectorReader:
-    """Check a query and return the reader of the dataset's vectors.
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """Function that scores the rows of a batch for one query, float32 [num_rows].
+
+    The batch needs the `columns`. A row without a score has -inf.
+    """
+
+    similarity: Similarity
+    query: Vector
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.similarity.columns
+
+    def __call__(self, batch: pa.RecordBatch) -> Vector:
+        return np.asarray(self.similarity.scores([self.query], batch)[0])
+
+
+def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> RowScores:
+    """Check a query and return the function that scores the dataset's rows.
 
     Raises:
-        DimensionMismatchError: The shape of `vector` is not [dim].
-        ColumnTypeError: As `vector_reader`.
+        DimensionMismatchError: The shape of `vector` is not that of a query (`Similarity`).
+        ColumnTypeError: As `check_searchable`.
         InvalidCommandError: `k` is not 1 to MAX_K, or `vector` is zero or holds NaN or infinity.
     """
-    reader = vector_reader(dataset, schema)
-    if vector.ndim != 1 or len(vector) != reader.dims:
+    similarity = check_searchable(dataset, schema)
+    is_multi = similarity.output == "multi"
+    if vector.ndim != 1 + is_multi or not len(vector) or vector.shape[-1] != similarity.dims:
+        expected = f"{similarity.dims}" + " in each of its vectors" * is_multi
         raise DimensionMismatchError(
-            f"`vector` has {vector.size} dimensions, dataset `{dataset}` has {reader.dims}",
+            f"`vector` has {vector.shape[-1] if vector.ndim == 1 + is_multi else vector.size} "
+            f"dimensions, dataset `{dataset}` has {expected}",
             field="vector",
-            allowed=[str(reader.dims)],
+            allowed=[str(similarity.dims)],
         )
     if not 1 <= k <= MAX_K:
         raise InvalidCommandError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
@@ -73,27 +97,7 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
             "`vector` is zero or holds NaN or infinity; its cosine to anything is undefined",
             field="vector",
         )
-    return reader
-
-
-def cosine(vector: Vector, reader: VectorReader) -> Scores:
-    """Function that scores rows by the cosine of `vector` to a query, float32 [dim].
-
-    The function returns float32 [num_rows], with -inf for a null or zero vector. The query stays
-    float32 for all types of rows, because quantizing the query, too, loses precision.
-    """
-    query = vector / np.linalg.norm(vector)
-
-    def scores(batch: pa.RecordBatch) -> Vector:
-        column = batch.column("vector")
-        rows = reader.directions(column)
-        norms = np.linalg.norm(rows, axis=1)
-        valid = (norms > 0) & np.asarray(column.is_valid())
-        out = np.full(len(column), -np.inf, np.float32)
-        np.divide(rows @ query, norms, out=out, where=valid)
-        return out
-
-    return scores
+    return RowScores(similarity, np.asarray(vector, np.float32))
 
 
 def nearest(

@@ -19,7 +19,7 @@ from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
-from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.exact_search import check_query, nearest, unknown_dataset
 from fletcher.stores.schemas import (
     check_compatible,
     check_storable,
@@ -148,11 +148,11 @@ class ParquetStore(EmbeddedStore):
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
         schema = self._schema(dataset)
-        reader = check_query(dataset, schema, vector, k)
+        scores = check_query(dataset, schema, vector, k)
         wanted = wanted_columns(dataset, schema, columns)
-        read = list(dict.fromkeys([*wanted, "vector"]))
+        read = list(dict.fromkeys([*wanted, *scores.columns]))
         rows = self.scan(dataset, columns=read, filters=filters)
-        return nearest(rows, cosine(vector, reader), k=k, columns=wanted)
+        return nearest(rows, scores, k=k, columns=wanted)
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from fletcher.core.quantization import QUANTIZATION
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import CHUNK_FIELDS, parse_batch_key
+from fletcher.core.similarity import SIMILARITY
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
@@ -25,6 +26,9 @@ _MODEL_KEYS = (
     "fletcher.layers",
     "fletcher.pooling",
     "fletcher.normalized",
+    "fletcher.prompt",
+    "fletcher.chunking",
+    SIMILARITY,
     QUANTIZATION,
 )
 
@@ -49,8 +53,8 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
 
     Raises:
         DimensionMismatchError: `vector` has another width.
-        ModelMismatchError: The vectors have another model, exit layer, pooling, normalisation or
-            quantization.
+        ModelMismatchError: The vectors have another model, exit layer, pooling, normalisation,
+            prompt, chunking, similarity or quantization.
         ColumnTypeError: A column has another type.
     """
     _check_width(dataset, stored, offered)
@@ -128,8 +132,8 @@ def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
         if name in old and name in new and old[name] != new[name]:
             have = old[name].decode(errors="replace")
             raise ModelMismatchError(
-                f"`{key}` is {new[name].decode(errors='replace')}, dataset `{dataset}` was written "
-                f"with {have}; use that or write to another dataset",
+                f"`{key}` is {new[name].decode(errors='replace') or 'empty'}, dataset `{dataset}` "
+                f"was written with {have or 'an empty one'}; use that or write to another dataset",
                 field=key.removeprefix("fletcher."),
                 allowed=[have],
             )

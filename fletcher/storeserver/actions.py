@@ -15,11 +15,16 @@ from msgspec.json import encode as to_json
 from msgspec.structs import replace
 
 from fletcher.core.command import check_dataset
-from fletcher.core.quantization import VectorReader
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
 from fletcher.stores.base import Comparison, Vector
-from fletcher.stores.exact_search import Scores, check_query, cosine, existing_dataset, nearest
+from fletcher.stores.exact_search import (
+    Scores,
+    check_query,
+    check_searchable,
+    existing_dataset,
+    nearest,
+)
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.staging import check_stored, staged_for
@@ -100,17 +105,17 @@ class Actions:
         if not request.text_query or request.alpha == 1:
             return self.store.search(request.dataset, vector, k=k, columns=columns, filters=filters)
         schema = self._schema(request.dataset)
-        reader = check_query(request.dataset, schema, vector, k)
+        dense = check_query(request.dataset, schema, vector, k)
         if "text" not in schema.names:
             raise ColumnTypeError(
                 f"dataset `{request.dataset}` has no column `text` to search for words; leave "
                 "`text_query` out",
                 field="text_query",
             )
-        read = list(dict.fromkeys([*columns, "text", "vector"]))
+        read = list(dict.fromkeys([*columns, "text", *dense.columns]))
         return nearest(
             self.store.scan(request.dataset, columns=read, filters=filters),
-            _mixed(cosine(vector, reader), request.text_query, request.alpha),
+            _mixed(dense, request.text_query, request.alpha),
             k=k,
             columns=columns,
         )
@@ -124,14 +129,15 @@ class Actions:
         """Rows nearest to a stored row."""
         schema = self._schema(request.dataset)
         same = Comparison("id", "=", _stored_id(request.id, schema))
-        rows = self.store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
+        similarity = check_searchable(request.dataset, schema)
+        read = similarity.columns
+        rows = self.store.scan(request.dataset, columns=read, filters=[same], limit=1)
         table = rows.read_all()
         if not table.num_rows or not table["vector"][0].is_valid:
             raise RequestError(
                 f"dataset `{request.dataset}` has no vector under that `id`", field="id"
             )
-        column = table["vector"].combine_chunks()
-        vector = VectorReader.from_schema(schema).directions(column)[0].tolist()
+        vector = similarity.queries(table.combine_chunks().to_batches()[0])[0].tolist()
         found = self.search_rows(replace(request, vector=vector, vectors=None))
         return [to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 

@@ -25,6 +25,7 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.net.address import FlightAddress
+from fletcher.net.flight_answers import flight_info, generator_stream
 from fletcher.net.flight_errors import handler_errors
 from fletcher.net.ports import check_port
 from fletcher.stores import protocol
@@ -150,7 +151,7 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
             filters=to_filters(request.filters),
             limit=request.limit,
         )
-        return flight.GeneratorStream(rows.schema, _handled_batches(rows))
+        return generator_stream(rows.schema, _handled_batches(rows))
 
 
 class _DataServer(_Server):
@@ -237,13 +238,8 @@ class _MetaServer(_Server):
         return self._info(existing_dataset(self._store, name.decode(errors="replace")))
 
     def _info(self, info: DatasetInfo) -> flight.FlightInfo:
-        return flight.FlightInfo(
-            info.schema,
-            flight.FlightDescriptor.for_path(info.name),
-            [flight.FlightEndpoint(info.name.encode(), [self._data_address])],
-            total_records=info.num_rows,
-            total_bytes=info.num_bytes or -1,
-        )
+        endpoint = flight.FlightEndpoint(info.name.encode(), [self._data_address])
+        return flight_info(info.schema, info.name, info.num_rows, info.num_bytes or -1, [endpoint])
 
 
 def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:

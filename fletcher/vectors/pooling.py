@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ _Vectors = TypeVar("_Vectors", FloatArray, VectorArray)
 
 # Smallest divisor in `normalize`, as in torch.nn.functional.normalize.
 MIN_NORM = 1e-12
+_LEAST_LENGTH = 1e-15  # squares of such numbers are still normal in float32
 
 
 def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatArray:
@@ -48,9 +49,11 @@ def normalize(embeddings: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float3
     Returns:
         float32 [num_rows, dim], and float32 [num_rows], the norms before normalisation.
     """
-    norms = np.asarray(np.linalg.norm(embeddings, axis=1), dtype=np.float32)
-    divisors = np.maximum(norms, np.float32(MIN_NORM))[:, None]
-    return np.asarray(embeddings / divisors, dtype=np.float32), norms
+    # Rows that are not finite, or become so, are found later: `fletcher.vectors.finite`.
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.asarray(np.linalg.norm(embeddings, axis=1), dtype=np.float32)
+        divisors = np.maximum(norms, np.float32(MIN_NORM))[:, None]
+        return np.asarray(embeddings / divisors, dtype=np.float32), norms
 
 
 def finish(
@@ -70,11 +73,28 @@ def finish(
         training of Matryoshka models (https://arxiv.org/abs/2205.13147).
     """
     if norms is not None and not normalized:
-        return (embeddings * norms[:, None])[:, :dims]
+        with np.errstate(over="ignore", invalid="ignore"):  # as in `normalize`
+            return (embeddings * norms[:, None])[:, :dims]
     if norms is not None and dims == embeddings.shape[1]:
         return embeddings
     kept = embeddings[:, :dims]
     if normalized and (norms is None or dims < embeddings.shape[1]):
-        lengths = np.linalg.norm(kept, axis=1, keepdims=True)
-        return np.asarray(kept / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(kept / _lengths(kept), np.float32)
     return kept
+
+
+def _lengths(vectors: VectorArray) -> npt.NDArray[Any]:
+    """L2 norms, [n, 1]; 1 for rows of zeros.
+
+    Squares of very small and very large numbers are 0 and infinity in float32. Such rows are
+    computed in float64.
+    """
+    lengths: npt.NDArray[Any] = np.linalg.norm(vectors, axis=1, keepdims=True)
+    inexact = ~((lengths > _LEAST_LENGTH) & (lengths < np.inf))[:, 0]
+    if inexact.any():
+        lengths = lengths.astype(np.float64)
+        exact = vectors[inexact].astype(np.float64)
+        lengths[inexact] = np.linalg.norm(exact, axis=1, keepdims=True)
+        lengths[lengths == 0] = 1
+    return lengths

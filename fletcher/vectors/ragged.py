@@ -80,7 +80,8 @@ def scatter_rows(
 def sparse(dense: FloatArray) -> tuple[FloatArray, Int32Array]:
     """Returns the positive values of each row as pairs of dimension and weight.
 
-    The pairs of a row are in ascending order of dimension.
+    The pairs of a row are in ascending order of dimension. NaN counts as positive, so that it is
+    found later: `fletcher.vectors.finite`.
 
     Args:
         dense: float32 [n, dims].
@@ -88,6 +89,6 @@ def sparse(dense: FloatArray) -> tuple[FloatArray, Int32Array]:
     Returns:
         float32 [num_weights, 2], and int32 [n], the number of each row's pairs.
     """
-    rows, dims = np.nonzero(dense > 0)
+    rows, dims = np.nonzero(~(dense <= 0))
     pairs = np.stack([dims.astype(np.float32), dense[rows, dims]], axis=1)
     return pairs, np.bincount(rows, minlength=len(dense)).astype(np.int32)

@@ -166,7 +166,12 @@ def _short_run(request: WorkerRequest, batch: MicroBatch) -> bytes | None:
 
 def _short_answer(response: Response, result: InferenceResult) -> bytes | None:
     vectors, norms = result.embeddings, result.norms
-    if result.counts is not None or vectors.ndim != 2 or vectors.dtype != np.float32:
+    if (
+        result.errors
+        or result.counts is not None
+        or vectors.ndim != 2
+        or vectors.dtype != np.float32
+    ):
         return None
     if norms is not None and (norms.shape != vectors.shape[:1] or norms.dtype != np.float32):
         return None

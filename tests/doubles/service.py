@@ -56,7 +56,7 @@ class FakeEmbedder:
         if self.refusal is not None:
             raise self.refusal
 
-    def num_tokens(self, text: str) -> int:
+    def num_tokens(self, text: str, on_open: Callable[[EmbedStream], None]) -> int:
         return len(text) + 2
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:

@@ -38,7 +38,8 @@ def list_batch(first: int, count: int, output: str, dtype: str) -> pa.RecordBatc
     counts = draw.integers(1, 9, count).astype(np.int32)
     nulls = np.arange(count) % 7 == 6
     counts[nulls] = 0
-    own = VectorSpec("m@0", 8, dtype, 2, "none", normalized=True, output=output, max_vectors=9)
+    dims = 30_000 if output == "sparse" else 8
+    own = VectorSpec("m@0", dims, dtype, 2, "none", normalized=True, output=output, max_vectors=9)
     values = draw.random((int(counts.sum()), own.width)).astype(np.float32)
     if output == "sparse":
         values[:, 0] = draw.integers(0, 30_000, len(values))

@@ -31,17 +31,19 @@ from tests.integration.processes import Place, ServerProcess, eventually, is_ste
 
 NUM_CLIENTS = 50
 CLIENT_ROWS = 120
-UPLOAD_FOREVER = """
-import itertools, sys
+UPLOAD_AND_WAIT = """
+import sys
 from pyarrow import flight
 from tests.integration.flight_calls import command
 from tests.integration.numbered import SCHEMA, rows
 
 client = flight.connect(sys.argv[1])
 writer, reader = client.do_put(command(dataset=sys.argv[2], upload_id="u"), SCHEMA)
-for first in itertools.count(0, 50):
+for first in range(0, 2000, 50):
     writer.write_batch(rows(first, first + 50))
-    print(first, flush=True)
+print("sent", flush=True)
+reader.read()
+sys.stdin.read()
 """
 names = (f"dataset-{n}" for n in itertools.count())
 
@@ -92,34 +94,31 @@ def test_a_client_killed_in_its_upload(
 ) -> None:
     dataset = next(names)
     process = subprocess.Popen(
-        [sys.executable, "-c", UPLOAD_FOREVER, server.address, dataset],
+        [sys.executable, "-c", UPLOAD_AND_WAIT, server.address, dataset],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
     )
+    sent = 2000
     with process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= 2000:
-                break
+        process.stdout.readline()
+        body = {"upload_id": "u", "dataset": dataset}
+        eventually(
+            lambda: action(client, "upload_status", body)["rows_durable"] > 0, "a row is durable"
+        )
         process.kill()
     eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
-    status = action(client, "upload_status", {"upload_id": "u", "dataset": dataset})
+    status = action(client, "upload_status", body)
     assert status["complete"] is False
     received = status["rows_durable"]
     assert received > 0
     assert status["ranges"] == [[0, received - 1]]
     # Whoever has the rows goes on where it ended.
-    summary = put(
-        client,
-        batches(0, received + 100, 50),
-        SCHEMA,
-        end=received + 100,
-        dataset=dataset,
-        upload_id="u",
-    )[-1]
+    fields = {"dataset": dataset, "upload_id": "u"}
+    summary = put(client, batches(0, sent, 50), SCHEMA, end=sent, **fields)[-1]
     assert summary["complete"] is True
-    assert summary["rows_stored"] == received + 100
-    assert_every_row_once(stored(place.vectors, dataset), received + 100)
+    assert summary["rows_stored"] == sent
+    assert_every_row_once(stored(place.vectors, dataset), sent)
 
 
 def test_a_client_that_raises_inside_its_upload(

@@ -13,7 +13,7 @@ import pytest
 
 import fletcher
 from fletcher.core.chunking import Chunking
-from fletcher.errors import InvalidCommandError
+from fletcher.errors import InvalidCommandError, ModelMismatchError
 from fletcher.inference.null import null_embeddings
 from fletcher.pipeline.memory_budget import Allowance
 from fletcher.runtime import Runtime
@@ -206,10 +206,10 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
         again = fletcher.EmbedCommand(dataset="chunks", mode=mode)
         with (
             fletcher.connect(server.address) as client,
-            pytest.raises(InvalidCommandError, match="several rows per id") as caught,
+            pytest.raises(ModelMismatchError, match=r"`fletcher\.chunking` is none") as caught,
         ):
             client.put(table.slice(0, 2), again)
-        assert caught.value.allowed == ["append", "overwrite"]
+        assert caught.value.allowed == ["tokens:32/4:none"]
     # All chunks of a row are in one group.
     keys = stored.group_by("id").aggregate([("batch_key", "count_distinct")])
     assert set(keys.column("batch_key_count_distinct").to_pylist()) == {1}

@@ -28,8 +28,8 @@ class DedupePrefilter:
     def find_duplicates(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
         """Whether each row is a duplicate, bool [num_rows].
 
-        `rows` has the columns `id` and `text`, and `carried:NAME`. `row_first` is the offset of its first row in the
-        upload.
+        `rows` has the columns `id` and `text`, and `carried:NAME` for carried ones. `row_first` is
+        the offset of its first row in the upload.
         """
         while self._passed and self._upload.covers(*self._passed[0][:2]):
             first, _, keys = self._passed.popleft()

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.errors import (
+    DimensionMismatchError,
     FletcherError,
     RequestError,
     StoreUnavailableError,
@@ -217,6 +218,11 @@ class FlightStore(Store):
         """
         check_stored(dataset)
         wanted = list(columns) if columns is not None else None
+        if vector.ndim != 1:
+            raise DimensionMismatchError(
+                "`vector` has several vectors, expected one: this store keeps one per row",
+                field="vector",
+            )
         numbers = [float(value) for value in vector]
         search: dict[str, Any] = {"dataset": dataset, "vector": numbers, "k": k}
         search["filters"] = to_json(filters)

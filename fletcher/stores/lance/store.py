@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from fletcher.core.quantization import pack_signs
@@ -21,7 +19,7 @@ from fletcher.errors import ColumnTypeError, InvalidCommandError, StoreError, St
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
-from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
 from fletcher.stores.lance.writer import (
@@ -48,13 +46,15 @@ SCAN_BATCH_BYTES = 2 << 20
 # Rows of a scanned batch if rows have several vectors and take 1 to 100 KiB each.
 LIST_SCAN_ROWS = 256
 
-# Search of binary vectors: number of candidates by Hamming distance per requested row. A float32
-# query then ranks the candidates again, because it loses less than a binary query. Share of
-# float32's first 10 rows among 40 returned rows (all-MiniLM-L6-v2, 6,000 texts, 1,000 queries):
+# Search of binary vectors, or with an index: number of candidates per requested row, by LanceDB's
+# approximate distance. The exact similarity then ranks the candidates. Share of float32's first 10
+# rows among 40 returned rows of binary vectors (all-MiniLM-L6-v2, 6,000 texts, 1,000 queries):
 # 0.882 by Hamming distance alone, 0.944 with 2 candidates per row, 0.963 with 4, 0.967 with 8,
 # 0.968 with all rows.
-HAMMING_CANDIDATES = 8
-MAX_HAMMING_CANDIDATES = 10_000
+CANDIDATES = 8
+MAX_CANDIDATES = 10_000
+# LanceDB's names of the metrics that it can search by.
+_METRICS = {"cosine": "cosine", "dot": "dot", "euclidean": "l2", "hamming": "hamming"}
 
 
 def _lancedb() -> Any:
@@ -75,8 +75,9 @@ def _lancedb() -> Any:
 class LanceStore(EmbeddedStore):
     """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
-    Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
-    tools. A search of a million rows of 384 float16 takes about a second on two cores.
+    Search compares every vector, and is exact. If the table has an index made with LanceDB's own
+    tools, or vectors of bits, LanceDB finds candidates and the exact similarity ranks them. A
+    search of a million rows of 384 float16 takes about a second on two cores.
 
     Raises:
         StoreError: LanceDB is not installed, or the folder cannot be created or written.
@@ -215,28 +216,28 @@ class LanceStore(EmbeddedStore):
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
         table = self._table(dataset)
-        reader = check_query(dataset, table.schema, vector, k)
+        scores = check_query(dataset, table.schema, vector, k)
         wanted = wanted_columns(dataset, table.schema, columns)
-        asked = np.asarray(vector, np.float32)
-
-        def found(query: npt.NDArray[Any], metric: str, names: list[str], limit: int) -> pa.Table:
+        read = list(dict.fromkeys([*wanted, *scores.columns]))
+        similarity = scores.similarity
+        metric = None  # of LanceDB, if it can search such vectors
+        if similarity.output == "dense" and similarity.reader is not None:
+            dtype = similarity.reader.dtype
+            metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
+            metric = None if dtype == "int8" else metric
+        if metric is None:
+            rows = self.scan(dataset, columns=read, filters=filters)
+            return nearest(rows, scores, k=k, columns=wanted)
+        with lance_errors(dataset):
+            is_exact = metric != "hamming" and not _has_vector_index(table)
+            query = pack_signs(scores.query) if metric == "hamming" else scores.query
+            limit = k if is_exact else max(k, min(k * CANDIDATES, MAX_CANDIDATES))
             search = table.search(query, vector_column_name="vector").distance_type(metric)
-            with lance_errors(dataset):
-                rows = _filtered(dataset, table, search, filters)
-                return rows.select([*names, "_distance"]).limit(limit).to_arrow()
-
-        if reader.dtype in ("int8", "ubinary"):
-            read = list(dict.fromkeys([*wanted, "vector"]))
-            if reader.dtype == "int8":  # LanceDB stores int8 but cannot search it
-                rows = self.scan(dataset, columns=read, filters=filters)
-            else:
-                limit = max(k, min(k * HAMMING_CANDIDATES, MAX_HAMMING_CANDIDATES))
-                rows = found(pack_signs(asked), "hamming", read, limit).to_reader()
-            return nearest(rows, cosine(asked, reader), k=k, columns=wanted)
-        rows = found(asked, "cosine", wanted, k)
-        # Because of rounding, a vector's distance to itself may be slightly below 0.
-        score = np.clip(1.0 - rows.column("_distance").to_numpy(), -1.0, 1.0).astype(np.float32)
-        return rows.select(wanted).append_column("score", pa.array(score))
+            found = _filtered(dataset, table, search, filters).select([*read, "_distance"])
+            rows = found.limit(limit).to_batches(_scan_rows(table.schema))
+            best = nearest(rows, scores, k=k, columns=wanted)
+        metadata = {**(best.schema.metadata or {}), APPROXIMATE: b"true"}
+        return best if is_exact else best.replace_schema_metadata(metadata)
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
@@ -322,6 +323,10 @@ def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:
             field="filter",
         ) from error
     return query.where(condition)
+
+
+def _has_vector_index(table: Any) -> bool:
+    return any("vector" in index.columns for index in table.list_indices())
 
 
 def _scan_rows(schema: pa.Schema) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fletcher.core.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch, Spans
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend, is_out_of_memory, load
@@ -143,3 +143,51 @@ def test_a_replica_loads_the_version_of_its_configuration(
     assert TokenizerConfig(str(folder), first.hash).folder == kept
     with pytest.raises(ModelError, match="is missing: it was removed"):
         load(BackendConfig("null", "cpu", str(folder), version="0" * 12))
+
+
+class Choosy(NullBackend):
+    """The null backend that fails at runs with some token ids."""
+
+    def __init__(self, refused: set[int]) -> None:
+        super().__init__(dim=16)
+        self.refused = refused
+        self.num_runs = 0
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        self.num_runs += 1
+        if self.refused.intersection(batch.input_ids.tolist()):
+            raise BackendError("indices element out of data bounds, in /home/x/node.cc")
+        return super().run(batch)
+
+
+@pytest.mark.parametrize("refused", [{0}, {63}, {5, 40}, {2, 3, 60}])
+def test_a_row_that_the_engine_fails_at_fails_alone(refused: set[int]) -> None:
+    batch = batch_of(*[1] * 64)
+    device = Choosy(refused)
+    result = BudgetedBackend(device, 1000).run(batch)
+    expected = NullBackend(dim=16).run(batch).embeddings
+    assert set(result.errors) == refused
+    for row, error in result.errors.items():
+        assert error.code == "internal"
+        assert "/home" not in error.message
+        assert not result.embeddings[row].any()
+    good = [row for row in range(64) if row not in refused]
+    assert np.array_equal(result.embeddings[good], expected[good])
+    assert device.num_runs <= 1 + 14 * len(refused)
+
+
+def test_a_row_with_spans_fails_with_all_of_them() -> None:
+    spans = Spans(np.array([2, 1, 3], np.int32), np.array([[0, 1]] * 6, np.int32))
+    batch = dataclasses.replace(batch_of(1, 1, 1), spans=spans)
+    result = BudgetedBackend(Choosy({2}), 1000).run(batch)
+    assert list(result.errors) == [2]
+    assert result.embeddings.shape == (6, 16)
+
+
+def test_an_engine_that_fails_at_everything_fails_the_run_soon() -> None:
+    device = Choosy(set(range(1000)))
+    with pytest.raises(BackendError, match="out of data bounds"):
+        BudgetedBackend(device, 1_000_000).run(batch_of(*[1] * 1000))
+    assert device.num_runs <= 32
+    with pytest.raises(BackendError, match="out of data bounds"):
+        BudgetedBackend(device, 1000).run(batch_of(4))

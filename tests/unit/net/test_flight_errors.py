@@ -179,7 +179,9 @@ def test_an_error_of_a_fletcher_store_is_a_refusal_or_retryable(kind):
         overloaded = isinstance(sent, errors.OverloadedError)
         assert type(got) is (errors.OverloadedError if overloaded else errors.StoreUnavailableError)
         assert got.retry_after_ms == 70
-    elif isinstance(sent, (errors.DeadlineExceededError, errors.InternalError)):
+    elif isinstance(
+        sent, (errors.DeadlineExceededError, errors.CancelledError, errors.InternalError)
+    ):
         assert type(got) is errors.StoreUnavailableError
     else:
         assert got.to_dict() == sent.to_dict()

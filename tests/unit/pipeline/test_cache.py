@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from fletcher.core.batches import EmbeddingBatch, TextBatch
-from fletcher.errors import ConfigError, RowTooLargeError
+from fletcher.errors import ConfigError, NotFiniteError, RowTooLargeError
 from fletcher.pipeline.cache import _ENTRY_BYTES, EmbeddingCache, MemoryCache
 from fletcher.pipeline.disk_cache import DiskCache
 from fletcher.telemetry.tracing import Telemetry
@@ -69,6 +70,34 @@ def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
     assert telemetry.cache_hits.values() == {(): 4}
     assert telemetry.cache_misses.values() == {(): 5}
     assert telemetry.cache_memory.values() == {(): 5 * (_ENTRY_BYTES + 4 * 4 + 9)}
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("failed", ["missing", "all of the rest", "one of two"])
+def test_a_failed_text_changes_nothing_of_the_others(norms: bool, failed: str) -> None:
+    """If no text went through the network, the missing texts' result has no norms."""
+    cache = cache_of()
+    good = texts("a", "b")
+    cache.look_up(good).complete(vectors(good, norms=norms))
+    batch = texts("a", "too long", "b", "new")
+    refusal = RowTooLargeError("too long")
+    lookup = cache.look_up(batch)
+    rest = vectors(lookup.missing, norms=norms)
+    if failed == "all of the rest":
+        result = lookup.complete(refusal)
+    else:
+        wrong = [0] if failed == "one of two" else [0, 1]
+        kept = rest.norms if failed == "one of two" else None
+        result = lookup.complete(replace(rest, norms=kept, errors=dict.fromkeys(wrong, refusal)))
+    assert isinstance(result, EmbeddingBatch)
+    expected = vectors(batch, norms=norms)
+    sound = [place for place in range(4) if place not in result.errors]
+    assert sound == ([0, 2, 3] if failed == "one of two" else [0, 2])
+    np.testing.assert_array_equal(result.embeddings[sound], expected.embeddings[sound])
+    if expected.norms is None:
+        assert result.norms is None
+    else:
+        np.testing.assert_array_equal(result.norms[sound], expected.norms[sound])
 
 
 def test_whatever_changes_a_vector_is_in_its_key() -> None:
@@ -211,3 +240,20 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="embedding_cache_dir"):
         DiskCache(tmp_path / "file", 64 * MIB)
+
+
+@pytest.mark.parametrize("norm", [None, np.nan, np.inf])
+def test_failed_texts_leave_the_others_their_norms(norm: float | None) -> None:
+    cache = cache_of()
+    first = cache.look_up(texts("a", "b"))
+    first.complete(vectors(first.missing))
+    lookup = cache.look_up(texts("a", "bad", "b"))
+    result = vectors(lookup.missing)
+    norms = None if norm is None else np.array([norm], np.float32)
+    failed = replace(result, norms=norms, errors={0: NotFiniteError("NaN")})
+    found = lookup.complete(failed)
+    assert isinstance(found, EmbeddingBatch)
+    assert list(found.errors) == [1]
+    assert found.norms is not None
+    assert found.norms[[0, 2]] == pytest.approx([1.1, 1.1])
+    assert words_of(cache.look_up(texts("bad", "a")).missing) == ["bad"]

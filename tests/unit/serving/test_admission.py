@@ -84,9 +84,9 @@ def test_while_draining_nothing_new_is_let_in_and_the_last_to_leave_is_waited_fo
     door = Door()
     with door.admit():
         door.admission.draining.set()
-        for refused in (door.admit(), door.admission.begin_call()):
+        for refused in (door.admit, door.admission.begin_call):
             with pytest.raises(DrainingError) as caught:
-                refused.__enter__()
+                refused().__enter__()
             assert caught.value.retry_after_ms == 3
         with pytest.raises(DrainingError):
             door.admission.check_draining()

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fletcher.errors import (
     UnknownModelError,
 )
 from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.serving.callers import Caller
 from fletcher.serving.load_level import LoadSignals
 from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.serving.slice_result import SliceResult
@@ -301,11 +303,11 @@ def test_a_failed_submission_of_one_batch_is_told(
 
 
 def test_the_lease_is_asked_for_as_the_call_says(fakes: FakeService) -> None:
-    gone = threading.Event()
-    asked = call(model="m", alias_key="k", dataset_model="m@1", is_cancelled=gone.is_set)
+    caller = Caller(SimpleNamespace(is_cancelled=lambda: False))
+    asked = call(model="m", alias_key="k", dataset_model="m@1", caller=caller)
     with EmbedSession(fakes.service, asked) as session:
         assert session.model.bundle is fakes.models.served.bundle
-        options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": gone.is_set}
+        options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": caller.is_cancelled}
         assert fakes.models.leased == [("m", options)]
 
 
@@ -412,3 +414,26 @@ def test_long_texts_in_parts_are_claimed_once_and_their_memory_comes_back(
         assert np.array_equal(list(result.errors), [0])
         assert result.ranges == [(3, 3)]
     assert claimed == [(3, 0)]
+
+
+@pytest.mark.parametrize("before_admission", [True, False])
+def test_an_abandoned_call_gives_all_back_and_says_why(
+    fakes: FakeService, before_admission: bool
+) -> None:
+    fakes.embedder.holds = True
+    gone = OverloadedError("silent")
+    with EmbedSession(fakes.service, call()) as session:
+        session.open_input(SCHEMA)
+        assert session.idle
+        if before_admission:
+            session.abandon(gone)
+        session.admit(bulk=True)
+        if not before_admission:
+            session.submit_batch(texts(1, 2), 0, 0)
+            assert not session.idle
+            session.abandon(gone)
+        assert fakes.held()["streams"] == fakes.held()["bytes"] == 0
+        with pytest.raises(OverloadedError, match="silent"):
+            session.submit_batch(texts(1), 1, 2)
+        with pytest.raises(OverloadedError, match="silent"):
+            list(session.results("u"))

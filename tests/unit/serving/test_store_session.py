@@ -16,6 +16,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.errors import (
+    CancelledError,
     DrainingError,
     InternalError,
     InvalidCommandError,
@@ -285,3 +286,87 @@ def test_a_bug_while_rows_are_delivered_is_an_internal_error(
         client.send(rows(0, 1))
         client.finish()
         assert isinstance(client.session.upload.failure, InternalError)
+
+
+def cancelled() -> CancelledError:
+    return CancelledError("the client left")
+
+
+def test_what_a_caller_that_left_sent_without_an_answer_is_not_stored(
+    fakes: FakeService, store: MemoryStore
+) -> None:
+    fakes.embedder.holds = True
+    with connected(fakes) as client:
+        client.send(rows(0, 1, 2, 3))
+        assert not client.session.idle
+        client.session.abandon(cancelled())
+        assert fakes.held()["bytes"] == fakes.held()["streams"] == 0
+        summary = client.finish()
+        assert [one["code"] for one in summary["errors"]] == ["cancelled"]
+    fakes.embedder.answer_all()
+    fakes.embedder.holds = False
+    assert stored(store) == []
+    with connected(fakes) as client:  # the same upload, on a new connection
+        client.send(rows(0, 1, 2, 3))
+        assert client.finish()["rows_stored"] == 3
+    assert stored(store) == [0, 1, 2]
+
+
+def test_rows_in_memory_of_a_caller_that_left_are_not_stored(
+    fakes: FakeService, store: MemoryStore
+) -> None:
+    store.gate.clear()
+    with connected(fakes) as client:
+        client.send(rows(0, 1))
+        eventually(lambda: client.session._session.idle, "the vector is with the sink")
+        client.send(rows(1, 1), 1, 1)
+        client.session.abandon(cancelled())
+        client.finish()
+        store.gate.set()
+    with connected(fakes, upload_id="v") as client:
+        client.send(rows(7, 1))
+        assert client.finish()["rows_stored"] == 1
+    assert set(stored(store)) <= {0, 7}  # row 0 may have been on its way
+
+
+def test_rows_for_which_another_connection_waits_are_stored(
+    fakes: FakeService, store: MemoryStore
+) -> None:
+    fakes.embedder.holds = True
+    with connected(fakes) as first, connected(fakes) as second:
+        first.send(rows(0, 1, 2))
+        second.send(rows(0, 1, 2))  # claimed by the first connection
+        first.session.abandon(cancelled())
+        first.session.abandon(cancelled())
+        assert first.session.upload.failure is None
+        fakes.embedder.answer_all()
+        assert second.finish()["rows_stored"] == 2
+        first.finish()
+        assert first.session.upload.failure is None
+    assert stored(store) == [0, 1]
+
+
+def test_rows_are_dropped_once_the_last_connection_has_left(
+    fakes: FakeService, store: MemoryStore
+) -> None:
+    fakes.embedder.holds = True
+    with connected(fakes) as first, connected(fakes) as second:
+        first.send(rows(0, 1, 2))
+        first.session.abandon(cancelled())
+        assert fakes.held()["streams"] == 2
+        second.session.abandon(cancelled())
+        first.session.abandon(cancelled())  # the watch asks again
+        assert fakes.held()["streams"] == 0
+        for client in (first, second):
+            client.finish()
+    assert stored(store) == []
+
+
+def test_a_silent_connection_gives_its_place_back_beside_another(fakes: FakeService) -> None:
+    with connected(fakes) as silent, connected(fakes) as other:
+        silent.session.abandon(OverloadedError("silent"))
+        assert fakes.held()["streams"] == 1
+        other.send(rows(0, 1))
+        assert other.finish()["rows_stored"] == 1
+        silent.session.end_input()
+        assert other.session.upload.failure is None

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from lancedb.index import IvfPq
 
 from fletcher.client import dequantize
 from fletcher.core.quantization import Ranges
@@ -125,14 +126,50 @@ def test_sparse_and_token_vectors_come_back_as_they_were_sent(store, output, dty
         assert found[name].to_pylist() == sent[name].to_pylist(), name
     assert found["vector"].null_count == 12
     assert store.stored_ranges("d", "u") == [(0, 89)]
-    with pytest.raises(ColumnTypeError, match="cannot be searched: `vector` is list"):
-        store.search("d", np.ones(8, np.float32), k=3)
+    check_search(store, sent, output)
     for other, kind in (("sparse", "float32"), ("multi", "float32")):
         if (other, kind) != (output, dtype):
             with pytest.raises(ColumnTypeError, match="schema mismatch: `vector` is list"):
                 fill(store, rows.list_batch(90, 1, other, kind))
     with pytest.raises(ColumnTypeError, match="schema mismatch: `vector` is fixed_size_list"):
         fill(store, rows.batch(90, 1).replace_schema_metadata(None))
+
+
+def check_search(store, sent, output):
+    """Search as plain loops do: sparse dot products, or the best match of each query vector."""
+    draw = np.random.default_rng(3)
+    if output == "sparse":
+        query = (draw.random(30_000) * (draw.random(30_000) < 0.3)).astype(np.float32)
+        scores = [
+            None if row is None else sum(query[one["index"]] * one["value"] for one in row)
+            for row in sent["vector"].to_pylist()
+        ]
+    else:
+        query = draw.standard_normal((3, 8)).astype(np.float32)
+        unit = [
+            None if row is None else [np.array(one) / np.linalg.norm(one) for one in row]
+            for row in sent["vector"].to_pylist()
+        ]
+        asked = query / np.linalg.norm(query, axis=1, keepdims=True)
+        scores = [
+            None if row is None else sum(max(one @ each for each in row) for one in asked)
+            for row in unit
+        ]
+    best = sorted(
+        (
+            (score, name)
+            for score, name in zip(scores, sent["id"].to_pylist(), strict=True)
+            if score is not None
+        ),
+        reverse=True,
+    )[:5]
+    found = store.search("d", query, k=5, columns=["id"])
+    assert found["id"].to_pylist() == [name for _, name in best]
+    assert found["score"].to_pylist() == pytest.approx([score for score, _ in best], rel=1e-4)
+    with pytest.raises(DimensionMismatchError):
+        store.search("d", np.ones(7, np.float32), k=3)
+    only = store.search("d", query, k=90, filters=[Comparison("id", "=", best[2][1])])
+    assert only["id"].to_pylist() == [best[2][1]]
 
 
 @pytest.mark.parametrize("output", ["sparse", "multi"])
@@ -150,6 +187,48 @@ def test_rows_of_several_vectors_are_replaced_and_compacted(tmp_path, output):
     vectors = dict(zip(found["id"].to_pylist(), found["vector"].to_pylist(), strict=True))
     for name, vector in zip(again["id"].to_pylist(), again["vector"].to_pylist(), strict=True):
         assert vectors[name] == vector
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean", "manhattan"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_scores_are_of_the_similarity_in_the_metadata(store, metric, dtype):
+    plain = rows.batch(0, 30, dims=16, dtype=dtype)
+    metadata = {**plain.schema.metadata, b"fletcher.similarity": metric.encode()}
+    fill(store, plain.replace_schema_metadata(metadata))
+    vectors, query = rows.vectors(0, 30, 16), 3 * rows.vectors(99, 1, 16)[0]
+    scores = {
+        "cosine": vectors @ query / 3,
+        "dot": vectors @ query,
+        "euclidean": -np.linalg.norm(vectors - query, axis=1),
+        "manhattan": -np.abs(vectors - query).sum(axis=1),
+    }[metric]
+    best = np.argsort(-scores)[:4]
+    found = store.search("d", query, k=4, columns=["id"])
+    within = 1e-5 if dtype == "float32" else 0.1
+    assert found["score"].to_pylist() == pytest.approx(scores[best], abs=within)
+    assert found["id"].to_pylist()[0] == f"id{best[0]}"
+    assert b"fletcher.approximate" not in found.schema.metadata
+
+
+@pytest.mark.parametrize(("metric", "dtype"), [("cosine", "float16"), ("dot", "float32")])
+def test_scores_are_exact_with_an_index_too(tmp_path, metric, dtype):
+    store = open_store(f"lance:{tmp_path}")
+    plain = rows.batch(0, 600, dims=32, dtype=dtype)
+    metadata = {**plain.schema.metadata, b"fletcher.similarity": metric.encode()}
+    fill(store, plain.replace_schema_metadata(metadata))
+    query = rows.vectors(5, 1, 32)[0] + np.float32(0.1)
+    exact = store.search("d", query, k=3, columns=["id"])
+    config = IvfPq(distance_type=metric, num_partitions=2, num_sub_vectors=2)
+    store._open_table("d").create_index("vector", config=config)
+    found = store.search("d", query, k=3, columns=["id"])
+    assert found.schema.metadata[b"fletcher.approximate"] == b"true"
+    assert found["id"][0] == exact["id"][0]
+    vectors = rows.vectors(0, 600, 32).astype(dtype).astype(np.float32)
+    numbers = [int(name[2:]) for name in found["id"].to_pylist()]
+    scores = vectors[numbers] @ query
+    if metric == "cosine":
+        scores /= np.linalg.norm(vectors[numbers], axis=1) * np.linalg.norm(query)
+    assert found["score"].to_pylist() == pytest.approx(scores, abs=1e-6)
 
 
 def test_rows_without_a_vector_are_kept_and_never_found(store):

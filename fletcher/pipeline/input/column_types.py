@@ -1,0 +1,40 @@
+"""Types of input columns that pyarrow cannot read."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from fletcher.core.command import EmbedCommand
+from fletcher.errors import ColumnTypeError
+
+
+def check_readable(schema: pa.Schema, command: EmbedCommand) -> None:
+    """Check that pyarrow knows the types of the columns that a command uses.
+
+    pyarrow takes batches with other types, and raises KeyError when such a column is looked at.
+
+    Raises:
+        ColumnTypeError: A used column has, or contains, such a type.
+    """
+    used = {command.text_column, command.id_column, "metadata", *command.columns}
+    for place, name in enumerate(schema.names):
+        if name in used and not _is_readable(schema.field(place).type):
+            raise ColumnTypeError(
+                f"column {name!r} is, or contains, an interval of months or of days, which cannot "
+                "be read; send a duration, an integer or text instead, or leave it out",
+                field=name,
+            )
+
+
+def _is_readable(kind: pa.DataType) -> bool:
+    if pa.types.is_string(kind) or pa.types.is_integer(kind):
+        return True
+    if pa.types.is_dictionary(kind):
+        return _is_readable(kind.value_type)
+    if kind.num_fields:
+        return all(_is_readable(kind.field(place).type) for place in range(kind.num_fields))
+    try:
+        pa.nulls(0, kind)
+    except KeyError:
+        return False
+    return True
