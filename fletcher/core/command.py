@@ -144,13 +144,13 @@ class EmbedCommand:
             )
         if chunking is None:
             return
-        if chunking.rows and (self.dedupe != "off" or self.mode in ("upsert", "delta")):
+        if chunking.rows and (self.dedupe != "off" or self.mode == "delta"):
             field = "mode" if self.dedupe == "off" else "dedupe"
             raise InvalidCommandError(
                 f"`{field}` is {getattr(self, field)}, which expects one row per id and text, but "
                 f"`chunking` is {self.chunking}, which makes several; omit one of them",
                 field=field,
-                allowed=["append", "overwrite"] if field == "mode" else ["off"],
+                allowed=["append", "upsert", "overwrite"] if field == "mode" else ["off"],
             )
         if self.truncate != "end":
             raise InvalidCommandError(

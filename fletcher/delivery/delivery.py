@@ -279,7 +279,7 @@ class Delivery:
                 field="durability",
                 allowed=["store", "memory"],
             )
-        dedupe_by = None if options.dedupe == "off" else options.dedupe
+        dedupe_by: str | None = None if options.dedupe == "off" else options.dedupe
         if options.mode == "delta":
             dedupe_by = delta_kind(schema)
         return UploadTerms(

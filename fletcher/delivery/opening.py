@@ -91,7 +91,7 @@ class UploadOpener:
         destination = sink.committer.destination
         info = destination.store.dataset(destination.dataset) if mode == "upsert" else None
         if info is not None:
-            check_one_row_each(info.name, info.schema)
+            check_one_row_each(info.name, info.schema, schema)
 
     def settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
         """Rows of an upload that need not be sent again, by the store and the journal."""

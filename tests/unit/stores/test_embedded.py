@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import shutil
 import socket
 import subprocess
 import sys
@@ -577,6 +578,88 @@ def test_upsert_replaces_by_id_and_the_last_row_wins(tmp_path):
     assert found == {
         "id0": "text 0", "id1": "late 12", "id2": "text 2", "id3": "text 3", "new": "late 11",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_writer_notices_that_its_table_is_gone(tmp_path, anew):
+    """Rows went into a table that another program had made, and nobody was told."""
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 5)])
+    old = store.incarnation("d")
+    shutil.rmtree(tmp_path / "d.lance")
+    if anew:
+        other = open_store(f"lance:{tmp_path}")
+        other._database.create_table("d", schema=rows.schema())
+    with pytest.raises(StoreUnavailableError, match="deleted by another program"):
+        writer.append([rows.batch(5, 5)])
+    writer.close()
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(5, 5)])
+    assert store.dataset("d").num_rows == 5
+    assert store.incarnation("d") != old
+
+
+def chunks(*texts: tuple[str, int | None], version: str, key: str) -> pa.RecordBatch:
+    """Rows of texts, given by id and number of chunks; None for a failed text."""
+    made = []
+    for name, number in texts:
+        places = [None] if number is None else range(number)
+        made += [
+            {
+                "id": name,
+                "vector": None if place is None else [float(place or 0)] * 2,
+                "chunk_index": place,
+                "chunk_start": 0,
+                "chunk_end": 1,
+                "text": version,
+                "batch_key": key,
+            }
+            for place in places
+        ]
+    schema = pa.schema(
+        [
+            *[("id", pa.utf8()), ("vector", pa.list_(pa.float32(), 2))],
+            *[("chunk_index", pa.int32()), ("chunk_start", pa.int64()), ("chunk_end", pa.int64())],
+            *[("text", pa.utf8()), ("batch_key", pa.utf8())],
+        ]
+    )
+    return pa.RecordBatch.from_pylist(made, schema)
+
+
+def test_all_chunks_of_a_text_are_replaced(tmp_path):
+    """Documents in chunks could not be replaced at all."""
+    store = open_store(f"lance:{tmp_path}")
+    first = chunks(("a", 3), ("it's", 2), ("c", 1), ("d", None), version="old", key="u:0-3")
+    writer = store.open_writer("d", first.schema, "upsert")
+    writer.append([first])
+
+    def stored() -> list[tuple[str, int | None, str]]:
+        found = store.scan("d").read_all().to_pylist()
+        return sorted(((one["id"], one["chunk_index"], one["text"]) for one in found), key=str)
+
+    assert len(stored()) == 7
+    # Fewer chunks, more chunks, twice in one append, a failed text replaced and a new one.
+    writer.append(
+        [
+            chunks(("a", 1), ("it's", 4), version="new", key="u:4-5"),
+            chunks(("d", 2), ("e", 2), ("e", 1), version="new", key="u:6-8"),
+        ]
+    )
+    expected = [
+        ("a", 0, "new"),
+        ("c", 0, "old"),
+        *[("d", 0, "new"), ("d", 1, "new"), ("e", 0, "new")],
+        *[("it's", place, "new") for place in range(4)],
+    ]
+    assert stored() == sorted(expected, key=str)
+    writer.append(
+        [chunks(("it's", None), ("d", None), ("d", None), version="failed", key="u:9-11")]
+    )
+    expected = [one for one in expected if one[0] not in ("it's", "d")]
+    expected += [("it's", None, "failed"), ("d", None, "failed")]
+    assert stored() == sorted(expected, key=str)
+    writer.close()
 
 
 def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
