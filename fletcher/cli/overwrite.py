@@ -107,11 +107,12 @@ def _stores(config: ServeConfig) -> Iterator[tuple[str, Store]]:
 
 
 def _upload_id(store: Store, name: str) -> str | None:
+    from fletcher.core.owner import plain_id
     from fletcher.core.schema import parse_batch_key
 
     first = store.scan(name, columns=["batch_key"], limit=1).read_all().column("batch_key")
     parsed = parse_batch_key(first[0].as_py()) if len(first) else None
-    return parsed[0] if parsed else None
+    return plain_id(parsed[0]) if parsed else None
 
 
 def _drop_journal(root: Path, address: str, name: str) -> int:

@@ -7,10 +7,12 @@ declared as annotations of the fields.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
 import typing
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,6 +21,7 @@ import msgspec
 from msgspec import Meta, inspect
 
 from fletcher.core.chunking import METHODS, Chunking
+from fletcher.core.owner import owned_id
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -115,6 +118,18 @@ class EmbedCommand:
             raise InvalidCommandError(f"`columns` names `{twice}` twice", field="columns")
         self._check_chunking()
         self._check_duplicates()
+
+    def owned_by(self, owner: str) -> EmbedCommand:
+        """This command with the id that an owner's upload has in journal and stores.
+
+        An empty `owner` is anonymous, and changes nothing.
+        """
+        if not owner:
+            return self
+        owned = copy.copy(self)
+        upload_id = owned_id(self.upload_id or uuid.uuid4().hex, owner)
+        object.__setattr__(owned, "upload_id", upload_id)  # no client can send such an id
+        return owned
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> EmbedCommand:

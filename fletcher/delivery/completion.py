@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from fletcher.core.owner import plain_id
 from fletcher.delivery.actions import Staged
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
@@ -73,7 +74,7 @@ class UploadCompletion:
         """
         if not sink.wait_idle(self._timeout_s):
             raise StoreUnavailableError(
-                f"the store has not taken all rows of upload {upload.upload_id!r} yet, and dataset "
+                f"the store has not taken all rows of upload {plain_id(upload.upload_id)!r} yet, and dataset "
                 f"`{upload.dataset}` has its old rows; resume the upload later",
                 field="store",
             )
@@ -86,7 +87,7 @@ class UploadCompletion:
             self._wait(live.committer.request_replacement(staged))
         elif not is_replaced_by(store.incarnation(upload.dataset), upload.upload_id):
             raise StoreUnavailableError(
-                f"the staged rows of upload {upload.upload_id!r} are gone; send the upload again",
+                f"the staged rows of upload {plain_id(upload.upload_id)!r} are gone; send the upload again",
                 field="upload_id",
             )
         upload.note_replaced(store.incarnation(upload.dataset))
@@ -110,6 +111,6 @@ class UploadCompletion:
 def _lost(upload: Upload) -> UploadConflictError:
     return UploadConflictError(
         f"dataset `{upload.dataset}` was overwritten or deleted, and the rows of upload "
-        f"{upload.upload_id!r} are gone; send the whole upload again",
+        f"{plain_id(upload.upload_id)!r} are gone; send the whole upload again",
         field="upload_id",
     )

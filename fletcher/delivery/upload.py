@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from fletcher.core.owner import plain_id
 from fletcher.core.ranges import RangeSet
 from fletcher.errors import FletcherError, UploadConflictError
 from fletcher.stores.base import WriteMode
@@ -55,6 +56,7 @@ class Upload:
     """One upload. Thread-safe.
 
     Attributes:
+        upload_id: Its id in journal and stores, see `core.owner`.
         changed: Notified whenever rows are taken in, acknowledged or settled, and when the upload
             fails.
         failure: The error that ended the upload; None while it has not failed.
@@ -190,7 +192,7 @@ class Upload:
     def pending(self) -> int:
         """Number of rows that are taken in and not yet settled.
 
-        Journaled rows and rows that the store refused count as well.
+        Journaled rows count as well.
         """
         with self.changed:
             return self._claimed.count - self._settled.count
@@ -226,7 +228,7 @@ class Upload:
                 errors.insert(0, {"row": None, "id": None, **_brief(self.failure)})
             return {
                 "type": "summary",
-                "upload_id": self.upload_id,
+                "upload_id": plain_id(self.upload_id),
                 "complete": self.complete and self.failure is None,
                 **self.counts(),
                 "rows_deduplicated": self._rows_deduplicated,
@@ -300,8 +302,8 @@ class Upload:
 
 def terms_conflict(dataset: str, upload_id: str) -> UploadConflictError:
     return UploadConflictError(
-        f"upload {upload_id!r} into `{dataset}` was begun with another schema, model, mode, "
-        "dedupe or durability; finish it as begun, or choose another `upload_id`",
+        f"upload {plain_id(upload_id)!r} into `{dataset}` was begun with another schema, model, "
+        "mode, dedupe or durability; finish it as begun, or choose another `upload_id`",
         field="upload_id",
     )
 

@@ -13,6 +13,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
 from fletcher.flight.commands import parse_list_models
 from fletcher.flight.embed_action import embed
+from fletcher.flight.middleware import upload_owner
 from fletcher.flight.requests import (
     AliasRequest,
     ModelRequest,
@@ -92,8 +93,11 @@ def _ready(service: Service, _body: bytes, _caller: Caller) -> dict[str, Any]:
     return {"ready": ready, "model": service.models.default.name}
 
 
-def _upload_status(service: Service, body: bytes, _caller: Caller) -> dict[str, Any]:
-    return service.delivery.upload_status(EmbedCommand.from_mapping(parse_json(body)))
+def _upload_status(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
+    command = EmbedCommand.from_mapping(parse_json(body))
+    if command.upload_id is not None:
+        command = command.owned_by(upload_owner(caller))
+    return service.delivery.upload_status(command)
 
 
 def _list_models(service: Service, body: bytes, _caller: Caller) -> bytes:

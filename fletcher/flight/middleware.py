@@ -11,6 +11,7 @@ from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand
+from fletcher.core.owner import certificate_owner, token_owner
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.serving.callers import Caller
@@ -57,13 +58,16 @@ def _read_tokens(path: Path) -> tuple[str, ...]:
 
 
 class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Middleware that refuses calls without an accepted bearer token."""
+    """Middleware that refuses calls without an accepted bearer token.
+
+    It tells the handler whose token it is.
+    """
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         super().__init__()
         self._tokens = [token.encode() for token in tokens]
 
-    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Owner:
         """Check one call's token, in constant time. Raises FlightUnauthenticatedError."""
         values = headers.get("authorization") or headers.get("Authorization") or [""]
         scheme, _, token = values[0].partition(" ")
@@ -78,6 +82,13 @@ class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         if not any(matches):
             error = UnauthenticatedError("the token is not valid", field="authorization")
             raise to_flight_error(error)
+        return _Owner(token_owner(token.strip().encode()))
+
+
+class _Owner(flight.ServerMiddleware):  # type: ignore[misc]
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
 
 
 class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
@@ -100,6 +111,18 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         """The trace named in the headers, if traces are recorded."""
         trace = self._telemetry.extract(headers)
         return None if trace is None else _Trace(trace)
+
+
+def upload_owner(caller: Caller) -> str:
+    """The owner of a caller's uploads; empty: anonymous.
+
+    It is the caller's token, else its certificate.
+    """
+    middleware = caller.get_middleware("token")
+    if middleware is not None:
+        return str(middleware.owner)
+    subject = caller.peer_identity()
+    return certificate_owner(subject) if subject else ""
 
 
 def embed_call(

@@ -11,7 +11,7 @@ from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import CancelledError, DrainingError
-from fletcher.flight.middleware import embed_call
+from fletcher.flight.middleware import embed_call, upload_owner
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.callers import Caller
@@ -26,6 +26,7 @@ def put(service: Service, command: EmbedCommand, caller: Caller, reader: Any, wr
 
     The call's own thread reads and submits batches. A second thread writes acknowledgements.
     """
+    command = command.owned_by(upload_owner(caller))
     with StoreSession(service, embed_call("do_put", command, caller)) as session:
         session.open_input(read_schema(reader))
         # Wait first: a client that sends nothing takes no stream and creates no dataset.

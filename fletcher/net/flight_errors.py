@@ -70,6 +70,12 @@ STORE_ERRORS: _Table = (
     ((pa.ArrowInvalid, pa.ArrowKeyError), errors.RequestError, "the store refused {}"),
     ((BaseException,), errors.StoreUnavailableError, "the store failed while {}"),
 )
+# Parts of the messages of errors that a server sent. pyarrow raises the same exceptions for an
+# answer that it cannot read; these say nothing about the request.
+_SENT = re.compile(
+    r"^(Flight|gRPC) returned [\w ]+ error|Detail: Python exception|gRPC client debug context: "
+    "(INVALID_ARGUMENT|NOT_FOUND|ALREADY_EXISTS|OUT_OF_RANGE|FAILED_PRECONDITION|UNIMPLEMENTED)"
+)
 # pyarrow has no class for RESOURCE_EXHAUSTED. It raises ArrowInvalid, as for a refused request.
 _EXHAUSTED = "gRPC returned resource exhausted error"
 
@@ -177,6 +183,8 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
     if str(exc).startswith(_EXHAUSTED):
         return errors.OverloadedError(f"the store is overloaded, {what}: {text}", field="store")
     kind, words = next(row[1:] for row in STORE_ERRORS if isinstance(exc, row[0]))
+    if kind is errors.RequestError and not _SENT.search(str(exc)):
+        kind, words = errors.StoreUnavailableError, "the store's answer cannot be read, {}"
     return kind(f"{words.format(what)}: {text}", field="store")
 
 

@@ -35,7 +35,7 @@ def vector_spec(
             `dtype`, `output` or `prompt` of the command.
     """
     dtypes = _check_output(model, options, dtypes)
-    dims = model.dim if options.dims is None else options.dims
+    dims = model.usual_dims if options.dims is None else options.dims
     _check_dims(model, dims, rules)
     layers = model.num_layers if options.layers is None else options.layers
     _check_layers(model, layers)

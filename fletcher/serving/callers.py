@@ -59,6 +59,10 @@ class Caller:
         """The call's middleware of that name, if any."""
         return self._context.get_middleware(name)
 
+    def peer_identity(self) -> bytes:
+        """Name in the client's certificate; empty if it sent none."""
+        return bytes(self._context.peer_identity() or b"")
+
     def peer(self) -> str:
         """The client's address in gRPC's form."""
         return str(self._context.peer())

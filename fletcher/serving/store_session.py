@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fletcher.core.chunking import AGGREGATIONS
 from fletcher.core.command import EmbedCommand
+from fletcher.core.owner import plain_id
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
@@ -155,10 +156,10 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self.upload, self._sink = service.delivery.open_upload(self._command, self._output)
         upload = self.upload
         self._exits.callback(self._close_upload)
-        span.set_attributes(dataset=upload.dataset, upload_id=upload.upload_id)
+        span.set_attributes(dataset=upload.dataset, upload_id=plain_id(upload.upload_id))
         in_memory = self._command.durability == "memory"
         covers = (lambda _first, _last: True) if in_memory else upload.covers
-        self._acks = AckQueue(upload.upload_id, covers)
+        self._acks = AckQueue(plain_id(upload.upload_id), covers)
         self._skip = None
         if upload.dedupe_by is not None:
             self._skip = DedupePrefilter(self._sink.dedupe_index, upload).find_duplicates
@@ -258,7 +259,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         return new
 
     def _deliver(self) -> None:
-        for result in self._session.results(self.upload.upload_id):
+        for result in self._session.results(plain_id(self.upload.upload_id)):
             self._deliver_slice(result)
             del result  # free its memory: the next result may take long
         self._sink.flush()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +23,14 @@ class FlatTokens:
         starts: int64 [num_texts], index of each text's first token in `input_ids`.
         totals: int64 [num_texts], number of each text's tokens in `input_ids`.
         exact: bool [num_texts], whether `input_ids` has all tokens of a text.
+        errors: Errors of texts that were not tokenized.
     """
 
     input_ids: Int32Array
     starts: Int64Array
     totals: Int64Array
     exact: BoolArray
+    errors: Mapping[int, FletcherError] = field(default_factory=dict)
 
     def framed(
         self,
@@ -49,15 +52,19 @@ class FlatTokens:
         room = limit - num_special
         truncated: BoolArray = self.totals > room
         kept = np.minimum(self.totals, room)
-        errors: dict[int, FletcherError] = {}
+        errors: dict[int, FletcherError] = dict(self.errors)
         there = np.arange(len(kept))  # texts that have tokens
         lengths = kept + num_special
-        if batch.truncate == "error" and truncated.any():
-            for row in np.flatnonzero(truncated).tolist():
+        failed = np.zeros_like(truncated)
+        failed[list(errors)] = True
+        if batch.truncate == "error":
+            for row in np.flatnonzero(truncated & ~failed).tolist():
                 total = int(self.totals[row]) + num_special
                 errors[row] = _too_long(total, bool(self.exact[row]), limit)
-            kept[truncated] = lengths[truncated] = 0
-            there, truncated = np.flatnonzero(~truncated), np.zeros_like(truncated)
+            failed |= truncated
+        if failed.any():
+            kept[failed] = lengths[failed] = 0
+            there, truncated = np.flatnonzero(~failed), truncated & ~failed
         starts = self.starts + (self.totals - kept if batch.truncate == "start" else 0)
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])

@@ -25,6 +25,8 @@ one unknown token for a word of more than `max_input_chars_per_word` characters.
 be replaced by its two ends, if each end is longer than this limit plus the longest added token.
 Runs of letters and digits are not shortened if an added token consists only of such characters.
 
+`fletcher.tokenization.gaps` divides texts for other tokenizers.
+
 tests/unit/tokenization compares all of this with the library on generated texts.
 
 Why no library: the `tokenizers` library tokenizes a text in full before it truncates.
@@ -39,8 +41,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fletcher.core.batches import BoolArray
+from fletcher.core.batches import BoolArray, Int64Array
+from fletcher.tokenization.gaps import Gaps
 
 _WHITESPACE = b" \t\n\r"
 _NO_BOUNDARIES = np.zeros(256, dtype=np.bool_)
@@ -56,12 +60,15 @@ class Shortener:
     Attributes:
         boundaries: bool [256], True for boundary bytes. All False if the proof does not hold for
             the tokenizer.
+        gaps: Rule for places to divide a text of a tokenizer without boundary bytes; None if there
+            is no such rule.
         run: Pattern of long runs. A run is replaced by the pattern's groups. None: runs are not
             shortened.
     """
 
     boundaries: BoolArray
     run: re.Pattern[bytes] | None
+    gaps: Gaps | None = None
 
     @classmethod
     def from_json(cls, tokenizer_json: str) -> Shortener:
@@ -69,7 +76,7 @@ class Shortener:
         spec = json.loads(tokenizer_json)
         added = [token["content"] for token in spec.get("added_tokens") or []]
         if not _is_bert(spec) or not all(map(_is_plain, spec.get("added_tokens") or [])):
-            return cls(_NO_BOUNDARIES, None)
+            return cls(_NO_BOUNDARIES, None, Gaps.from_json(spec))
         boundaries = _NO_BOUNDARIES.copy()
         boundaries[list(_WHITESPACE)] = True
         punctuation = set(string.punctuation).difference(*added)
@@ -98,7 +105,7 @@ class Shortener:
         part, is_cut = text, len(text) > size
         if is_cut:
             window = text[-size:] if from_end else text[: size + 1]
-            found = np.flatnonzero(self.boundaries[np.frombuffer(window, dtype=np.uint8)])
+            found = self._places(np.frombuffer(window, dtype=np.uint8))
             if not found.size:
                 part = text[:0]
             else:
@@ -106,6 +113,12 @@ class Shortener:
         if self.run is not None and len(part) > MIN_BYTES_FOR_RUNS:
             part = memoryview(self.run.sub(_kept, bytes(part)))
         return part, is_cut
+
+    def _places(self, text: npt.NDArray[np.uint8]) -> Int64Array:
+        """Indexes in `text` where it can be divided."""
+        if self.gaps is not None:
+            return self.gaps.places(text)
+        return np.flatnonzero(self.boundaries[text])
 
 
 def _is_bert(spec: dict[str, Any]) -> bool:

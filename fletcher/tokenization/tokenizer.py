@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from fletcher.core.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
-from fletcher.errors import InvalidCommandError, ModelError
+from fletcher.errors import FletcherError, InvalidCommandError, ModelError, RowTooLargeError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.chunker import TextTokens, cut
 from fletcher.tokenization.flat import FlatTokens, prompted
@@ -23,6 +23,10 @@ from fletcher.tokenization.words import Words
 # a token, so 8 nearly always suffice. Each further try takes 4 times as many.
 _FIRST_BYTES_PER_TOKEN = 8
 _GROWTH = 4
+# Most bytes that are tokenized at once of a text that cannot be divided, and most bytes for each
+# wanted token. The library takes about 200 bytes of memory for each byte of a text.
+_MAX_UNDIVIDED_BYTES = 1 << 20
+_MAX_BYTES_PER_TOKEN = 64
 # Up to this number of bytes, the library is faster than the many steps of `Words`.
 _MIN_BYTES_FOR_WORDS = 512
 # Up to this number of bytes, operations on whole arrays are no faster than Python lists.
@@ -188,6 +192,8 @@ class Tokenizer:
         starts, totals = np.zeros((2, batch.num_texts), np.int64)
         exact = np.ones(batch.num_texts, np.bool_)
         found: list[Int32Array] = []
+        errors: dict[int, FletcherError] = {}
+        most = max(_MAX_UNDIVIDED_BYTES, room * _MAX_BYTES_PER_TOKEN)
         rows, data, offsets = np.arange(batch.num_texts), batch.data, batch.offsets
         size = room * _FIRST_BYTES_PER_TOKEN
         while rows.size:
@@ -198,9 +204,13 @@ class Tokenizer:
             exact[rows] = ~is_cut
             found.append(ids)
             again = is_cut & (np.diff(ends) <= room)
+            if size >= most and self._words is None and again.any():
+                errors |= {row: _undivided(size) for row in rows[again].tolist()}
+                break
             rows, size = rows[again], size * _GROWTH
             data, offsets = _taken(data, offsets, again)
-        return FlatTokens(np.concatenate([np.zeros(0, np.int32), *found]), starts, totals, exact)
+        flat = np.concatenate([np.zeros(0, np.int32), *found])
+        return FlatTokens(flat, starts, totals, exact, errors)
 
     def _ids(self, data: bytes | memoryview, offsets: Int64Array) -> tuple[Int32Array, Int64Array]:
         """Does what `Words.tokenize` does, for any amount of text and any tokenizer."""
@@ -238,6 +248,13 @@ class Tokenizer:
             parts += [view[done:first], part]
             lengths[row], done = len(part), last
         return b"".join([*parts, view[done:]]), np.append(0, np.cumsum(lengths)), is_cut
+
+
+def _undivided(size: int) -> RowTooLargeError:
+    return RowTooLargeError(
+        f"`text` has {size:,} bytes with few tokens, or few places where it can be divided, such "
+        "as a space after a letter; tokenizing it would take too much memory: shorten it"
+    )
 
 
 def _decoded(data: bytes | memoryview, offsets: Int64Array) -> list[str]:

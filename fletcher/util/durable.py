@@ -7,6 +7,8 @@ maintained.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -34,6 +36,39 @@ def make_folder(path: Path) -> None:
         folder.mkdir(exist_ok=True)
         with contextlib.suppress(PermissionError):  # the parent belongs to another user
             sync_path(folder.parent)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename a folder to `target` durably; an old `target` gets the folder's name.
+
+    Both names change at once, so `target` is a complete folder at any time, and after a crash. On a
+    file system that cannot exchange names, a crash between two renames can leave no `target`.
+
+    Raises:
+        OSError: A folder cannot be renamed.
+    """
+    if not target.exists():
+        folder.rename(target)
+    elif not _exchange(folder, target):
+        aside = folder.with_name(f"{folder.name}.old")
+        target.rename(aside)
+        folder.rename(target)
+        aside.rename(folder)
+    sync_path(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two paths at once; False if the system cannot."""
+    at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 @contextlib.contextmanager

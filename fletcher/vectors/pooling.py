@@ -23,21 +23,33 @@ def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatAr
         token_embeddings: float32 [num_rows, length, dim]; values at padding are ignored.
         mask: bool [num_rows, length], True for tokens and False for the padding after them. Each
             row has at least one token.
-        pooling: `mean` of the tokens, `cls` for the first token, or `last_token`.
+        pooling: As in ModelSpec: a name, or several joined by `+`, whose results are concatenated.
 
     Returns:
-        float32 [num_rows, dim].
+        float32 [num_rows, dim], or several times as wide if poolings are joined.
     """
+    if "+" in pooling:
+        every = [pool(token_embeddings, mask, one) for one in pooling.split("+")]
+        return np.concatenate(every, axis=1)
     if pooling == "cls":
         return np.ascontiguousarray(token_embeddings[:, 0])
     if pooling == "last_token":
         last = mask.sum(axis=1) - 1
         return np.asarray(token_embeddings[np.arange(len(mask)), last], dtype=np.float32)
-    if pooling != "mean":
-        raise ValueError(f"`pooling` is {pooling!r}, expected mean, cls or last_token")
+    if pooling == "max":
+        seen = np.where(mask[:, :, None], token_embeddings, np.float32(-np.inf))
+        return np.asarray(seen.max(axis=1), dtype=np.float32)
     kept = np.where(mask[:, :, None], token_embeddings, np.float32(0))
-    total = kept.sum(axis=1, dtype=np.float32)
-    return np.asarray(total / mask.sum(axis=1, dtype=np.float32)[:, None], dtype=np.float32)
+    weights = mask.astype(np.float32)
+    if pooling == "weighted_mean":  # a token counts as often as its position, from 1
+        weights *= np.arange(1, mask.shape[1] + 1, dtype=np.float32)
+        kept = kept * weights[:, :, None]
+    total, count = kept.sum(axis=1, dtype=np.float32), weights.sum(axis=1)[:, None]
+    if pooling == "mean_sqrt_len":
+        count = np.sqrt(count)
+    elif pooling not in ("mean", "weighted_mean"):
+        raise ValueError(f"`pooling` is {pooling!r}, expected names of `spec.POOLINGS`")
+    return np.asarray(total / count, dtype=np.float32)
 
 
 def normalize(embeddings: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float32]]:

@@ -71,11 +71,11 @@ def authority(folder: Path, name: str) -> Pair:
     return pair
 
 
-def signed(folder: Path, name: str, ca: Pair) -> Pair:
-    """A certificate for 127.0.0.1 and localhost, signed by the CA."""
+def signed(folder: Path, name: str, ca: Pair, host: str = "localhost") -> Pair:
+    """A certificate for 127.0.0.1 and a host, signed by the CA."""
     pair = Pair(folder / f"{name}.pem", folder / f"{name}.key")
     request, extensions = folder / f"{name}.csr", folder / f"{name}.ext"
-    extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n", encoding="utf-8")
+    extensions.write_text(f"subjectAltName=DNS:{host},IP:127.0.0.1\n", encoding="utf-8")
     openssl(
         *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
         *("-subj", f"/CN={name}", "-out", request, "-keyout", pair.key),
@@ -145,6 +145,20 @@ def test_a_client_certificate_lets_in(mutual: Runtime, certificates: Certificate
     tls = TlsOptions(ca=certificates.ca.cert, cert=own.cert, key=own.key)
     with fletcher.connect(mutual.address, tls=tls) as client:
         assert client.ready()
+
+
+def test_an_upload_belongs_to_the_subject_of_its_certificate(
+    mutual: Runtime, certificates: Certificates, tmp_path: Path
+) -> None:
+    another = signed(tmp_path, "another", certificates.ca, "another.example")
+    options = fletcher.EmbedCommand(dataset="owned", upload_id="nightly")
+    found = []
+    for pair in (certificates.client, another, certificates.client):
+        tls = TlsOptions(ca=certificates.ca.cert, cert=pair.cert, key=pair.key)
+        with fletcher.connect(mutual.address, tls=tls) as client:
+            found.append(client.upload_status("nightly", "owned")["rows_durable"])
+            client.put(rows(0, 100), options)
+    assert found == [0, 0, 100]
 
 
 @pytest.mark.parametrize("who", ["nobody", "stranger"])

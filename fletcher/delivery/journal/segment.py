@@ -45,7 +45,7 @@ _END = _MARKER + bytes(4)  # last bytes of an Arrow stream that was closed
 _UNREADABLE = (pa.ArrowException, OSError, EOFError)
 _NOTE = struct.Struct("<Q")
 _ANY_MARKER = re.compile(b"(?=%b)" % _MARKER)
-_CLAIM = re.compile(rb'\{"upload_id": "([\w-]+)", "first": (\d+), "last": (\d+)')
+_CLAIM = re.compile(rb'\{"upload_id": "([\w.-]+)", "first": (\d+), "last": (\d+)')
 
 
 @dataclass(frozen=True, slots=True)

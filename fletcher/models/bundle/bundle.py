@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from fletcher.core.schema import SPARSE_WIDTH
 from fletcher.errors import ModelError
 from fletcher.models.bundle.calibration import CALIBRATION, Calibration
 from fletcher.models.bundle.files import check_name, convert_json, is_inside, read_json, sha256
-from fletcher.models.bundle.spec import MANIFEST, ModelSpec, Natural
+from fletcher.models.bundle.spec import FORMAT, MANIFEST, ModelSpec, Natural
 from fletcher.models.checkpoint.markers import Queries, Skipped
 
-FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
 # Names of the hidden states between the blocks of a model with exits: as a block's output, and as
@@ -129,6 +129,15 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
         """Whether the graph normalizes embeddings and returns their norms as `norm`."""
         return "norm" in self.outputs
 
+    def differences(self, other: ModelSpec, without: Sequence[str] = ()) -> list[str]:
+        """Names of the fields of the description that differ, except those in `without`."""
+        fields = {one.name: one.encode_name for one in msgspec.structs.fields(ModelSpec)}
+        return [
+            encoded
+            for name, encoded in fields.items()
+            if name not in without and getattr(self, name) != getattr(other, name)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Dict of the fields and paths that `fletcher model show` prints."""
         spec = msgspec.structs.fields(ModelSpec)
@@ -153,9 +162,11 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
                 Or a file is missing or has the wrong size or, with `verify`, the wrong SHA-256.
         """
         fields = read_json(folder / MANIFEST)
-        if (version := fields.pop("format", None)) != FORMAT:
+        version = fields.pop("format", None)
+        if type(version) is not int or not 1 <= version <= FORMAT:
             raise ModelError(
-                f"{MANIFEST}: `format` is {version!r}, expected {FORMAT}{_ADD_AGAIN}",
+                f"{MANIFEST}: `format` is {repr(version)[:200]}, expected 1 to {FORMAT}; add the "
+                "model again with `fletcher model add`, or update Fletcher",
                 field="format",
             )
         manifest = convert_json(fields, _Manifest, MANIFEST, _ADD_AGAIN)
@@ -169,7 +180,8 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
                 )
         num_bytes = sum(_check_file(folder, *entry, verify=verify) for entry in files.items())
         ranges = folder / CALIBRATION if CALIBRATION in files else None
-        actual_hash = manifest.vector_hash(files[TOKENIZER]["sha256"])
+        digest = files[TOKENIZER]["sha256"]
+        actual_hash = manifest.vector_hash(digest, bundle_format=version)
         if manifest.hash != actual_hash:
             raise ModelError(
                 f"{MANIFEST} was changed: `hash` is {manifest.hash!r}, its fields give "

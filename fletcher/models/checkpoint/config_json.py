@@ -5,7 +5,8 @@ msgspec is not used, because families name the same value differently, and null 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypedDict
 
@@ -14,6 +15,14 @@ from fletcher.models.bundle.files import invalid_choice, invalid_value
 from fletcher.models.onnx.encoder import ACTIVATIONS
 
 Config = Mapping[str, Any]
+
+_MAX_NUMBER = 2**31  # larger numbers would overflow in NumPy and ONNX
+
+# Advice for a model that Fletcher writes no graph for: `sources.onnx` takes such a file.
+EXPORT = (
+    "export the model with its pooling to ONNX, with the inputs `input_ids` and `attention_mask` "
+    "and the output `sentence_embedding`, and add that file"
+)
 
 
 class Sizes(TypedDict):
@@ -57,7 +66,7 @@ def sizes(
 
     hidden, num_heads = number("hidden_size"), number("num_attention_heads")
     if head_dim:
-        head_dim = positive({"head_dim": head_dim, **config}, "head_dim")
+        head_dim = positive(config, "head_dim", default=head_dim)
     elif hidden % num_heads:
         heads = names.get("num_attention_heads", "num_attention_heads")
         raise ModelError(
@@ -77,16 +86,30 @@ def sizes(
     }
 
 
-def positive(config: Config, *keys: str) -> int:
+def positive(config: Config, *keys: str, default: int | None = None) -> int:
     """Read an integer of at least 1 under the first of `keys` that is not null.
 
+    Without such a key, the result is `default`.
+
     Raises:
-        ModelError: The value is missing, or is not such an integer.
+        ModelError: The value is not such an integer, or is missing and there is no `default`.
     """
     key = next((one for one in keys if config.get(one) is not None), keys[0])
-    value = config.get(key)
-    if type(value) is not int or value < 1:
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or not 1 <= value < _MAX_NUMBER:
         raise invalid_value("config.json", key, value, "at least 1")
+    return value
+
+
+def flag(config: Config, key: str, *, default: bool) -> bool:
+    """Read a boolean; `default` if it is missing or null.
+
+    Raises:
+        ModelError: The value is no boolean.
+    """
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not bool:
+        raise invalid_value("config.json", key, value, "true or false")
     return value
 
 
@@ -97,7 +120,7 @@ def pad_token_id(config: Config, default: int) -> int:
         ModelError: The value is not an integer of at least 0.
     """
     value = default if config.get("pad_token_id") is None else config["pad_token_id"]
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < _MAX_NUMBER:
         raise invalid_value("config.json", "pad_token_id", value, "a token id")
     return value
 
@@ -139,8 +162,7 @@ def only(config: Config, **wanted: Any) -> None:
     """
     for key, value in wanted.items():
         if config.get(key) not in (None, value):
-            remedy = "such models are not supported: export one to ONNX and add that file"
-            expected = f"{value!r}; {remedy}"
+            expected = f"{value!r}; Fletcher writes no graph for other models: {EXPORT}"
             raise invalid_value("config.json", key, config[key], expected, [value])
 
 
@@ -159,12 +181,19 @@ def activation(config: Config, key: str, default: str, **names: str) -> str:
     return value
 
 
-def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:
+def theta(
+    config: Config,
+    default: float,
+    *keys: str,
+    layers: str = "",
+    kinds: Sequence[str] = ("default",),
+) -> float:
     """Read theta of rotary positions.
 
     Theta is taken from `rope_parameters` or `rope_scaling`, else from the first of `keys` that is
     not null, else from `default`. `layers` is the kind of layer to read theta for, if
-    `rope_parameters` has separate values for each kind of layer.
+    `rope_parameters` has separate values for each kind of layer. `kinds` are the kinds of scaling
+    that the family supports.
 
     Raises:
         ModelError: Theta is invalid, positions are scaled, or only a part of each head is rotated.
@@ -174,12 +203,12 @@ def theta(config: Config, default: float, *keys: str, layers: str = "") -> float
         rope = config.get(key) or {}
         rope = rope.get(layers, rope) if isinstance(rope, dict) else {"rope_type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind not in kinds:
             raise ModelError(
-                f"config.json: `{key}` is of type {kind!r}, expected default; rotary positions "
-                "are not scaled here: export the model to ONNX and add that file",
+                f"config.json: `{key}` is of type {kind!r}, expected {' or '.join(kinds)}; "
+                f"other rotary positions are not supported: {EXPORT}",
                 field=key,
-                allowed=["default"],
+                allowed=kinds,
             )
         only(rope, partial_rotary_factor=1.0)
         value = rope.get("rope_theta", value)
@@ -187,3 +216,45 @@ def theta(config: Config, default: float, *keys: str, layers: str = "") -> float
     if type(value) not in (int, float) or value <= 0:
         raise invalid_value("config.json", "rope_theta", value, "a number above 0")
     return float(value)
+
+
+def yarn(config: Config) -> tuple[float, ...]:
+    """Read the scaling of rotary positions; empty if they are not scaled.
+
+    The factor is fixed, so a text's vector does not depend on the lengths of other texts.
+
+    Raises:
+        ModelError: A number is missing or invalid.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "yarn":
+            continue
+
+        def number(name: str, default: float | None = None, rope: Config = rope) -> float:
+            value: Any = default if rope.get(name) is None else rope[name]
+            if type(value) not in (int, float) or not 0 < value < 1e9:
+                raise invalid_value("config.json", name, value, "a number above 0")
+            return float(value)
+
+        factor = number("factor")
+        mscale = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            only(rope, mscale=rope["mscale_all_dim"])  # their ratio is the factor of cosines
+            mscale = 1.0
+        known = """
+            rope_type type rope_theta factor attention_factor beta_fast beta_slow mscale
+            mscale_all_dim original_max_position_embeddings truncate partial_rotary_factor
+        """
+        for name, value in rope.items():
+            if name not in known.split():
+                raise invalid_value("config.json", name, value, f"absent from `{key}`")
+        return (
+            factor,
+            number("original_max_position_embeddings", config.get("max_position_embeddings")),
+            number("beta_fast", 32),
+            number("beta_slow", 1),
+            number("attention_factor", mscale),
+            float(flag(rope, "truncate", default=True)),
+        )
+    return ()

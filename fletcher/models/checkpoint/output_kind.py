@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle.files import invalid_value, read_json, read_optional_json
+from fletcher.models.bundle.files import damage_named, invalid_value, read_json
 from fletcher.models.bundle.spec import Output
 from fletcher.models.checkpoint.markers import Queries, Skipped
+from fletcher.models.checkpoint.modules import check_known
+from fletcher.models.checkpoint.tokenizer_files import TokenizerFiles
 
 # File that the library of the original ColBERT writes beside a model.
 COLBERT = "artifact.metadata"
+# Settings that PyLate adds to config_sentence_transformers.json.
+MULTI_SETTINGS = (
+    *("query_prefix", "document_prefix", "query_length", "document_length"),
+    *("attend_to_expansion_tokens", "do_query_expansion", "skiplist_words"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,10 @@ class OutputKind:
 
 
 def read_kind(
-    folder: Path, modules: Mapping[str, Sequence[str]], settings: Mapping[str, Any], tokenizer: Path
+    folder: Path,
+    modules: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+    tokenizer: TokenizerFiles,
 ) -> OutputKind:
     """Find out which kind of vectors a checkpoint gives.
 
@@ -58,31 +67,19 @@ def read_kind(
     if "SpladePooling" in modules:
         return _splade(folder / modules["SpladePooling"][0] / "config.json")
     if (folder / COLBERT).is_file():
-        return _colbert(read_json(folder / COLBERT), tokenizer)
-    if "Dense" in modules and "Pooling" not in modules:
-        return _pylate(settings, tokenizer)
+        with damage_named(COLBERT):
+            return _colbert(read_json(folder / COLBERT), tokenizer)
+    if "Dense" in modules and not {"Pooling", "StaticEmbedding"} & modules.keys():
+        with damage_named("config_sentence_transformers.json"):
+            return _pylate(settings, tokenizer)
     return OutputKind()
-
-
-def with_markers(tokenizer: Path, markers: Sequence[str]) -> str:
-    """Content of tokenizer.json with added markers, each of which is always one token."""
-    content = read_json(tokenizer)
-    vocabulary = _vocabulary(content, tokenizer.name)
-    known = {one["content"] for one in content.get("added_tokens", [])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": vocabulary[marker], "content": marker, **flags, "special": True}
-        for marker in markers
-        if marker not in known
-    ]
-    content["added_tokens"] = sorted(
-        [*content.get("added_tokens", []), *added], key=lambda one: int(one["id"])
-    )
-    return json.dumps(content, ensure_ascii=False)
 
 
 def _splade(path: Path) -> OutputKind:
     config = read_json(path)
+    widths = ("embedding_dimension", "word_embedding_dimension", "chunk_size")
+    known = ("pooling_strategy", "activation_function", *widths)
+    check_known(f"{path.parent.name}/config.json", config, known)
     for key, wanted in (("pooling_strategy", "max"), ("activation_function", "relu")):
         if config.get(key, wanted) != wanted:
             place = f"{path.parent.name}/config.json"
@@ -90,9 +87,9 @@ def _splade(path: Path) -> OutputKind:
     return OutputKind("sparse")
 
 
-def _colbert(config: Mapping[str, Any], tokenizer: Path) -> OutputKind:
+def _colbert(config: Mapping[str, Any], tokenizer: TokenizerFiles) -> OutputKind:
     width, query, document = (config.get(key) for key in ("dim", "query_token_id", "doc_token_id"))
-    vocabulary = _vocabulary(read_json(tokenizer), tokenizer.name)
+    vocabulary = tokenizer.vocabulary
     if type(width) is not int or width < 1 or not {query, document} <= vocabulary.keys():
         raise ModelError(
             f"{COLBERT}: `dim` is {width!r}, `query_token_id` {query!r} and `doc_token_id` "
@@ -115,9 +112,9 @@ def _colbert(config: Mapping[str, Any], tokenizer: Path) -> OutputKind:
     )
 
 
-def _pylate(settings: Mapping[str, Any], tokenizer: Path) -> OutputKind:
+def _pylate(settings: Mapping[str, Any], tokenizer: TokenizerFiles) -> OutputKind:
     query, document = settings.get("query_prefix"), settings.get("document_prefix")
-    vocabulary = _vocabulary(read_json(tokenizer), tokenizer.name)
+    vocabulary = tokenizer.vocabulary
     if not {query, document} <= vocabulary.keys():
         raise ModelError(
             "modules.json lists a Dense layer and no Pooling, as token-vector models have it, but "
@@ -155,9 +152,9 @@ def _length(config: Mapping[str, Any], key: str, default: int) -> int:
     return length
 
 
-def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
+def _filler(tokenizer: TokenizerFiles, vocabulary: Mapping[str, int]) -> int:
     """Find the id of the mask token, which fills short queries."""
-    named = read_optional_json(tokenizer.with_name("tokenizer_config.json")).get("mask_token")
+    named = tokenizer.settings.get("mask_token")
     word = named.get("content") if isinstance(named, dict) else named
     for known in (str(word), "[MASK]", "<mask>"):
         if known in vocabulary:
@@ -167,15 +164,3 @@ def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
         "tokenizer_config.json as `mask_token`",
         field="mask_token",
     )
-
-
-def _vocabulary(tokenizer: Mapping[str, Any], name: str) -> dict[str, int]:
-    model = tokenizer.get("model", {})
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict):
-        raise ModelError(
-            f"{name}: `model.vocab` is missing or no object, expected the ids of words: markers of "
-            "queries are looked up there"
-        )
-    added = {str(one["content"]): int(one["id"]) for one in tokenizer.get("added_tokens", [])}
-    return {**vocabulary, **added}

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, mapped from one or several safetensors files.
+"""Weights of a checkpoint, mapped from one or several files.
 
 The `safetensors` package is not used, because it cannot read bfloat16 into NumPy arrays. A file has
 8 bytes with the header's length, a JSON header and raw data:
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.files import is_inside, read_json
+from fletcher.models.checkpoint.pickled import PickledFile
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -36,16 +38,26 @@ class Weights:
     """
 
     def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:
-        self._places: dict[str, tuple[SafetensorsFile, str]] = {}
+        self._places: dict[str, tuple[SafetensorsFile | PickledFile, str]] = {}
         self._digests: dict[str, str] = {}
         for file in _weight_files(folder):
-            tensors = SafetensorsFile(folder / file)
-            for stored in tensors.names():
+            is_pickled = file.endswith(".bin")
+            tensors = (PickledFile if is_pickled else SafetensorsFile)(folder / file)
+            for stored in tensors.tensor_names():
                 self._places[_canonical(stored, prefixes)] = (tensors, stored)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has a tensor called `name`."""
         return name in self._places
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises ModelError if its entry is damaged."""
+        file, stored = self._places[name]
+        return file.tensor_shape(stored)
+
+    def tensor_names(self) -> list[str]:
+        """Sorted names of all tensors."""
+        return sorted(self._places)
 
     def unread(self) -> list[str]:
         """Sorted names of the tensors that were not read yet."""
@@ -103,7 +115,7 @@ class SafetensorsFile:
                 raise self._broken("its header is cut off")
             try:
                 header = json.loads(file.read(length))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise self._broken("its header is no JSON") from None
         if not isinstance(header, dict):
             raise self._broken("its header is no JSON object")
@@ -115,8 +127,12 @@ class SafetensorsFile:
             else np.empty(0, np.uint8)
         )
 
-    def names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         return sorted(self._entries)
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises ModelError if its entry in the header is damaged."""
+        return self._entry(name)[1]
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """Read one tensor as float32; a tensor stored as float32 is a view of the file.
@@ -125,12 +141,7 @@ class SafetensorsFile:
             ModelError: The tensor's entry in the header is damaged or points outside of the file,
                 or its element type is not a supported floating-point type.
         """
-        try:
-            entry = self._entries[name]
-            kind, shape = str(entry["dtype"]), [int(size) for size in entry["shape"]]
-            begin, end = (int(one) for one in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise self._broken(f"its entry for tensor `{name}` is invalid") from None
+        kind, shape, begin, end = self._entry(name)
         if kind not in _DTYPES:
             raise ModelError(
                 f"tensor `{name}` of {self._name} has type {kind}, expected one of "
@@ -138,7 +149,7 @@ class SafetensorsFile:
                 allowed=list(_DTYPES),
             )
         dtype = _DTYPES[kind]
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         fits = 0 <= begin <= end <= len(self._data) and end - begin == count * dtype.itemsize
         if not fits or min(shape, default=0) < 0:
             raise self._broken(f"tensor `{name}` does not lie inside the file")
@@ -148,23 +159,43 @@ class SafetensorsFile:
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32, copy=False)
 
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
+        """Element type, shape, and first and end byte of a tensor."""
+        try:
+            entry = self._entries[name]
+            kind, shape = str(entry["dtype"]), tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise self._broken(f"its entry for tensor `{name}` is invalid") from None
+        if not all(type(one) is int for one in (*shape, begin, end)):
+            raise self._broken(f"its entry for tensor `{name}` is invalid")
+        return kind, shape, begin, end
+
     def _broken(self, why: str) -> ModelError:
         return ModelError(f"{self._name} is not a whole safetensors file: {why}; get it again")
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for name in names:
-            if not is_inside(name) or not (folder / name).is_file():
-                raise ModelError(f"{index.name} names {name}, which is missing; get it again")
-        return names
+    """Names of the files with the weights; safetensors are preferred to pickles."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / file).is_file():
+            return [file]
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(type(one) is str for one in places.values()):
+                raise ModelError(f"{index.name}: `weight_map` is missing or no object of names")
+            names = sorted(set(places.values()))
+            for name in names:
+                inside = is_inside(name) and name.endswith(Path(file).suffix)
+                if not inside or not (folder / name).is_file():
+                    raise ModelError(
+                        f"{index.name} names {name[:200]}, which is missing; get it again"
+                    )
+            return names
     raise ModelError(
-        "model.safetensors is missing; convert a checkpoint in another format (pytorch_model.bin) "
-        "once with transformers' save_pretrained, which writes safetensors"
+        f"{folder.name or 'the checkpoint'} has neither model.safetensors nor pytorch_model.bin; "
+        "convert weights in another format once with transformers' save_pretrained"
     )
 
 

@@ -67,6 +67,9 @@ class Architecture(Style):
         causal: Whether a token attends only to itself and earlier tokens.
         rotary: Theta of rotary positions for each layer; empty if the model has no rotary
             positions.
+        yarn: Scaling of rotary positions by YaRN (https://arxiv.org/abs/2309.00071): factor, number
+            of positions before scaling, fast and slow number of rotations, factor of sines and
+            cosines, and 1 for whole numbers as bounds. Empty if positions are not scaled.
         windows: For each layer, the number of tokens on each side that a token attends to; 0 means
             all tokens. Empty if all layers attend to all tokens.
         distance_bias: Bias added to attention scores, depending on the distance of two tokens.
@@ -91,6 +94,7 @@ class Architecture(Style):
     head_norm: bool = False
     causal: bool = False
     rotary: tuple[float, ...] = ()
+    yarn: tuple[float, ...] = ()
     windows: tuple[int, ...] = ()
     distance_bias: Literal["", "alibi", "buckets"] = ""
     norm_of_first: bool = True

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle.spec import Pooling
 from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
@@ -49,8 +48,8 @@ class MaskedHead:
         if not weights.has(f"{_STORED}transform.dense.weight"):
             raise ModelError(
                 f"the checkpoint has no tensor `{_STORED}transform.dense.weight`, expected BERT's "
-                "head for masked tokens, which makes sparse vectors; export another model to ONNX "
-                "and add that file"
+                "head for masked tokens, which makes sparse vectors; sparse models of other "
+                "families are not supported"
             )
 
         def read(name: str, *shape: int) -> Array:
@@ -84,7 +83,7 @@ class SparseWriter(TransformerWriter):
         self.masked = masked
 
     def head(
-        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+        self, hidden: str, mask: str, pooling: str, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
         graph, masked = self.graph, self.masked
         value = self.encoder.dense(hidden, masked.transform, "weights.transform")
@@ -116,7 +115,7 @@ class TokenWriter(TransformerWriter):
     """
 
     def head(
-        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+        self, hidden: str, mask: str, pooling: str, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
         graph = self.graph
         value, width = self.encoder.denses(hidden, dense, self.architecture.hidden)

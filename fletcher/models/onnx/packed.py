@@ -40,7 +40,8 @@ FAMILIES = ("bert", "distilbert", "roberta")
 
 def can_pack(bundle: ModelBundle) -> bool:
     """Whether a graph without padding can be written for a model's family and output."""
-    return bundle.family in FAMILIES and bundle.output == "dense"
+    poolings = ("mean", "cls", "last_token")
+    return bundle.family in FAMILIES and bundle.output == "dense" and bundle.pooling in poolings
 
 
 INPUTS = ("input_ids", "position_ids", "token_offset", "cumulative_sequence_length")

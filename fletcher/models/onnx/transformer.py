@@ -16,23 +16,20 @@ docs/lab-book.md compares this form with others for BERT.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from fletcher.models.bundle.bundle import HANDED_ON, HIDDEN
-from fletcher.models.bundle.spec import Pooling
-from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
-from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
+from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.encoder import Dense, EncoderLayers, Tensors
 from fletcher.models.onnx.graph import ONNX_BOOL, ONNX_FLOAT, GraphBuilder
+from fletcher.models.onnx.pooling import write_pooling
+from fletcher.models.onnx.positions import alibi_slopes, distance_buckets, yarn_frequencies
 
 # Score of masked tokens. Its exp is 0 in float32, and float16 and bfloat16 can represent it.
 MASKED_SCORE = -10_000.0
 MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
-
-_MAX_DISTANCE = 128  # smallest distance that falls into the last bucket
 
 
 class TransformerWriter:
@@ -52,9 +49,7 @@ class TransformerWriter:
         self.second = graph.constant("index.second", [1])
         self._made: dict[str, str] = {}
 
-    def write(
-        self, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool, layers: range
-    ) -> str:
+    def write(self, pooling: str, dense: Sequence[Dense], *, normalize: bool, layers: range) -> str:
         """Write the complete model, or one block of the model, which ends at an exit.
 
         The inputs are `input_ids` and `attention_mask`, int64 [B, L], where rows are padded at
@@ -128,7 +123,7 @@ class TransformerWriter:
         return self.encoder.after_attention(name, attended, hidden)
 
     def head(
-        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+        self, hidden: str, mask: str, pooling: str, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
         """Write the graph's end, from token embeddings to the graph's outputs.
 
@@ -136,8 +131,13 @@ class TransformerWriter:
         returns. The other parameters are as in `write`.
         """
         graph = self.graph
-        pool = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling]
-        value, width = self.encoder.denses(pool(hidden, mask), dense, self.architecture.hidden)
+        usual = {"cls": self._cls, "mean": self._mean, "last_token": self._last}
+        if pooling in usual:
+            value = usual[pooling](hidden, mask)
+        else:
+            value = write_pooling(self.encoder, pooling, hidden, mask)
+        width = self.architecture.hidden * (1 + pooling.count("+"))
+        value, width = self.encoder.denses(value, dense, width)
         if not normalize:
             graph.node("Identity", (value,), "embedding")
             graph.output("embedding", np.float32, ("batch", width))
@@ -223,9 +223,12 @@ class TransformerWriter:
             # Computed in float32, as in PyTorch, so that late positions have the same angles.
             powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
             frequencies = np.float32(1) / np.float32(theta) ** powers
+            scale = np.float32(1)
+            if architecture.yarn:
+                frequencies, scale = yarn_frequencies(frequencies, theta, architecture.yarn)
             positions = np.arange(architecture.max_length, dtype=np.float32)
             angles = (positions[:, None] * frequencies)[:, None, :]
-            cosines, sines = np.cos(angles), np.sin(angles)
+            cosines, sines = np.cos(angles) * scale, np.sin(angles) * scale
             for part, halves in (("cos", (cosines, cosines)), ("sin", (-sines, sines))):
                 table = self.graph.constant(f"{name}.{part}.all", np.concatenate(halves, axis=-1))
                 self._cut(f"{name}.{part}", table)
@@ -345,39 +348,3 @@ class TransformerWriter:
         if name not in self._made:
             self._made[name] = make(name)
         return self._made[name]
-
-
-def alibi_slopes(num_heads: int) -> Array:
-    """ALiBi's slopes, float32 [heads, 1, 1]: the negative bias for a distance of 1.
-
-    If the number of heads is not a power of 2, the slopes for the next lower power come first.
-    Every second slope for the next higher power is appended
-    (https://github.com/ofirpress/attention_with_linear_biases, `get_slopes`).
-    """
-
-    def slopes(number: int) -> list[float]:
-        return [2.0 ** (-8 * (index + 1) / number) for index in range(number)]
-
-    power = 2 ** int(math.log2(num_heads))
-    found = slopes(power) + slopes(2 * power)[0::2][: num_heads - power]
-    return -np.array(found, np.float32)[:, None, None]
-
-
-def distance_buckets(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bucket index of each distance, as in T5.
-
-    See https://arxiv.org/abs/1910.10683, section 2.1. Half of the buckets are for earlier tokens,
-    and half are for later tokens. Each short distance has its own bucket. Long distances share
-    buckets, whose ranges grow logarithmically.
-    """
-    half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
-    away = np.abs(distances)
-    # Computed in float32 and truncated, as in PyTorch: distances at a bucket's edge must get the
-    # same bucket.
-    ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(_MAX_DISTANCE / exact)
-    )
-    far = exact + (ratio * np.float32(half - exact)).astype(np.int64)
-    bucket = np.where(away < exact, away, np.minimum(far, half - 1))
-    buckets: npt.NDArray[np.int64] = bucket + half * (distances > 0)
-    return buckets

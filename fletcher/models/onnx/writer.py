@@ -9,14 +9,15 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import LATE_GRAPH, block_file
+from fletcher.models.bundle.files import invalid_value
 from fletcher.models.bundle.spec import ModelSpec
-from fletcher.models.checkpoint.checkpoint import Checkpoint, DenseModule
+from fletcher.models.checkpoint.checkpoint import Checkpoint
 from fletcher.models.checkpoint.markers import Queries, Skipped
+from fletcher.models.checkpoint.modules import DenseModule
 from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.encoder import Dense, Tensors
 from fletcher.models.onnx.families import family_of
-from fletcher.models.onnx.families.family import CheckpointTensors
 from fletcher.models.onnx.graph import GRAPH_FILE, GraphBuilder
 from fletcher.models.onnx.heads import MaskedHead, SparseWriter, TokenWriter, write_late
 from fletcher.models.onnx.transformer import TransformerWriter
@@ -42,9 +43,13 @@ def write_model(
     """
     kind = checkpoint.kind
     family = family_of(checkpoint.config)
-    architecture = family.read(checkpoint.config)
+    architecture = family.architecture(checkpoint.config)
+    if architecture.pad_token_id >= architecture.vocab_size:
+        expected = f"a row of the table of embeddings, which has {architecture.vocab_size}"
+        value = architecture.pad_token_id
+        raise invalid_value("config.json", "pad_token_id", value, expected)
     weights = Weights(checkpoint.folder, family.prefixes)
-    tensors = CheckpointTensors(weights, architecture, family)
+    tensors = family.tensors(weights, architecture)
     dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
     dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
     layers = _exits(exits, architecture.num_layers, kind.output)
@@ -59,7 +64,7 @@ def write_model(
                 late = graph.fork(LATE_GRAPH, hidden)
                 write_late(late, architecture, tensors, hidden, dense)
                 late.save()
-    tensors.check_all_read(kind.output)
+    tensors.check_all_read(kind.output, architecture.num_layers)
     identity = architecture.identity()
     if dense:
         identity["dense"] = [
@@ -79,6 +84,7 @@ def write_model(
         num_layers=architecture.num_layers,
         layers=layers,
         dims=checkpoint.dims,
+        default_dims=checkpoint.default_dims,
         prompts=checkpoint.prompts,
         default_prompt=checkpoint.default_prompt,
         similarity=checkpoint.similarity,

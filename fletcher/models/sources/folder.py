@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import TOKENIZER
 from fletcher.models.bundle.spec import ModelSpec
 from fletcher.models.checkpoint.checkpoint import Checkpoint
-from fletcher.models.checkpoint.output_kind import with_markers
 from fletcher.models.onnx.writer import write_model
 
 Progress = Callable[[str], None]
@@ -33,9 +31,6 @@ def build_from_folder(
         )
     checkpoint = Checkpoint.from_folder(folder)
     progress("writing the graph")
-    if checkpoint.kind.markers:
-        content = with_markers(checkpoint.tokenizer, checkpoint.kind.markers)
-        (staging / TOKENIZER).write_text(content, encoding="utf-8")
-    else:
-        shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
+    checkpoint.tokenizer.add_markers(checkpoint.kind.markers)
+    checkpoint.tokenizer.write(staging / TOKENIZER)
     return write_model(checkpoint, staging, source=source, exits=exits)

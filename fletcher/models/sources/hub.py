@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,37 @@ from fletcher.errors import ModelError
 from fletcher.models.bundle.files import sha256
 from fletcher.models.bundle.spec import ModelSpec
 from fletcher.models.checkpoint.output_kind import COLBERT
+from fletcher.models.checkpoint.sentence_config import SENTENCE_CONFIGS
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.util.locks import FileLock
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 
-# Files of a checkpoint that are downloaded: JSON, safetensors and the model card, but nothing that
-# runs or is unpickled. The files are at the top of the repository, or in folders such as
-# 0_Transformer, 1_Pooling and 2_Dense.
+# Files of a checkpoint that are downloaded: JSON, weights and the model card, but no code.
+# The files are at the top of the repository, or in folders such as 0_Transformer and 1_Pooling.
+_JSON = (
+    *("config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"),
+    *("adapter_config", *(name.removesuffix(".json") for name in SENTENCE_CONFIGS)),
+)
 _WANTED = re.compile(
-    r"(\d+_[A-Za-z]+/)?"
-    r"((config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors)"
+    rf"(\d+_[A-Za-z]+/)?({'|'.join(_JSON)})\.json"
     rf"|modules\.json|config_sentence_transformers\.json|README\.md|{re.escape(COLBERT)}"
 )
+# Weights by their format. A folder's pickled weights are downloaded only if it has no others.
+_SAFE = re.compile(
+    r"(\d+_[A-Za-z]+/)?model((-\d+-of-\d+)?\.safetensors|\.safetensors\.index\.json)"
+)
+_PICKLED = re.compile(r"(\d+_[A-Za-z]+/)?pytorch_model((-\d+-of-\d+)?\.bin|\.bin\.index\.json)")
+
+
+def _is_wanted(name: str, every: Collection[str]) -> bool:
+    """Whether a file belongs to the checkpoint of a repository with the files `every`."""
+    if _PICKLED.fullmatch(name):
+        folder = name.rpartition("/")[0]
+        safe = (one for one in every if _SAFE.fullmatch(one))
+        return all(one.rpartition("/")[0] != folder for one in safe)
+    return bool(_WANTED.fullmatch(name) or _SAFE.fullmatch(name))
 
 
 def parse(repository: str) -> tuple[str, Build]:
@@ -61,7 +77,7 @@ def _build(
 
 
 def _download(repo_id: str, revision: str | None, folder: Path, progress: Progress) -> str:
-    """Download one commit's files that _WANTED matches; return the commit's id."""
+    """Download one commit's files of its checkpoint; return the commit's id."""
     try:
         import huggingface_hub
     except ImportError:
@@ -70,7 +86,9 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
         ) from None
     try:
         info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-        wanted = [one for one in info.siblings or [] if _WANTED.fullmatch(one.rfilename)]
+        listed = info.siblings or []
+        every = {one.rfilename for one in listed}
+        wanted = [one for one in listed if _is_wanted(one.rfilename, every)]
         # Delete files that an older, interrupted download of another commit has left.
         for path in [path for path in folder.rglob("*") if path.is_file()]:
             name = path.relative_to(folder).as_posix()

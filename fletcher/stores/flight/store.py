@@ -168,10 +168,12 @@ class FlightStore(Store):
         if self._is_fletcher:
             request = protocol.StoredRangesRequest(dataset, upload_id)
             try:
-                answer = self._connection.run_action(protocol.STORED_RANGES, request)
+                answer = self._connection.ask(
+                    protocol.STORED_RANGES, request, protocol.StoredRangesAnswer
+                )
             except UnknownDatasetError:
                 return []
-            return msgspec.json.decode(answer, type=protocol.StoredRangesAnswer).ranges
+            return _checked_ranges(answer.ranges)
         # All keys of the upload are between these two, and so are keys of uploads with a longer
         # name.
         low, high = f"{upload_id}:", f"{upload_id};"
@@ -321,6 +323,16 @@ class FlightStore(Store):
         except FletcherError as error:
             return not isinstance(error, UnavailableError)
         return True
+
+
+def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges of an answer.
+
+    Raises StoreUnavailableError if they are no row offsets.
+    """
+    if all(0 <= first <= last for first, last in ranges):
+        return ranges
+    raise StoreUnavailableError("the store's answer names ranges that are no rows", field="store")
 
 
 def _info(one: flight.FlightInfo) -> DatasetInfo:

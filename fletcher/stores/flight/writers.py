@@ -65,8 +65,8 @@ class FletcherWriter(FlightWriter):
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         request = protocol.MissingKeysRequest(self._dataset, list(batch_keys))
-        answer = self._connection.run_action(protocol.MISSING_KEYS, request)
-        return msgspec.json.decode(answer, type=protocol.MissingKeysAnswer).missing
+        answer = self._connection.ask(protocol.MISSING_KEYS, request, protocol.MissingKeysAnswer)
+        return answer.missing
 
     def _send_group(self, rows: pa.RecordBatch) -> None:
         header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))

@@ -16,6 +16,7 @@ import pytest
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
+from fletcher.models.sources import hub as hub_source
 
 from .conftest import GOLDEN, EditCheckpoint
 from .hub_server import COMMIT, REPOSITORY, HubServer, serve
@@ -62,6 +63,28 @@ def test_a_model_comes_from_the_hub_and_stays(
     Registry(tmp_path / "models").verify_model("tiny")
     left = [one.name for one in (tmp_path / "models").iterdir()]
     assert [name for name in left if not name.endswith(".lock")] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "wanted"),
+    [
+        ("pytorch_model.bin", [], True),
+        ("pytorch_model.bin", ["model.safetensors"], False),
+        ("pytorch_model.bin", ["2_Dense/model.safetensors"], True),
+        ("2_Dense/pytorch_model.bin", ["model-00001-of-00002.safetensors"], True),
+        ("pytorch_model-00001-of-00002.bin", ["model.safetensors.index.json"], False),
+        ("sentence_xlm-roberta_config.json", [], True),
+        ("0_Transformer/added_tokens.json", [], True),
+        ("special_tokens_map.json", [], True),
+        ("adapter_config.json", [], True),
+        ("modeling_custom.py", [], False),
+        ("training_args.bin", [], False),
+    ],
+)
+def test_files_that_define_vectors_are_downloaded(
+    name: str, others: list[str], wanted: bool
+) -> None:
+    assert hub_source._is_wanted(name, {name, *others}) is wanted
 
 
 @pytest.mark.parametrize(

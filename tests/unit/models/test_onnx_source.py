@@ -121,7 +121,12 @@ def test_no_float_output_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) 
 def test_an_output_width_unlike_the_config_is_refused(
     checkpoint: EditCheckpoint, tmp_path: Path
 ) -> None:
-    path = save(graph(), checkpoint(config={"hidden_size": 64}))
+    path = save(
+        graph(),
+        checkpoint(
+            config={"hidden_size": 64}, **{"1_Pooling__config": {"word_embedding_dimension": 64}}
+        ),
+    )
     with pytest.raises(ModelError, match="32 wide"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)
 

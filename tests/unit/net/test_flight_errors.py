@@ -153,9 +153,25 @@ def test_no_error_of_pyarrow_is_left_without_a_row(kind):
         (flight.FlightInternalError("x"), errors.StoreUnavailableError, "failed while asking"),
         (flight.FlightCancelledError("x"), errors.StoreUnavailableError, "failed while asking"),
         (OSError("x"), errors.StoreUnavailableError, "failed while asking"),
-        (pa.ArrowNotImplementedError("x"), errors.RequestError, "refused asking"),
-        (pa.ArrowKeyError("x"), errors.RequestError, "refused asking"),
-        (pa.ArrowInvalid("x"), errors.RequestError, "refused asking"),
+        (
+            pa.ArrowNotImplementedError("gRPC returned unimplemented error, with message: x"),
+            errors.RequestError,
+            "refused asking",
+        ),
+        (
+            pa.ArrowKeyError("gRPC returned not found error, with message: x"),
+            errors.RequestError,
+            "refused asking",
+        ),
+        (
+            pa.ArrowInvalid("Flight returned invalid argument error, with message: x"),
+            errors.RequestError,
+            "refused asking",
+        ),
+        # Of an answer that was cut, empty or of another kind: no refusal.
+        (pa.ArrowInvalid("Tried reading schema message"), errors.StoreUnavailableError, "answer"),
+        (pa.ArrowKeyError("x"), errors.StoreUnavailableError, "answer cannot be read"),
+        (pa.ArrowNotImplementedError("a column type"), errors.StoreUnavailableError, "answer"),
         (
             pa.ArrowInvalid("gRPC returned resource exhausted error, with message: queue full"),
             errors.OverloadedError,

@@ -1,12 +1,15 @@
 """The tokenizers of every family give what the library gives, however long the text is."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
 from fletcher.core.batches import TextBatch
+from fletcher.tokenization import tokenizer as tokenizer_module
 from fletcher.tokenization.tokenizer import Tokenizer
 
 FAMILIES = Path(__file__).parents[2] / "golden" / "families"
@@ -51,6 +54,129 @@ def test_truncated_texts_have_the_librarys_tokens(name: str, truncate: str) -> N
     tokens = tokenizer.encode(text_batch(texts(), truncate))
     actual = np.split(tokens.input_ids, tokens.offsets[1:-1])
     assert [ids.tolist() for ids in actual] == expected
+
+
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def kind(name: str, **parts: Any) -> str:
+    """tokenizer.json of a family with other parts; `added` are further added tokens."""
+    spec = json.loads((FAMILIES / name / "tokenizer.json").read_text())
+    for one in parts.pop("added", []):
+        spec["added_tokens"].append({"id": 9, "special": False, **FLAGS, **one})
+    return json.dumps({**spec, **parts})
+
+
+# Tokenizers of models that the families do not cover, and added tokens that reach over neighbours.
+KINDS = {
+    "llama": kind(
+        "qwen3",
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": LLAMA},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                BYTES,
+            ],
+        },
+    ),
+    "prefix space": kind(
+        "roberta", pre_tokenizer={**BYTES, "use_regex": True, "add_prefix_space": True}
+    ),
+    "compatibility forms": kind("roberta", normalizer={"type": "NFKC"}),
+    "single word": kind("roberta", added=[{"content": "game", "single_word": True}]),
+    "takes spaces": kind("roberta", added=[{"content": "game", "lstrip": True, "rstrip": True}]),
+    "normalized": kind("roberta", added=[{"content": "for", "normalized": True}]),
+    "xlm-roberta": kind(
+        "xlm_roberta",
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                {
+                    "type": "Metaspace",
+                    "replacement": "▁",
+                    "prepend_scheme": "always",
+                    "split": True,
+                },
+            ],
+        },
+    ),
+    "first space": kind(
+        "xlm_roberta",
+        pre_tokenizer={
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": True,
+        },
+    ),
+    "never split": kind(
+        "xlm_roberta",
+        pre_tokenizer={
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "never",
+            "split": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("truncate", ["end", "start"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_tokenizer_has_the_librarys_tokens(name: str, truncate: str) -> None:
+    reference = tokenizers.Tokenizer.from_str(KINDS[name])
+    direction = "left" if truncate == "start" else "right"
+    reference.enable_truncation(MAX_LENGTH, direction=direction)
+    expected = [one.ids for one in reference.encode_batch(texts())]
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(KINDS[name]), max_length=MAX_LENGTH)
+    tokens = tokenizer.encode(text_batch(texts(), truncate))
+    actual = np.split(tokens.input_ids, tokens.offsets[1:-1])
+    assert [ids.tolist() for ids in actual] == expected
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"distilbert", "mpnet", "nomic_bert"}))
+@pytest.mark.parametrize("truncate", ["end", "start"])
+def test_little_of_a_huge_text_is_tokenized(
+    name: str, truncate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library takes 200 bytes of memory for each byte of a text."""
+    path = str(FAMILIES / name / "tokenizer.json")
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), max_length=MAX_LENGTH)
+    sizes: list[int] = []
+    library = tokenizer._library
+    monkeypatch.setattr(
+        tokenizer, "_library", lambda texts: sizes.extend(map(len, texts)) or library(texts)
+    )
+    tokens = tokenizer.encode(text_batch(["lorem ipsum, " * 100_000], truncate))
+    assert tokens.truncated.tolist() == [True]
+    assert tokens.offsets.tolist() == [0, MAX_LENGTH]
+    assert sum(sizes) < 1000
+
+
+def test_a_huge_word_is_refused_and_costs_other_texts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "_MAX_UNDIVIDED_BYTES", 20_000)
+    path = str(FAMILIES / "roberta" / "tokenizer.json")
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(path), max_length=MAX_LENGTH)
+    batch = text_batch(["a game", "x" * 100_000, "for two players", " " * 100_000], "end")
+    tokens = tokenizer.encode(batch)
+    assert sorted(tokens.errors) == [1, 3]
+    assert "shorten it" in tokens.errors[1].message
+    small = tokenizer.encode(text_batch(["a game", "for two players"], "end"))
+    assert tokens.input_ids.tolist() == small.input_ids.tolist()
+    assert np.diff(tokens.offsets)[[1, 3]].tolist() == [0, 0]
 
 
 def test_a_text_without_tokens_has_the_padding_token() -> None:

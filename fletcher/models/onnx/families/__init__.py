@@ -7,7 +7,7 @@ a line to FAMILIES.
 from __future__ import annotations
 
 from fletcher.models.bundle.files import invalid_choice
-from fletcher.models.checkpoint.config_json import Config
+from fletcher.models.checkpoint.config_json import EXPORT, Config
 from fletcher.models.onnx.families.bert import BERT, ROBERTA
 from fletcher.models.onnx.families.distilbert import DISTILBERT
 from fletcher.models.onnx.families.family import Family
@@ -16,6 +16,7 @@ from fletcher.models.onnx.families.modernbert import MODERNBERT
 from fletcher.models.onnx.families.mpnet import MPNET
 from fletcher.models.onnx.families.nomic_bert import NOMIC_BERT
 from fletcher.models.onnx.families.qwen3 import QWEN3
+from fletcher.models.onnx.families.static import STATIC_EMBEDDING
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
     "nomic_bert": NOMIC_BERT,
     "qwen3": QWEN3,
     "roberta": ROBERTA,
+    "static_embedding": STATIC_EMBEDDING,
     "xlm-roberta": ROBERTA,
 }
 
@@ -41,6 +43,6 @@ def family_of(config: Config) -> Family:
         return JINA_BERT  # JinaBERT has BERT's `model_type`
     family = FAMILIES.get(str(kind))
     if family is None:
-        remedy = "; export the model to ONNX and add that file instead"
+        remedy = f"; Fletcher writes no graph for other models: {EXPORT}"
         raise invalid_choice("config.json", "model_type", kind, FAMILIES, remedy)
     return family

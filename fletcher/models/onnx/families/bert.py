@@ -41,7 +41,14 @@ def _read_roberta(config: Config) -> Architecture:
 
 
 def _read(config: Config, position_offset: int = 0) -> Architecture:
-    only(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    only(
+        config,
+        position_embedding_type="absolute",
+        is_causal=False,
+        is_decoder=False,
+        is_encoder_decoder=False,
+        add_cross_attention=False,
+    )
     return Architecture(
         **sizes(config, position_offset=position_offset),
         type_vocab_size=positive(config, "type_vocab_size"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fletcher.models.checkpoint.config_json import Config, activation, sizes
+from fletcher.models.checkpoint.config_json import Config, activation, only, sizes
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.bert import LAYOUT
 from fletcher.models.onnx.families.family import Family, Layout
@@ -16,6 +16,7 @@ _NAMES = {
 
 
 def _read(config: Config) -> Architecture:
+    only(config, is_causal=False, is_decoder=False, is_encoder_decoder=False)
     return Architecture(
         **sizes(config, _NAMES), epsilon=1e-12, activation=activation(config, "activation", "gelu")
     )
@@ -41,4 +42,6 @@ DISTILBERT = Family(
             },
         ),
     ),
+    # Sinusoidal positions are in the checkpoint as a table, too.
+    frozenset(("sinusoidal_pos_embds", "tie_weights_")),
 )

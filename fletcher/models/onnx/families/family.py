@@ -6,13 +6,16 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.spec import Output
-from fletcher.models.checkpoint.config_json import Config
+from fletcher.models.checkpoint.config_json import EXPORT, Config
+from fletcher.models.checkpoint.config_keys import ReadConfig
 from fletcher.models.checkpoint.output_kind import COLBERT
+from fletcher.models.checkpoint.static import table_name
 from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array
@@ -53,17 +56,67 @@ class Family:
             model computes something that Fletcher's graphs do not.
         prefixes: Prefixes that checkpoints put in front of all tensor names.
         layouts: Layouts that the family's checkpoints have; the first is the default.
+        ignored: Keys of config.json that the family's reference code does not use for vectors.
+        is_static: Whether the model is a table of embeddings without layers.
     """
 
     name: str
     read: Callable[[Config], Architecture]
     prefixes: tuple[str, ...]
     layouts: tuple[Layout, ...]
+    ignored: frozenset[str] = frozenset()
+    is_static: bool = False
+
+    def architecture(self, config: Config) -> Architecture:
+        """Read config.json; check that it has no key that Fletcher does not know.
+
+        Raises:
+            ModelError: A value is invalid or not supported, or a key is unknown.
+        """
+        known = ReadConfig(config)
+        architecture = self.read(known)
+        known.check_all_known(self.ignored)
+        return architecture
+
+    def tensors(self, weights: Weights, architecture: Architecture) -> StoredTensors:
+        """The checkpoint's weights by their role in a graph."""
+        kind = StaticTensors if self.is_static else CheckpointTensors
+        return kind(weights, architecture, self)
 
 
 def fused(name: str, parts: str | Sequence[str]) -> dict[str, Stored]:
     """Layout of `parts`, which a checkpoint joins in this order as rows of one tensor."""
     return {part: (name, place, len(parts)) for place, part in enumerate(parts)}
+
+
+class StoredTensors(Protocol):
+    """Weights as `encoder.Tensors`, with a check of the tensors left unread."""
+
+    def read_tensor(self, name: str) -> Array: ...
+
+    def check_all_read(self, output: Output, num_layers: int) -> None:
+        """Check that every tensor that could change the output was read.
+
+        Raises:
+            ModelError: A tensor that could change the output was not read.
+        """
+
+
+class StaticTensors:
+    """Table of embeddings of a static model, with a row of zeros at its end."""
+
+    def __init__(self, weights: Weights, architecture: Architecture, _family: Family) -> None:
+        self._weights = weights
+        self._shape = (architecture.vocab_size - 1, architecture.hidden)
+
+    def read_tensor(self, name: str) -> Array:
+        if name != "embeddings.words":
+            raise ValueError(f"a static model has no {name}")
+        table = self._weights.read_tensor(table_name(self._weights), self._shape)
+        return np.concatenate([table, np.zeros((1, self._shape[1]), np.float32)])
+
+    def check_all_read(self, _output: Output, _num_layers: int) -> None:
+        """Do nothing: `read_static_config` accepts a single tensor."""
 
 
 class CheckpointTensors:
@@ -101,22 +154,25 @@ class CheckpointTensors:
                 return np.asarray(table + self.read_tensor("embeddings.types"), dtype=np.float32)
         return table
 
-    def check_all_read(self, output: Output) -> None:
+    def check_all_read(self, output: Output, num_layers: int) -> None:
         """Check that every tensor that could change the output was read.
 
-        The output depends on the tensors of layers and embeddings, and on projections after the
-        last layer. Heads for other tasks, such as masked tokens and classes, may stay unread.
+        Layers after the first `num_layers` are left out, as transformers does. The output depends
+        on the tensors of layers and embeddings, and on projections after the last layer. Heads for
+        other tasks, such as masked tokens and classes, may stay unread.
 
         Raises:
             ModelError: A tensor that could change the output was not read.
         """
         layers = self._layout.layers.partition("{}")[0]
         for name in self._weights.unread():
+            number = name.removeprefix(layers).partition(".")[0]
+            if name.startswith(layers) and number.isdigit() and int(number) >= num_layers:
+                continue
             if name.startswith((layers, "embeddings.")) and not name.endswith(_BUFFERS):
                 raise ModelError(
                     f"the checkpoint has a tensor `{name}` that its config.json does not mention: "
-                    "the model computes more than Fletcher's graphs of its family; export it to "
-                    "ONNX and add that file"
+                    f"the model computes more than Fletcher's graphs of its family; {EXPORT}"
                 )
             # The projection of token vectors was read as a Dense layer.
             if output != "multi" and _PROJECTION.fullmatch(name):

@@ -16,7 +16,15 @@ from fletcher.models.onnx.families.family import Family, Layout, fused
 
 
 def _read(config: Config) -> Architecture:
-    only(config, position_embedding_type="alibi", is_decoder=False, add_cross_attention=False)
+    only(
+        config,
+        position_embedding_type="alibi",
+        is_causal=False,
+        is_decoder=False,
+        is_encoder_decoder=False,
+        add_cross_attention=False,
+        use_qk_norm=False,
+    )
     return Architecture(
         **sizes(config),
         type_vocab_size=positive(config, "type_vocab_size"),
@@ -46,4 +54,6 @@ JINA_BERT = Family(
             },
         ),
     ),
+    # `auto_map` names JinaBERT's code, which neither transformers nor sentence-transformers has.
+    frozenset(("auto_map", "emb_pooler", "hidden_act")),
 )

@@ -12,7 +12,7 @@ _POSITION_OFFSET = 2
 
 
 def _read(config: Config) -> Architecture:
-    only(config, relative_attention_num_buckets=32)
+    only(config, relative_attention_num_buckets=32, is_decoder=False, is_encoder_decoder=False)
     return Architecture(
         **sizes(config, position_offset=_POSITION_OFFSET),
         distance_bias="buckets",

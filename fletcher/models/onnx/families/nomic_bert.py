@@ -7,6 +7,7 @@ from fletcher.models.checkpoint.config_json import (
     Config,
     activation,
     epsilon,
+    flag,
     only,
     positive,
     sizes,
@@ -30,12 +31,20 @@ def _read(config: Config) -> Architecture:
     only(
         config,
         causal=False,
+        is_causal=False,
+        is_decoder=False,
+        is_encoder_decoder=False,
         num_experts=0,
+        num_shared_experts=0,
+        moe_every_n_layers=0,
+        parallel_block_tied_norm=False,
         parallel_block=False,
         prenorm=False,
         rotary_emb_fraction=1.0,
         rotary_emb_interleaved=False,
         rotary_emb_scale_base=False,
+        scale_attn_by_inverse_layer_idx=False,
+        scale_attn_weights=True,
         use_rms_norm=False,
     )
     if config.get("rotary_scaling_factor") is not None:
@@ -46,12 +55,13 @@ def _read(config: Config) -> Architecture:
             allowed=["null"],
         )
     numbers = sizes(config, _NAMES)
+    only(config, head_dim=numbers["hidden"] // numbers["num_heads"])
     biases: list[str] = []
-    if config.get("qkv_proj_bias"):
+    if flag(config, "qkv_proj_bias", default=False):
         biases += ["q", "k", "v", "projected"]
-    if config.get("mlp_fc1_bias"):
+    if flag(config, "mlp_fc1_bias", default=False):
         biases += ["wide", "gate"]
-    if config.get("mlp_fc2_bias"):
+    if flag(config, "mlp_fc2_bias", default=False):
         biases += ["narrow"]
     key = "activation_function" if "activation_function" in config else "hidden_act"
     return Architecture(
@@ -99,4 +109,19 @@ _TRANSFORMERS = Layout(
     },
 )
 
-NOMIC_BERT = Family("nomic_bert", _read, ("nomic_bert.", "bert."), (_PUBLISHED, _TRANSFORMERS))
+# `auto_map` names the code of the published checkpoints, whose graph transformers has as well.
+_IGNORED = """
+    auto_map dense_seq_output ffn_div fused_bias_fc fused_dropout_add_ln expert_choice_router
+    max_trained_positions moe_impl moe_normalize_expert_weights moe_resid_pdrop moe_top_k
+    pad_vocab_size_multiple reorder_and_upcast_attn router_aux_loss_coef summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_flash_attn
+    use_xentropy
+"""
+
+NOMIC_BERT = Family(
+    "nomic_bert",
+    _read,
+    ("nomic_bert.", "bert."),
+    (_PUBLISHED, _TRANSFORMERS),
+    frozenset(_IGNORED.split()),
+)

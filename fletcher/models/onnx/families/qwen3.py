@@ -7,35 +7,40 @@ from fletcher.models.checkpoint.config_json import (
     Config,
     activation,
     epsilon,
+    flag,
     layer_types,
     only,
     positive,
     sizes,
     theta,
+    yarn,
 )
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.family import Family, Layout
 
 
 def _read(config: Config) -> Architecture:
-    only(config, use_sliding_window=False)
+    only(config, is_encoder_decoder=False, use_sliding_window=False)
     numbers = sizes(config, head_dim=128)
     full = "full_attention"
     layer_types(config, [full] * numbers["num_layers"], full)
     num_heads = numbers["num_heads"]
-    num_kv_heads = positive({"num_key_value_heads": num_heads, **config}, "num_key_value_heads")
+    num_kv_heads = positive(config, "num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(
             f"config.json: `num_attention_heads` is {num_heads}, expected a multiple of "
             f"`num_key_value_heads` {num_kv_heads}",
             field="num_key_value_heads",
         )
+    theta_of_all = theta(config, 10_000.0, "rope_theta", kinds=("default", "yarn"))
+    has_biases = flag(config, "attention_bias", default=False)
     return Architecture(
         **numbers,
         learned_positions=False,
         embedding_norm=False,
-        rotary=(theta(config, 10_000.0, "rope_theta"),) * numbers["num_layers"],
-        causal=True,
+        rotary=(theta_of_all,) * numbers["num_layers"],
+        yarn=yarn(config),
+        causal=flag(config, "is_causal", default=True),
         num_kv_heads=num_kv_heads,
         head_norm=True,
         epsilon=epsilon(config, 1e-6, "rms_norm_eps"),
@@ -43,7 +48,7 @@ def _read(config: Config) -> Architecture:
         rms_norm=True,
         gated=True,
         activation=activation(config, "hidden_act", "silu"),
-        biases=("q", "k", "v", "projected") if config.get("attention_bias", False) else (),
+        biases=("q", "k", "v", "projected") if has_biases else (),
     )
 
 
@@ -70,4 +75,5 @@ QWEN3 = Family(
             },
         ),
     ),
+    frozenset(("max_window_layers", "sliding_window")),
 )

@@ -206,7 +206,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 def test_ensure_downloads_only_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def parse(source: str, _: str | None) -> object:
+    def parse(source: str, *_: object) -> object:
         asked.append(source)
         return "tiny", partial(build_from_folder, Path(TINY), "folder:tiny")
 
@@ -228,7 +228,7 @@ def test_ensure_downloads_only_the_default(tmp_path: Path, monkeypatch: pytest.M
 def test_ensure_tells_how_to_add_the_default_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def parse(source: str, _: str | None) -> object:
+    def parse(source: str, *_: object) -> object:
         raise ModelError(f"no way to {source}")
 
     monkeypatch.setattr(registry_module, "_parse", parse)

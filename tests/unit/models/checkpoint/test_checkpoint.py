@@ -29,13 +29,15 @@ def add(folder: Path, models: Path) -> ModelBundle:
         ({"config": {"is_decoder": True}}, "`is_decoder`"),
         ({"config": {"hidden_act": "quick_gelu"}}, "`hidden_act` is 'quick_gelu'"),
         ({"config": {"num_hidden_layers": 3}}, "no tensor `encoder.layer.2"),
-        ({"config": {"hidden_size": 64}}, r"shape \[\d+, 32\]"),
+        ({"config": {"hidden_size": 64}}, "`word_embedding_dimension` is 32, expected 64"),
+        ({"config": {"intermediate_size": 65}}, r"shape \[\d+, 32\]"),
         ({"config": {"hidden_size": "32"}}, "`hidden_size`"),
         ({"config": {"num_attention_heads": 5}}, "no multiple"),
         ({"config": {"vocab_size": None}}, "`vocab_size`"),
-        ({"1_Pooling__config": {"pooling_mode_max_tokens": True}}, "pooling is"),
-        ({"1_Pooling__config": {"pooling_mode": "weightedmean"}}, "pooling is weightedmean"),
-        ({"1_Pooling__config": {"pooling_mode": ["mean", "cls"]}}, "pooling is mean, cls"),
+        ({"1_Pooling__config": {"pooling_mode": "median"}}, "`pooling_mode` is median"),
+        ({"1_Pooling__config": {"pooling_mode": ["mean", "x"]}}, "`pooling_mode` is mean, x"),
+        ({"1_Pooling__config": {"pooling_mode": [["mean"]]}}, r"1_Pooling/config.json is damaged"),
+        ({"1_Pooling__config": {"weights": [1]}}, "`weights` is"),
         ({"1_Pooling__config": {"include_prompt": False}}, "`include_prompt`"),
         ({"sentence_bert_config": {"max_seq_length": "many"}}, "`max_seq_length`"),
         ({"config_sentence_transformers": {"prompts": {"query": 1}}}, "`prompts`"),
@@ -56,7 +58,7 @@ def test_what_a_bundle_cannot_express_is_refused(
         ["Transformer", "Normalize"],
         ["Transformer", "Pooling", "Normalize", "Dense"],
         ["Transformer", "Pooling", "LayerNorm"],
-        ["StaticEmbedding"],
+        ["StaticEmbedding", "Pooling"],
     ],
 )
 def test_other_modules_and_orders_are_refused(
@@ -127,7 +129,12 @@ def test_hash_is_of_the_values_not_of_their_file(
         {"1_Pooling__config": {"pooling_mode": "cls"}},
         {"sentence_bert_config": {"max_seq_length": 16}},
         {"config_sentence_transformers": {"default_prompt_name": "query"}},
-        {"tokenizer": {"normalizer": None}},
+        {
+            "tokenizer": {"normalizer": None},
+            "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        },
+        {"config_sentence_transformers": {"prompts": {"query": "ask: "}}},
+        {"config_sentence_transformers": {"truncate_dim": 16}},
     ],
 )
 def test_what_changes_vectors_changes_the_hash(

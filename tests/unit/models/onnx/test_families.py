@@ -16,7 +16,7 @@ from fletcher.cli import main
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
-from fletcher.models.onnx.transformer import alibi_slopes
+from fletcher.models.onnx.positions import alibi_slopes
 
 FAMILIES = Path(__file__).parents[3] / "golden" / "families"
 
@@ -62,7 +62,8 @@ def add(folder: Path) -> ModelBundle:
         ),
         ("modernbert", {"layer_types": ["linear_attention"] * 4}, "`layer_types` is"),
         ("modernbert", {"hidden_activation": "x"}, "`hidden_activation` is 'x'"),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn"}}, "`rope_scaling` is of type 'yarn'"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn"}}, "`factor` is None"),
+        ("nomic_bert", {"rope_scaling": {"rope_type": "yarn"}}, "`rope_scaling` is of type 'yarn'"),
         ("qwen3", {"rope_parameters": {"rope_type": "dynamic"}}, "`rope_parameters` is of type"),
         ("qwen3", {"use_sliding_window": True}, "`use_sliding_window` is True"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "expected 3 of full_attention"),

@@ -1,0 +1,69 @@
+"""Answers of a Flight store that are not what was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from fletcher.errors import RequestError, StoreUnavailableError
+from fletcher.stores import protocol
+from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.store import FlightStore
+from fletcher.stores.flight.writers import FletcherWriter
+
+ANSWERS = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b'{"missing": 3, "ranges": [[1]]}',
+    b"{}",
+    b"NaN",
+]
+
+
+def connection(answer: bytes) -> Any:
+    one = object.__new__(FlightConnection)
+    one.run_action = lambda *_: answer  # type: ignore[method-assign]
+    return one
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_that_cannot_be_read_is_asked_for_again(answer: bytes) -> None:
+    # A journaled group was rejected for it.
+    writer = FletcherWriter(connection(answer), "d", pa.schema({}), "append")
+    with pytest.raises(StoreUnavailableError, match="cannot be read"):
+        writer.missing_keys(["u:0-9"])
+    with pytest.raises(StoreUnavailableError, match="cannot be read"):
+        connection(answer).ask(protocol.STORED_RANGES, {}, protocol.StoredRangesAnswer)
+
+
+@pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]"])
+def test_ranges_that_are_no_rows_are_no_answer(
+    monkeypatch: pytest.MonkeyPatch, ranges: bytes
+) -> None:
+    monkeypatch.setattr(FlightStore, "_is_fletcher", True)
+    store = object.__new__(FlightStore)
+    store._connection = connection(b'{"ranges": %b}' % ranges)
+    with pytest.raises(StoreUnavailableError, match="no rows"):
+        store.stored_ranges("d", "u")
+
+
+class _Refusing(flight.FlightServerBase):  # type: ignore[misc]
+    def do_action(self, _context: Any, action: Any) -> list[bytes]:
+        raise {"invalid": pa.ArrowInvalid, "missing": pa.ArrowKeyError}[action.type]("not this")
+
+
+@pytest.mark.parametrize("name", ["invalid", "missing"])
+def test_a_refusal_that_a_store_sent_is_final(name: str) -> None:
+    with (
+        _Refusing("grpc://127.0.0.1:0") as server,
+        flight.connect(f"grpc://127.0.0.1:{server.port}") as client,
+        pytest.raises(RequestError, match="not this"),
+        store_call("asking"),
+    ):
+        list(client.do_action(flight.Action(name, b"")))
