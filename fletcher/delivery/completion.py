@@ -72,9 +72,10 @@ class UploadCompletion:
         Raises:
             FletcherError: The store does not answer, or does not replace the dataset.
         """
+        name = plain_id(upload.upload_id)
         if not sink.wait_idle(self._timeout_s):
             raise StoreUnavailableError(
-                f"the store has not taken all rows of upload {plain_id(upload.upload_id)!r} yet, and dataset "
+                f"the store has not taken all rows of upload {name!r} yet, and dataset "
                 f"`{upload.dataset}` has its old rows; resume the upload later",
                 field="store",
             )
@@ -87,7 +88,7 @@ class UploadCompletion:
             self._wait(live.committer.request_replacement(staged))
         elif not is_replaced_by(store.incarnation(upload.dataset), upload.upload_id):
             raise StoreUnavailableError(
-                f"the staged rows of upload {plain_id(upload.upload_id)!r} are gone; send the upload again",
+                f"the staged rows of upload {name!r} are gone; send the upload again",
                 field="upload_id",
             )
         upload.note_replaced(store.incarnation(upload.dataset))
