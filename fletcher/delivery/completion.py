@@ -49,7 +49,7 @@ class UploadCompletion:
         self.note_incarnation(store_name, upload.stored_as, store.incarnation(upload.stored_as))
 
     def note_incarnation(self, store_name: str, stored_as: str, current: str | None) -> bool:
-        """End uploads to a dataset that began with another incarnation; return if there were any.
+        """End uploads that began with another incarnation of a dataset; return if any.
 
         A client is told that its rows are gone. It may send the whole upload again.
         """

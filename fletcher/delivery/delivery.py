@@ -355,7 +355,7 @@ class Delivery:
             return True
 
     def _end_staged_sink(self, sink: DatasetSink) -> None:
-        """End the idle sink of a staged dataset, whose settled groups are no longer needed."""
+        """End the idle sink of a staged dataset, and delete its settled groups."""
         with self._lock:
             self._sinks = {key: one for key, one in self._sinks.items() if one is not sink}
         sink.close()

@@ -17,7 +17,7 @@ from fletcher.stores.schemas import check_one_row_each
 
 
 class UploadOpener:
-    """Prepares datasets for uploads, and asks stores for the rows that they have. Thread-safe.
+    """Prepares datasets for uploads, and asks stores for their rows. Thread-safe.
 
     Args:
         uploads: The server's uploads.

@@ -160,7 +160,7 @@ class Upload:
             self.changed.notify_all()
 
     def lose_rows(self, error: FletcherError) -> None:
-        """End the upload, because the store lost its rows. Its client may send all rows again."""
+        """End the upload, because its rows are gone. Its client may send them again."""
         with self.changed:
             self.failure = self.failure or error
             self._settled, self._secured, self._claimed = RangeSet(), RangeSet(), RangeSet()
@@ -199,7 +199,7 @@ class Upload:
 
     @property
     def complete(self) -> bool:
-        """Whether exactly the announced rows, from row 0 on, are acknowledged and in effect."""
+        """Whether exactly the announced rows are acknowledged and in effect."""
         return self.whole and self.stored_as == self.dataset
 
     @property

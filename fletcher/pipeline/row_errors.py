@@ -76,7 +76,7 @@ class RowErrors:
 
 
 def _no_id(ids: pa.Array) -> BoolArray:
-    """Rows without an id: an empty one is none, and rows with it would replace each other."""
+    """Rows without an id. An empty id is none: such rows replace each other."""
     missing = null_mask(ids)
     if pa.types.is_integer(ids.type):
         return missing

@@ -145,13 +145,13 @@ class Store(Protocol):
         """One dataset; None if it does not exist."""
 
     def incarnation(self, name: str) -> str | None:
-        """Name of a dataset's incarnation, see `fletcher.stores.staging`; None if it is missing."""
+        """Name of a dataset's incarnation (`stores.staging`); None if it is missing."""
 
     def staged_datasets(self) -> list[DatasetInfo]:
         """Staged datasets of unfinished uploads with `mode: overwrite`, sorted by name."""
 
     def replace_dataset(self, name: str, staged: str) -> None:
-        """Replace a dataset's rows and schema by those of a staged dataset, and delete that one.
+        """Replace a dataset by a staged dataset, and delete that one.
 
         The dataset is created if it does not exist. Readers see the old rows until all new ones
         are there. After an error the call may be repeated. Neither dataset has a writer.

@@ -29,7 +29,7 @@ def staged_name(dataset: str, upload_id: str) -> str:
 
 
 def staged_for(name: str) -> str | None:
-    """The dataset that a staged dataset is to replace; None if `name` is no staged dataset."""
+    """The dataset that a staged dataset is to replace; None for other names."""
     found = _STAGED.fullmatch(name)
     return found and found[1]
 

@@ -66,7 +66,7 @@ class Ingest:
         return call.done.result()
 
     def end_committer(self, dataset: str) -> None:
-        """Commit a dataset's submitted rows, and end its thread. The next write starts another."""
+        """Commit a dataset's submitted rows, and end its thread."""
         with self._mutex:
             committer = self._committers.pop(dataset, None)
         if committer is not None:

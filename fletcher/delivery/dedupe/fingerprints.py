@@ -59,12 +59,12 @@ def is_delta(kind: str) -> bool:
 
 
 def needed_columns(kind: str) -> tuple[str, ...]:
-    """Columns that a dataset must have: the key's, then the value's if the kind has one."""
+    """Columns that a dataset must have: the key's, then the value's if any."""
     return ("id", "text") if is_delta(kind) else (kind,)
 
 
 def compared_columns(kind: str) -> list[str]:
-    """Carried columns that are compared. A dataset without such a column has nulls there."""
+    """Carried columns that are compared. A missing column counts as nulls."""
     _, _, names = kind.partition(":")
     return json.loads(names) if names else []
 
