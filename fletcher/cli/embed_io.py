@@ -49,7 +49,7 @@ class TextStream:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         stdin = _standard_input()
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
         more = True
         while more:
             data = stdin.read1(_SLICE_BYTES)
@@ -73,15 +73,21 @@ def _standard_input() -> BufferedReader:
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
-def lines(stdin: Iterable[bytes]) -> Iterator[str]:
-    """Lines of standard input. Raises InvalidCommandError if a line is not UTF-8."""
-    for number, line in enumerate(stdin, 1):
+def lines(stdin: Any) -> Iterator[str]:
+    """Lines of standard input, blank ones too, without a byte-order mark.
+
+    Raises InvalidCommandError if a line is not UTF-8.
+    """
+    from fletcher.readers.lines import raw_lines
+
+    for number, line in enumerate(raw_lines(stdin, "standard input"), 1):
         try:
-            yield line.rstrip(b"\r\n").decode()
+            text = line.decode()
         except UnicodeDecodeError:
             raise InvalidCommandError(
                 f"standard input is not UTF-8 in line {number}; convert it with iconv"
             ) from None
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def embedded(

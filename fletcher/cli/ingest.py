@@ -96,8 +96,8 @@ def cli(
 
     Args:
         id_column: Column of row ids. Default: id if it exists, else ids are generated.
-        columns: Columns to store with the vectors. A name with dots leads into objects, such as
-            meta.author.
+        columns: Columns to store with the vectors. A name with dots leads into objects:
+            meta.author is stored as meta_author.
         source: Store the path of each row's file in a column named source.
         whole_files: Take each file as one text, with its path as the id. Files of a folder are
             taken whatever their names end in.

@@ -61,12 +61,13 @@ def read_pairs(
         notice=notice,
     )
     table = pa.Table.from_batches(source.batches(), schema=source.schema)
-    kind = table.schema.field(query_column).type  # `open_source` checks the type of the documents
+    query, document = source.selection.carried_columns[0], source.selection.text_column
+    kind = table.schema.field(query).type  # `open_source` checks the type of the documents
     if not pa.types.is_string(kind):
         raise InvalidCommandError(
             f"column `{query_column}` is {kind}, expected text", field=query_column
         )
-    queries, documents = table[query_column], table[document_column]
+    queries, documents = table[query], table[document]
     return choose_pairs(queries, documents, num_documents=num_documents, num_queries=num_queries)
 
 

@@ -8,7 +8,8 @@ the rows. Every ticket gets its slice of that array.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,7 +28,7 @@ from fletcher.core.batches import (
     VectorArray,
 )
 from fletcher.errors import FletcherError, InternalError
-from fletcher.pipeline.stream import StreamTicket
+from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.vectors.finite import not_finite_error, rows_not_finite
 from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
@@ -256,3 +257,22 @@ def _all_spans(parts: list[Spans]) -> Spans | None:
     if not parts:
         return None
     return Spans(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))
+
+
+def alike(tickets: Iterable[StreamTicket], few: int) -> Iterable[list[StreamTicket]]:
+    """Groups tickets that use the same graph and get the same type of vectors.
+
+    Streams with at most `few` tokens here are together, apart from those with more. So they need
+    not wait for the end of a large window.
+    """
+    tickets, tokens = list(tickets), Counter[EmbedStream]()
+    for ticket in tickets:
+        assert ticket.tokens is not None
+        tokens[ticket.stream] += len(ticket.tokens.input_ids)
+    found: dict[tuple[int, bool, bool, bool], list[StreamTicket]] = {}
+    for ticket in tickets:
+        texts = ticket.texts
+        late = texts.chunking is not None and texts.chunking.late
+        key = (texts.layers, late, texts.half, tokens[ticket.stream] <= few)
+        found.setdefault(key, []).append(ticket)
+    return found.values()

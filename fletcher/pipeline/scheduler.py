@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fletcher.core.batches import InferenceResult, Int32Array, Int64Array, MicroBatch, TextBatch
-from fletcher.pipeline.batch_window import BatchWindow
+from fletcher.pipeline.batch_window import BatchWindow, alike
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.fair_queue import FairQueue
 from fletcher.pipeline.ready_windows import PlannedBatch, ReadyWindows
@@ -341,7 +341,7 @@ class InferenceStage(_Stage):
 
     def _plan_windows(self, taken: list[StreamTicket], ready: ReadyWindows) -> None:
         windows = []
-        for tickets in _alike(taken):
+        for tickets in alike(taken, self._window_size.one_run):
             try:
                 window = BatchWindow(tickets, self._model.dim, self._plan)
             except Exception as error:  # else it would end the dispatcher
@@ -380,13 +380,3 @@ class InferenceStage(_Stage):
         if not batch.layers:
             return num_tokens
         return max(1, round(num_tokens * batch.layers / self._model.num_layers))
-
-
-def _alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
-    """Groups tickets that use the same graph and get the same type of vectors."""
-    found: dict[tuple[int, bool, bool], list[StreamTicket]] = {}
-    for ticket in tickets:
-        texts = ticket.texts
-        late = texts.chunking is not None and texts.chunking.late
-        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
-    return found.values()

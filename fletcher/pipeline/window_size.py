@@ -15,6 +15,8 @@ _LONGEST_S = 1.0
 # Least share of the usual tokens. With 8 instead of 64 runs a window, the corpus takes 1.1% more
 # padded tokens.
 _SMALLEST = 1 / 8
+# Runs in a usual window (`model_loader`).
+_RUNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,11 @@ class WindowSize:
     tokens: int
     rate: Callable[[], float]
     under_pressure: Callable[[], bool]
+
+    @property
+    def one_run(self) -> int:
+        """Tokens of about one run."""
+        return self.tokens // _RUNS
 
     def usual(self) -> int:
         """Returns the tokens of a window while no pressure makes windows larger."""

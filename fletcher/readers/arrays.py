@@ -84,7 +84,38 @@ def decode(array: pa.Array, target: pa.DataType) -> pa.Array:
     if types.is_dictionary(array.type):
         values = decode(array.dictionary, target)
         return values.take(array.indices)
-    return array if array.type == target else pc.cast(array, target)
+    if array.type == target:
+        return array
+    if types.is_nested(target):
+        return _decode_nested(array, target)
+    return pc.cast(array, target)
+
+
+def _decode_nested(array: pa.Array, target: pa.DataType) -> pa.Array:
+    """The array as a nested type. The casts of pyarrow 26 make invalid list views."""
+    nulls = array.is_null()
+    if types.is_struct(target) and types.is_struct(array.type):
+        fields = [array.field(number) for number in range(target.num_fields)]
+        values = [decode(one, field.type) for one, field in zip(fields, target, strict=True)]
+        return pa.StructArray.from_arrays(values, fields=list(target), mask=nulls)
+    if types.is_map(target) and types.is_map(array.type):
+        offsets = pa.array(array.offsets.to_numpy().copy())
+        keys, items = decode(array.keys, target.key_type), decode(array.items, target.item_type)
+        return pa.MapArray.from_arrays(offsets, keys, items, type=target, mask=nulls)
+    if types.is_fixed_size_list(target) and types.is_fixed_size_list(array.type):
+        size = target.list_size
+        values = array.values.slice(array.offset * size, len(array) * size)
+        return pa.FixedSizeListArray.from_arrays(
+            decode(values, target.value_type), type=target, mask=nulls
+        )
+    if types.is_list(target) or types.is_large_list(target):
+        lengths = pc.list_value_length(array).fill_null(0).to_numpy().astype(np.int64)
+        ends = pa.array(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+        is_small = types.is_list(target)
+        make, kind = (pa.ListArray, pa.int32()) if is_small else (pa.LargeListArray, pa.int64())
+        values = decode(array.flatten(), target.value_type)
+        return make.from_arrays(ends.cast(kind), values, type=target, mask=nulls)
+    return pc.cast(array, target)
 
 
 def check_arrays(batch: pa.RecordBatch, where: str, row_first: int) -> None:
@@ -114,6 +145,10 @@ def check_arrays(batch: pa.RecordBatch, where: str, row_first: int) -> None:
 
 
 def _first_bad_row(column: pa.Array) -> int | None:
+    if types.is_dictionary(column.type):
+        value = _first_bad_row(column.dictionary)
+        rows = [] if value is None else pc.equal(column.indices, value).to_pylist()
+        return rows.index(True) if True in rows else None
     if not (types.is_string(column.type) or types.is_large_string(column.type)):
         return None
     raw = column.view(pa.binary() if types.is_string(column.type) else pa.large_binary())

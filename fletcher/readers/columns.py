@@ -45,12 +45,13 @@ class Selection:
     whole_files: bool = False
 
     def __post_init__(self) -> None:
-        others = [*self.carried, *([self.id] if self.id else [])]
+        sent = [_sent_name(name) for name in dict.fromkeys(self.carried)]
+        others = [*sent, *([self.id] if self.id else [])]
         taken = {SOURCE_COLUMN} if self.source else set()
         if self.template is not None:
             taken.add(TEXT_COLUMN)
         for name in others:
-            if name in taken:
+            if name in taken or sent.count(name) > 1:
                 raise InvalidCommandError(
                     f"column `{name}` is asked for, and another one of this name is made; rename "
                     "it in the input",
@@ -74,8 +75,9 @@ class Selection:
 
     @property
     def carried_columns(self) -> tuple[str, ...]:
-        """Further columns of the batches."""
-        return self.carried + ((SOURCE_COLUMN,) if self.source else ())
+        """Further columns of the batches. Dots in names become `_`: LanceDB takes none."""
+        names = tuple(_sent_name(name) for name in self.carried)
+        return names + ((SOURCE_COLUMN,) if self.source else ())
 
     def pick_names(self, names: Sequence[str], where: str, has: Callable[[str], int]) -> list[str]:
         """Names of the columns to read from an input: id, text and carried columns.
@@ -148,7 +150,7 @@ class Selection:
             self.template.check(plain, "the input")
         names = [name for name in plain.names if self.is_id(name) and name != self.text]
         sent = {name: kinds[name] for name in names} | {self.text_column: pa.utf8()}
-        sent |= {name: kinds[name] for name in self.carried}
+        sent |= {_sent_name(name): kinds[name] for name in self.carried}
         return pa.schema(sent | ({SOURCE_COLUMN: pa.utf8()} if self.source else {}))
 
     def conform(
@@ -178,7 +180,12 @@ class Selection:
         if self.source:
             columns[SOURCE_COLUMN] = pa.array([where] * batch.num_rows, pa.utf8())
         sent = self.sent_schema(schema)
+        columns |= {_sent_name(name): columns[name] for name in self.carried}
         return pa.RecordBatch.from_arrays([columns[name] for name in sent.names], schema=sent)
+
+
+def _sent_name(name: str) -> str:
+    return name.replace(".", "_")
 
 
 @functools.lru_cache(maxsize=64)

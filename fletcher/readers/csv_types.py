@@ -22,7 +22,7 @@ class _Form:
 
     Attributes:
         kind: The type.
-        pattern: Regular expression that every value in this form matches, for a quick refusal.
+        pattern: Regular expression of the texts in this form, as Arrow also reads others.
         write: Writes an array of the type as texts.
     """
 
@@ -32,8 +32,7 @@ class _Form:
 
     def read(self, texts: pa.Array) -> pa.Array | None:
         """The values of some texts; None unless they are written back as the same texts."""
-        first = next((one for one in texts[:100] if one.is_valid), None)
-        if first is not None and not pc.match_substring_regex(first, self.pattern).as_py():
+        if pc.all(pc.match_substring_regex(texts, self.pattern)).as_py() is False:
             return None
         try:
             values = pc.cast(texts, self.kind)
@@ -79,7 +78,6 @@ _FORMS: tuple[_Form, ...] = (
             ("s", "ms", "us", "ns"), (None, "UTC"), (_plain, _with_t)
         )
     ),
-    _Form(pa.time32("s"), r"^\d\d:", _plain),
 )
 
 
@@ -121,8 +119,11 @@ class CsvTypes:
         columns = {}
         for name, texts in zip(batch.schema.names, batch.columns, strict=True):
             kind = self._kind(name)
-            if pa.types.is_string(kind) or texts.null_count == len(texts):
-                columns[name] = pc.cast(texts, kind) if texts.null_count == len(texts) else texts
+            if pa.types.is_string(kind):
+                columns[name] = texts
+                continue
+            if texts.null_count == len(texts):
+                columns[name] = pa.nulls(len(texts), kind)
                 continue
             values = self._forms[name][0].read(texts) if self._forms.get(name) else None
             if values is None:

@@ -108,13 +108,15 @@ class _JsonColumn:
     def observe_values(self, values: Sequence[Any], places: Sequence[str], where: str) -> None:
         kinds = set(map(type, values))
         kinds.discard(type(None))
+        new = {}
         for kind in kinds - self._first.keys():
-            row = next(row for row, value in enumerate(values) if type(value) is kind)
+            new[next(row for row, value in enumerate(values) if type(value) is kind)] = kind
+        for row, kind in sorted(new.items()):
             self._first[kind] = f"{where}: {places[row]}"
             self._check_kinds(kind)
         if int in kinds:
             integers = [value for value in values if type(value) is int]
-            for one in (min(integers), max(integers)):
+            for one in sorted((min(integers), max(integers)), key=values.index):
                 if not self._low <= one <= self._high:
                     place = f"{where}: {places[values.index(one)]}"
                     self._low, self._high = min(self._low, one), max(self._high, one)

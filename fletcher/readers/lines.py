@@ -24,7 +24,7 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
         InvalidUtf8Error: A line is not UTF-8.
         InvalidCommandError: A line is longer than MAX_LINE_BYTES.
     """
-    for number, line in enumerate(_raw_lines(stream, name), 1):
+    for number, line in enumerate(raw_lines(stream, name), 1):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -38,8 +38,11 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
             yield number, text
 
 
-def _raw_lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
-    """Lines without their ends."""
+def raw_lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
+    """Lines without their ends, which are CR, LF or CRLF.
+
+    Raises InvalidCommandError for a line longer than MAX_LINE_BYTES.
+    """
     pending: list[bytes] = []  # pieces of a line that has not ended yet
     size, number, after_cr = 0, 0, False
     while chunk := stream.read1(_CHUNK_BYTES):

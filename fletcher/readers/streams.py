@@ -113,7 +113,30 @@ class _Pipe(io.RawIOBase):
         return filled
 
 
-class _Members(io.RawIOBase):
+class PieceStream(io.RawIOBase):
+    """Base of streams whose bytes are made in pieces of any size."""
+
+    _ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            piece = self._next_piece(len(buffer))
+            if piece is None:
+                return 0
+            self._ready = memoryview(piece).cast("B")
+        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def _next_piece(self, size: int) -> Any:
+        """The next bytes, about `size` of them; None at the end."""
+        raise NotImplementedError
+
+
+class _Members(PieceStream):
     """The members of a bz2 or xz file, decompressed; zeros after a member are padding.
 
     Python's `bz2` and `lzma` files ignore anything else after the last member.
@@ -124,29 +147,24 @@ class _Members(io.RawIOBase):
         self._new = decompressor
         self._member = decompressor()
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        while True:
-            if self._member.eof:
-                data = self._member.unused_data.lstrip(b"\0")
-                while not data and (more := self._source.read1(BUFFER_BYTES)):
-                    data = more.lstrip(b"\0")
-                if not data:
-                    return 0
-                self._member = self._new()
-            else:
-                data = self._source.read1(BUFFER_BYTES) if self._member.needs_input else b""
-                if not data and self._member.needs_input:
-                    raise EOFError("the compressed data ends early")
-            try:
-                part = self._member.decompress(data, len(buffer))
-            except lzma.LZMAError as error:
-                raise OSError(str(error)) from None
-            if part:
-                buffer[: len(part)] = part
-                return len(part)
+    def _next_piece(self, size: int) -> bytes | None:
+        if self._member.eof:
+            data = self._member.unused_data.lstrip(b"\0")
+            while not data and (more := self._source.read1(BUFFER_BYTES)):
+                data = more.lstrip(b"\0")
+            if not data:
+                return None
+            self._member = self._new()
+        elif self._member.needs_input:
+            data = self._source.read1(BUFFER_BYTES)
+            if not data:
+                raise EOFError("the compressed data ends early")
+        else:
+            data = b""
+        try:
+            return bytes(self._member.decompress(data, size))
+        except lzma.LZMAError as error:
+            raise OSError(str(error)) from None
 
 
 def check_encoding(encoding: str) -> None:
@@ -177,7 +195,7 @@ def utf8_stream(stream: io.BufferedReader, encoding: str | None, name: str) -> i
     return stream
 
 
-class _Recoded(io.RawIOBase):
+class _Recoded(PieceStream):
     """Text in any encoding, read as UTF-8."""
 
     def __init__(self, source: io.BufferedReader, encoding: str, name: str) -> None:
@@ -185,26 +203,20 @@ class _Recoded(io.RawIOBase):
         self._encoding = encoding
         self._name = name
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._ready = b""
         self._num_read = 0
+        self._ended = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            data = self._source.read1(BUFFER_BYTES)
-            try:
-                self._ready = self._decoder.decode(data, final=not data).encode()
-            except UnicodeError as error:
-                place = self._num_read + getattr(error, "start", 0)
-                raise InvalidUtf8Error(
-                    f"{self._name} is not {self._encoding}: near byte {place + 1}",
-                    field="encoding",
-                ) from None
-            self._num_read += len(data)
-            if not data:
-                break
-        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
+    def _next_piece(self, size: int) -> bytes | None:
+        if self._ended:
+            return None
+        data = self._source.read1(size)
+        self._ended = not data
+        try:
+            text = self._decoder.decode(data, final=self._ended)
+        except UnicodeError as error:
+            place = self._num_read + getattr(error, "start", 0)
+            raise InvalidUtf8Error(
+                f"{self._name} is not {self._encoding}: near byte {place + 1}", field="encoding"
+            ) from None
+        self._num_read += len(data)
+        return text.encode()

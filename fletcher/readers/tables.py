@@ -13,12 +13,12 @@ from pyarrow import types
 from fletcher.core.encodings import is_text
 from fletcher.readers.arrays import BATCH_BYTES, Batches, check_arrays, cut
 from fletcher.readers.columns import Selection, arrow_paths, take_paths
+from fletcher.readers.ipc_sizes import CheckedStream, check_file
 
 # A row group's encoded columns may stand for far more bytes. A batch of nested columns is made so
 # small that its rows could each hold the largest value of the group.
 _MAX_NESTED_BYTES = 1 << 30
-# pyarrow decompresses a record batch before it can be looked at.
-MAX_MESSAGE_BYTES = 1 << 30
+_BUFFER_BYTES = 1 << 20
 BatchesWithShare = Iterator[tuple[pa.RecordBatch, float]]
 
 
@@ -41,14 +41,13 @@ def stream_schema(stream: io.BufferedReader, name: str, selection: Selection) ->
 
 
 def _selected(schema: pa.Schema, name: str, selection: Selection) -> pa.Schema:
-    paths = arrow_paths(selection, schema, name)
-    return take_paths(_empty(schema, paths), paths).schema
-
-
-def _empty(schema: pa.Schema, paths: dict[str, tuple[str, ...]]) -> pa.RecordBatch:
-    tops = [schema.field(top) for top in dict.fromkeys(path[0] for path in paths.values())]
-    arrays = [pa.array([], field.type) for field in tops]
-    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(tops))
+    kinds = {}
+    for wanted, (top, *fields) in arrow_paths(selection, schema, name).items():
+        kind = schema.field(top).type
+        for field in fields:
+            kind = kind.field(field).type
+        kinds[wanted] = kind
+    return pa.schema(kinds)
 
 
 def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShare:
@@ -101,6 +100,8 @@ def _rows_per_batch(
 def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithShare:
     """Batches of a memory-mapped Arrow IPC file, with the share read so far, 0 to 1."""
     done = 0
+    with pa.memory_map(str(path)) as mapped:
+        check_file(mapped, name)
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
         paths = arrow_paths(selection, file.schema, name)
         for index in range(file.num_record_batches):
@@ -114,7 +115,8 @@ def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithS
 def read_arrow_stream(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
     """Batches of an Arrow IPC stream."""
     done = 0
-    with pa.ipc.open_stream(stream) as reader:
+    checked = io.BufferedReader(CheckedStream(stream, name), _BUFFER_BYTES)
+    with pa.ipc.open_stream(checked) as reader:
         paths = arrow_paths(selection, reader.schema, name)
         for whole in reader:
             batch = take_paths(whole, paths)

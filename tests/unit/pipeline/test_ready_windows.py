@@ -84,12 +84,21 @@ def test_a_stream_that_comes_later_takes_turns_with_a_large_one(
 
 
 def test_new_bulk_streams_are_planned_together_after_a_while() -> None:
-    owner = scheduler()
+    owner = scheduler(window_tokens=640)
     streams = [submit(owner, *[9] * 4)]
     assert lengths_of(owner, 1) == [[9]]
     streams += [submit(owner, 1), submit(owner, 2)]
     owner.inference._ready_bulk.planned_at -= 1  # a second passes
     assert lengths_of(owner) == [[9], [1], [9], [2], [9]]
+
+
+def test_a_few_texts_do_not_wait_for_a_window_of_many() -> None:
+    owner = scheduler(window_tokens=640)
+    streams = [submit(owner, *[9] * 5), submit(owner, 8), submit(owner, 7)]
+    jobs = lengths_of(owner)
+    assert jobs.index([7]) < 4  # the two with few tokens share a window
+    assert sorted(jobs) == [[7], [8], *[[9]] * 5]
+    assert not streams[0].closed
 
 
 @pytest.mark.parametrize(

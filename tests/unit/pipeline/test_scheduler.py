@@ -77,7 +77,7 @@ def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
 
 
 def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
-    stage = make(one_run, num_layers=12)
+    stage = make(one_run, num_layers=12, window_tokens=6400)
     held = []
     for num_tokens, layers in enumerate([3, 0, 6, 3, 0, 3], 1):
         stream, ticket = tokenized(num_tokens, layers=layers)

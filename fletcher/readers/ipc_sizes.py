@@ -1,0 +1,123 @@
+"""Decoded sizes of Arrow IPC messages, told before they are decompressed.
+
+pyarrow decompresses a whole message before any of it can be looked at, and a few kilobytes may
+stand for gigabytes. No library reads the sizes alone, so this module reads the few fields of
+`Message.fbs` and `RecordBatch.fbs` that hold them.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import pyarrow as pa
+
+from fletcher.errors import BatchTooLargeError
+from fletcher.readers.streams import PieceStream
+
+# Most bytes of a compressed record batch after decompression.
+MAX_DECODED_BYTES = 1 << 30
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+_FILE_MAGIC_BYTES = 8
+
+
+def check_message(message: pa.Message, place: str) -> None:
+    """Refuse a compressed message that stands for too many bytes.
+
+    Raises:
+        BatchTooLargeError: The buffers are larger than MAX_DECODED_BYTES when decompressed.
+        pa.ArrowInvalid: The message's header is damaged.
+    """
+    try:
+        size = _decoded_bytes(message)
+    except (struct.error, IndexError):
+        raise pa.ArrowInvalid("the header of a message is damaged") from None
+    if size > MAX_DECODED_BYTES:
+        raise BatchTooLargeError(
+            f"{place} stands for {size:,} bytes, expected at most {MAX_DECODED_BYTES:,}; write "
+            "smaller record batches"
+        )
+
+
+def _decoded_bytes(message: pa.Message) -> int:
+    """Bytes of a message's buffers after decompression; 0 for a plain one."""
+    header = message.metadata.to_pybytes()
+    root = _u32(header, 0)
+    kind_at = _field(header, root, 1)
+    kind = header[kind_at] if kind_at else 0
+    if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
+        return 0
+    table = _table(header, root, 2)
+    if kind == _DICTIONARY_BATCH:
+        table = _table(header, table, 1)
+    if not _field(header, table, 3):
+        return 0
+    buffers = _table(header, table, 2)
+    body = message.body
+    total = 0
+    for number in range(_u32(header, buffers)):
+        offset, length = struct.unpack_from("<qq", header, buffers + 4 + 16 * number)
+        if length >= 8:
+            # -1 marks a buffer that is stored as it is.
+            (size,) = struct.unpack("<q", body.slice(offset, 8).to_pybytes())
+            total += size if size >= 0 else length
+    return total
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Position of a field of a FlatBuffers table; 0 if it is absent."""
+    vtable = table - int(struct.unpack_from("<i", data, table)[0])
+    (size,) = struct.unpack_from("<H", data, vtable)
+    place = 4 + 2 * number
+    if place >= size:
+        return 0
+    offset = int(struct.unpack_from("<H", data, vtable + place)[0])
+    return table + offset if offset else 0
+
+
+def _table(data: bytes, table: int, number: int) -> int:
+    """Position of the table or vector that a field refers to."""
+    at = _field(data, table, number)
+    return at + _u32(data, at)
+
+
+def _u32(data: bytes, at: int) -> int:
+    return int(struct.unpack_from("<I", data, at)[0])
+
+
+class CheckedStream(PieceStream):
+    """An Arrow IPC stream whose messages are checked before they are decoded.
+
+    Raises the errors of `check_message` when it is read.
+    """
+
+    def __init__(self, stream: io.BufferedReader, name: str) -> None:
+        self._messages = pa.ipc.MessageReader.open_stream(stream)
+        self._name = name
+        self._number = 0
+
+    def _next_piece(self, size: int) -> pa.Buffer | None:  # noqa: ARG002 - a message is a piece
+        try:
+            message = self._messages.read_next_message()
+        except StopIteration:
+            return None
+        check_message(message, f"{self._name}: message {self._number}")
+        self._number += 1
+        return message.serialize()
+
+
+def check_file(mapped: pa.MemoryMappedFile, name: str) -> None:
+    """Check the messages of a memory-mapped Arrow IPC file, and read none of them.
+
+    Raises the errors of `check_message`.
+    """
+    mapped.seek(_FILE_MAGIC_BYTES)
+    messages = pa.ipc.MessageReader.open_stream(mapped)
+    number = 0
+    while True:
+        try:
+            message = messages.read_next_message()
+        except (StopIteration, pa.ArrowInvalid):  # the end, or the index at the file's end
+            return
+        check_message(message, f"{name}: message {number}")
+        number += 1
