@@ -55,7 +55,7 @@ class UploadCompletion:
         """
         lost = self._uploads.remove_uploads(
             store_name,
-            lambda one: one.stored_as == stored_as and one.incarnation not in (None, current),
+            lambda one: one.stored_as == stored_as and _is_other(one.incarnation, current),
         )
         for one in lost:
             one.lose_rows(_lost(one))
@@ -107,6 +107,11 @@ class UploadCompletion:
             raise StoreUnavailableError(
                 "the store takes long to replace the dataset; resume the upload later"
             ) from None
+
+
+def _is_other(known: str | None, current: str | None) -> bool:
+    """Whether a dataset has another incarnation than it had. A Longbow's datasets have none."""
+    return known is not None and known != current and bool(known or current)
 
 
 def _lost(upload: Upload) -> UploadConflictError:
