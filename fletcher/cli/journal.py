@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.command_line import CommandGroup
+import click
+
+from fletcher.cli.command_line import Choice, CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.terminal import print_json, printable
-from fletcher.errors import ConfigError
+from fletcher.errors import ConfigError, InvalidCommandError
 
 if TYPE_CHECKING:
     from fletcher.delivery.journal.segment import Damage, JournaledGroup, Segment
@@ -25,6 +27,7 @@ cli = CommandGroup(
             "status": "List files, rows and their state.",
             "verify": "Check every file and name damaged rows.",
             "replay": "Mark sent and refused rows to be sent again.",
+            "rejected": "List, send again or drop rows that a store refused.",
         }
     },
 )
@@ -63,6 +66,30 @@ def replay_rows(flags: ConfigFlags) -> int:
     """
     with _readable_root(flags) as root:
         return _replay(root)
+
+
+@cli.subcommand(
+    "rejected",
+    "fletcher journal rejected list",
+    "fletcher journal rejected resend all",
+    "fletcher journal rejected drop lance-1a2b/notes/000000000004-nightly-0-999.rejected",
+)
+@click.argument("action", type=Choice(("list", "resend", "drop")), metavar="list|resend|drop")
+@click.argument("files", nargs=-1, metavar="[FILE|all]...")
+@json_option()
+@config_options("home")
+def handle_rejected(flags: ConfigFlags, action: str, files: tuple[str, ...], as_json: bool) -> int:
+    """List, send again or drop rows that a store refused for good.
+
+    Such rows count in --max-journal, and their uploads are not complete. `list` names their files.
+    `resend` and `drop` take these names, or `all`. Stop the server first; its next start sends the
+    rows of `resend`. A client can also send the rows itself, by resuming its upload.
+    """
+    with _readable_root(flags) as root:
+        found = {f"{one['store']}/{one['dataset']}/{one['file']}": one for one in _rejected(root)}
+        if action == "list":
+            return _list_rejected(found, as_json=as_json)
+        return _handle_rejected(root, action, _chosen(found, files))
 
 
 @contextlib.contextmanager
@@ -181,4 +208,58 @@ def _replay(root: Path) -> int:
     finally:
         lock.release()
     print(f"{num_files} files wait again; the next start of the server sends them")
+    return 0
+
+
+def _rejected(root: Path) -> Iterator[dict[str, Any]]:
+    return (one for one in _files(root) if one["file"].endswith(".rejected"))
+
+
+def _list_rejected(found: dict[str, dict[str, Any]], *, as_json: bool) -> int:
+    if as_json:
+        print_json({"files": [{**one, "name": name} for name, one in found.items()]})
+        return 0
+    if not found:
+        print("no store has refused rows")
+    for name, one in found.items():
+        uploads = ", ".join(one["uploads"])
+        print(f"{one['rows']:>10,} rows {one['bytes']:>13,} bytes  {printable(uploads)}  {name}")
+    return 0
+
+
+def _chosen(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> list[str]:
+    """Names of the files to handle.
+
+    Raises:
+        InvalidCommandError: No file is named, or there is none of a name.
+    """
+    if not names:
+        raise InvalidCommandError("name the FILEs, as `list` prints them, or `all`", field="FILE")
+    if names == ("all",):
+        return list(found)
+    for name in names:
+        if name not in found:
+            raise InvalidCommandError(
+                f"there are no refused rows in {name[:200]!r}; `list` prints the names",
+                field="FILE",
+                allowed=list(found)[:20],
+            )
+    return list(dict.fromkeys(names))
+
+
+def _handle_rejected(root: Path, action: str, names: list[str]) -> int:
+    from fletcher.delivery.journal.root import lock_journal, revive_segments
+
+    lock = lock_journal(root)
+    try:
+        for name in names:
+            path = root / name
+            if action == "drop":
+                path.unlink()
+            else:
+                revive_segments(path.parent, [path])
+    finally:
+        lock.release()
+    verb = "are dropped" if action == "drop" else "wait again; the next start sends them"
+    print(f"{len(names)} files {verb}")
     return 0

@@ -306,8 +306,8 @@ class Committer:
 
     def _settle_rows(self, rows: Rows, error: RequestError | None, *, null_vectors: bool) -> None:
         if error is not None:
-            rows.upload.fail(error)
             rows.on_refused(error.message)
+            rows.upload.fail(error, (rows.first, rows.last))
         else:
             num_stored = rows.num_rows - len(rows.places_not_stored(null_vectors=null_vectors))
             self.destination.telemetry.rows_stored.add(num_stored)

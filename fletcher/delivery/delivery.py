@@ -225,7 +225,7 @@ class Delivery:
         if self._journal is None:
             return 0
         names = {folder_name(store.address): name for name, store in self.stores.items()}
-        return self._recovery.start(places_with_rows(self._journal.folder, names))
+        return self._recovery.start(places_with_rows(self._journal.folder, names, self._space))
 
     def _recover_dataset(self, place: DatasetPlace) -> int:
         name, dataset = place
@@ -327,6 +327,8 @@ class Delivery:
         )
         for group in sink.recovered:
             info = group.info
+            if group.settled and journal is not None and journal.rejected.has_group(group):
+                continue  # its rows are not durable
             upload = self._uploads.recover_upload(name, dataset, info.upload_id, upsert=info.upsert)
             if not group.settled:  # the store is asked for the others
                 upload.secure_rows(info.first, info.last)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from fletcher.delivery.journal.root import survey_journals
+from fletcher.delivery.journal.root import JournalSpace, survey_journals
 from fletcher.util.backoff import Backoff
 from fletcher.util.insist import insist
 from fletcher.util.threads import start_thread
@@ -66,14 +66,19 @@ class Recovery:
         return num_rows, failed
 
 
-def places_with_rows(root: Path, store_names: Mapping[str, str]) -> list[DatasetPlace]:
+def places_with_rows(
+    root: Path, store_names: Mapping[str, str], space: JournalSpace | None
+) -> list[DatasetPlace]:
     """Datasets whose journals under `root` may have rows to send.
 
     A dataset without such rows costs nothing: a sink takes milliseconds and a thread.
-    `store_names` has the name of each store by the name of its folder.
+    `store_names` has the name of each store by the name of its folder. The sizes of all rejected
+    groups are counted in `space`.
     """
     places = []
     for one in survey_journals(root):
+        if space is not None:
+            space.add_bytes(one.rejected_bytes)
         if one.waits and one.store in store_names:
             places.append((store_names[one.store], one.dataset))
         elif one.waits:

@@ -114,10 +114,7 @@ class Upload:
             return new
 
     def settle_rows(self, first: int, last: int, *, stored: int) -> None:
-        """Note that the rows `first` to `last` are settled.
-
-        `stored`: number of these rows that the store got.
-        """
+        """Note that rows are settled. `stored`: number of them that the store got."""
         with self.changed:
             self._secure(first, last)
             if not self._settled.covers(first, last):  # else an earlier call counted them
@@ -145,19 +142,24 @@ class Upload:
                 self._errors.append({"row": row, "id": row_id, **_brief(error)})
 
     def note_duplicates(self, first: int, num_rows: int) -> None:
-        """Set the number of duplicates in the group whose first row is `first`.
-
-        They are added to the upload's total once the group is journaled or stored.
-        """
+        """Set a group's number of duplicates, which count once it is journaled or stored."""
         with self.changed:
             self._duplicates[first] = num_rows
 
-    def fail(self, error: FletcherError) -> None:
-        """End the upload. Its client may later send the unacknowledged rows again."""
+    def fail(self, error: FletcherError, refused: tuple[int, int] | None = None) -> None:
+        """End the upload. Its client may later send the unacknowledged rows again.
+
+        `refused`: rows, first and last, that the store refused. They are not durable any more.
+        """
         with self.changed:
+            if refused is not None:
+                self._secured.remove_range(*refused)
             self.failure = self.failure or error
             self._claimed = RangeSet(self._secured.ranges())
             self.changed.notify_all()
+            successor = self._successor
+        if successor is not None and refused is not None:
+            successor.fail(error, refused)
 
     def lose_rows(self, error: FletcherError) -> None:
         """End the upload, because its rows are gone. Its client may send them again."""
@@ -190,10 +192,7 @@ class Upload:
 
     @property
     def pending(self) -> int:
-        """Number of rows that are taken in and not yet settled.
-
-        Journaled rows count as well.
-        """
+        """Number of rows that are taken in and not yet settled, also journaled ones."""
         with self.changed:
             return self._claimed.count - self._settled.count
 

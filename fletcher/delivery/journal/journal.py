@@ -45,9 +45,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from fletcher.delivery.journal.recovery import dispose, recover_segments
+from fletcher.delivery.journal.rejected import RejectedGroups
 from fletcher.delivery.journal.root import FULL_RETRY_MS, JournalSpace
 from fletcher.delivery.journal.segment import (
-    REJECTED,
     SENT,
     WAITING,
     GroupInfo,
@@ -76,6 +76,7 @@ class Journal:
 
     Attributes:
         settled_groups: Settled groups that the store cannot report as such.
+        rejected: Groups that the store refused for good.
 
     Raises:
         JournalFullError: The disk is full.
@@ -93,6 +94,7 @@ class Journal:
         self.folder = folder
         self.space = space
         self.settled_groups = SettledGroups(folder)
+        self.rejected = RejectedGroups(folder, space)
         self._segment_bytes = segment_bytes
         self._retention_s = retention_s
         self._appending = threading.Lock()
@@ -249,19 +251,6 @@ class Journal:
         """Groups that are not settled, in the order in which they were written."""
         with self._lock:
             return [one for seg in self._segments for one in seg.groups if not one.settled]
-
-    def reject_group(self, group: JournaledGroup, reason: str) -> None:
-        """Write a group that the store refused for good to a separate file."""
-        info = group.info
-        name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
-        batch = group.read_batch()
-        with (self.folder / name).open("wb") as file:
-            with pa.ipc.new_stream(file, group.schema) as writer:
-                writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_path(self.folder)
-        log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
 
     def close(self) -> None:
         """Close the open segment, and delete it if all its groups are settled."""

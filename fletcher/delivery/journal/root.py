@@ -69,12 +69,14 @@ class JournalContent:
     Attributes:
         store: Name of the store's folder, see `folder_name`.
         waits: Whether some segments have groups that may have to be sent.
+        rejected_bytes: Size of the groups that the store refused for good.
     """
 
     store: str
     dataset: str
     folder: Path
     waits: bool
+    rejected_bytes: int
 
 
 def survey_journals(root: Path) -> list[JournalContent]:
@@ -84,21 +86,26 @@ def survey_journals(root: Path) -> list[JournalContent]:
     """
     found = []
     for store, dataset, folder in journal_folders(root):
-        names = [path.name for path in folder.iterdir()]
-        if names:
-            waits = any(name.endswith(WAITING) for name in names)
-            found.append(JournalContent(store, dataset, folder, waits))
+        paths = list(folder.iterdir())
+        if paths:
+            waits = any(path.suffix == WAITING for path in paths)
+            rejected = sum(path.stat().st_size for path in paths if path.suffix == REJECTED)
+            found.append(JournalContent(store, dataset, folder, waits, rejected))
         else:
             folder.rmdir()
     return found
 
 
-def revive_segments(folder: Path) -> int:
-    """Queue sent and rejected segments again, after all others; return their number."""
+def revive_segments(folder: Path, again: list[Path] | None = None) -> int:
+    """Queue segments again, after all others; return their number.
+
+    `again`: these files of the folder. None: all sent and rejected ones.
+    """
     used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
     number = max(used, default=-1) + 1
-    again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
-    for path in again:
+    if again is None:
+        again = [path for path in folder.iterdir() if path.suffix in (SENT, REJECTED)]
+    for path in sorted(again):
         path.rename(folder / f"{number:012d}{WAITING}")
         number += 1
     sync_path(folder)

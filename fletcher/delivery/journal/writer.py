@@ -283,6 +283,9 @@ class JournalWriter:
             journaled_rows(group.upload, on_disk, self._journal)
         )
         yield lambda: group.upload.secure_rows(group.first, group.last)
+        yield lambda: self._journal.rejected.drop_replaced(
+            group.upload.upload_id, group.upload.covers
+        )
         yield group.on_released
 
 
@@ -304,7 +307,7 @@ def journaled_rows(
         on_disk.read_batch,
         on_released=functools.partial(journal.settle_group, on_disk),
         journaled=True,
-        on_refused=functools.partial(journal.reject_group, on_disk),
+        on_refused=functools.partial(journal.rejected.add_group, on_disk),
         in_doubt=in_doubt,
         excluded=info.excluded,
     )

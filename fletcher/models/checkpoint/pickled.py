@@ -171,7 +171,8 @@ class PickledFile:
             values = self._values(tensor, dtype)
             if kind == "BFloat16Storage":
                 return (values.astype(np.uint32) << 16).view(np.float32)
-            return values.astype(np.float32, copy=False)
+            with np.errstate(over="ignore"):  # `Weights` refuses infinity
+                return values.astype(np.float32, copy=False)
 
     def _values(self, tensor: _Tensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         storage, offset, shape, strides = tensor
@@ -221,21 +222,24 @@ class PickledFile:
         return _load(io.BytesIO(archive.read(main)), main.file_size)
 
     def _read_legacy(self, file: IO[bytes]) -> Any:
-        if _load(file, self._size) != _MAGIC or _load(file, self._size) != _PROTOCOL:
+        # In memory, where reading more than there is allocates nothing.
+        head = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+        if _load(head, self._size) != _MAGIC or _load(head, self._size) != _PROTOCOL:
             raise ModelError("it does not begin like a file of torch.save")
-        system = _load(file, self._size)
+        system = _load(head, self._size)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ModelError("its numbers are not little-endian")
         kinds: dict[str, str] = {}
-        found = _load(file, self._size, kinds)
-        for key in _load(file, self._size):
+        found, keys = _load(head, self._size, kinds), _load(head, self._size)
+        file.seek(head.tell())
+        for key in keys:
             size = int.from_bytes(file.read(8), "little")
             self._offsets[str(key)] = file.tell()
             file.seek(size * np.dtype(_STORAGES[kinds[str(key)]]).itemsize, os.SEEK_CUR)
         return found
 
 
-def _load(file: IO[bytes], limit: int, kinds: dict[str, str] | None = None) -> Any:
+def _load(file: io.BytesIO, limit: int, kinds: dict[str, str] | None = None) -> Any:
     """Load one pickle; add the kinds of its storages, by key, to `kinds`."""
     start, allowed = file.tell(), set(_OPCODES.split())
     for opcode, argument, place in pickletools.genops(file):

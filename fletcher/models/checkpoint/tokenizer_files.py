@@ -119,8 +119,9 @@ class TokenizerFiles:
         outside = {
             word: number for word, number in self.vocabulary.items() if number >= num_embeddings
         }
-        for part in self._part("post_processor").get("special_tokens", {}).values():
-            outside |= {str(part["id"]): one for one in part["ids"] if one >= num_embeddings}
+        with damage_named(self.name):
+            for part in self._part("post_processor").get("special_tokens", {}).values():
+                outside |= {str(part["id"]): one for one in part["ids"] if one >= num_embeddings}
         if outside:
             word, number = min(outside.items(), key=lambda one: one[1])
             raise ModelError(

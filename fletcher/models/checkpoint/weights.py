@@ -157,7 +157,8 @@ class SafetensorsFile:
         values = np.frombuffer(self._data[begin:end], dtype=dtype).reshape(shape)
         if kind == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # `Weights` refuses infinity
+            return values.astype(np.float32, copy=False)
 
     def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
         """Element type, shape, and first and end byte of a tensor."""

@@ -139,3 +139,63 @@ def test_notes_of_what_is_stored_are_no_file_of_rows(
     SettledGroups(folder).add_keys(["u:20-29"])
     assert main(["journal", "verify"]) == 0
     assert "1 files, 10 rows: all right" in capsys.readouterr().out
+
+
+def leave_rejected(folder: Path) -> list[str]:
+    """Two groups that a store refused; returns their names."""
+    journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
+    journal.recover()
+    for first in (0, 10):
+        batch = pa.record_batch([pa.array(range(first, first + 10), pa.int64())], schema=SCHEMA)
+        info = GroupInfo("u.0a1b", first, first + 9)
+        (group,) = journal.append_groups([(info, batch)], SCHEMA)
+        journal.rejected.add_group(group, "not this")
+        journal.settle_group(group)
+    journal.close()
+    return sorted(f"lance-0/d/{path.name}" for path in folder.glob("*.rejected"))
+
+
+def test_refused_rows_are_listed_sent_again_or_dropped(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["journal", "rejected", "list"]) == 0
+    assert "no store has refused rows" in capsys.readouterr().out
+    first, second = leave_rejected(folder)
+    assert main(["journal", "rejected", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["files"]
+    assert [(one["name"], one["rows"], one["uploads"]) for one in found] == [
+        (first, 10, ["u.0a1b"]),
+        (second, 10, ["u.0a1b"]),
+    ]
+    assert main(["journal", "rejected", "drop", first]) == 0
+    assert main(["journal", "rejected", "resend", "all"]) == 0
+    assert [path.suffix for path in folder.iterdir()] == [".arrow"]
+    (waiting,) = Journal(
+        folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0
+    ).recover()
+    assert (waiting.info.first, waiting.settled) == (10, False)
+
+
+@pytest.mark.parametrize("names", [[], ["lance-0/d/none.rejected"], ["../../x"]])
+@pytest.mark.parametrize("action", ["resend", "drop"])
+def test_only_listed_files_of_refused_rows_are_handled(
+    folder: Path, capsys: pytest.CaptureFixture[str], action: str, names: list[str]
+) -> None:
+    leave_rejected(folder)
+    before = sorted(folder.iterdir())
+    assert main(["journal", "rejected", action, *names]) == 2
+    assert "FILE" in capsys.readouterr().err or names
+    assert sorted(folder.iterdir()) == before
+
+
+def test_refused_rows_are_left_alone_while_a_server_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_rejected(folder)
+    lock = lock_journal(folder.parents[1])
+    try:
+        assert main(["journal", "rejected", "drop", "all"]) == 2
+        assert "another server uses the journal" in capsys.readouterr().err
+        assert main(["journal", "rejected", "list"]) == 0
+    finally:
+        lock.release()

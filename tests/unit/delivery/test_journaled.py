@@ -22,6 +22,7 @@ from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.rejected import RejectedGroups
 from fletcher.delivery.journal.root import JournalSpace
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.timing import DeliveryTiming
@@ -224,6 +225,60 @@ def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> No
         assert wait(upload, lambda: upload.failure is not None)
         assert delivery.flush(10)
     assert files(tmp_path) == [".rejected"]
+
+
+def test_refused_rows_are_not_durable_and_can_be_sent_again(tmp_path: Path) -> None:
+    # The status was complete, and rows that were sent again were dropped as known.
+    store = MemoryStore()
+    with delivering(store, tmp_path / "home", timing=LONG_SEGMENTS) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert stored(upload, 10)
+        store.refuse = lambda batches: ColumnTypeError("not this")
+        send(sink, upload, 10, 10)
+        upload.announce_total(20)
+        assert wait(upload, lambda: upload.failure is not None)
+        assert delivery.flush(10)
+        delivery.close_upload(upload, sink)
+        assert not upload.complete
+        status = {"rows_durable": 10, "ranges": [[0, 9]], "complete": False}
+        assert delivery.upload_status(options()) == status
+        shutil.copytree(tmp_path / "home", tmp_path / "killed")
+        store.refuse = lambda batches: None
+        assert delivery._space is not None
+        (rejected,) = (tmp_path / "home").glob("*/d/*.rejected")
+        assert delivery._space.used_bytes >= rejected.stat().st_size > 0
+        again, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, again, 10, 10)
+        again.announce_total(20)
+        assert stored(again, 20)
+        assert again.complete
+        assert not rejected.exists()  # else it could be sent once more
+    assert ids(store) == list(range(20))
+    with delivering(store, tmp_path / "killed") as delivery:
+        assert delivery._space is not None
+        upload, sink = delivery.open_upload(options(upload_id="another"), SCHEMA)
+        assert delivery._uploads.find_upload("default", "d", "u").status()["ranges"] == [[0, 9]]
+
+
+def test_refused_rows_count_in_the_journal_whether_their_dataset_is_used_or_not(
+    tmp_path: Path,
+) -> None:
+    store = MemoryStore()
+    store.refuse = lambda batches: ColumnTypeError("not this")
+    timing = DeliveryTiming(committer_linger_s=0.01)
+    with delivering(store, tmp_path, timing=timing) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert wait(upload, lambda: upload.failure is not None)
+        delivery.close_upload(upload, sink)
+        sink.committer.thread.join(30)
+        (rejected,) = tmp_path.glob("*/d/*.rejected")
+        assert delivery._space is not None
+        assert delivery._space.used_bytes == rejected.stat().st_size
+    with delivering(store, tmp_path, max_bytes=rejected.stat().st_size) as delivery:
+        assert delivery._space is not None
+        assert not delivery._space.wait_for_room(0.0)
 
 
 def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) -> None:
@@ -482,14 +537,14 @@ def test_a_refused_group_leaves_its_segment_once_its_file_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The group stayed in its segment until the next start, which counted it as durable again.
-    reject, errors = Journal.reject_group, [OSError(28, "No space left on device")]
+    reject, errors = RejectedGroups.add_group, [OSError(28, "No space left on device")]
 
     def fails_once(*arguments: Any) -> None:
         if errors:
             raise errors.pop()
         reject(*arguments)
 
-    monkeypatch.setattr(Journal, "reject_group", fails_once)
+    monkeypatch.setattr(RejectedGroups, "add_group", fails_once)
     monkeypatch.setattr("fletcher.delivery.commit_queue._SETTLE_PAUSE_S", 0.01)
     store = MemoryStore()
     store.refuse = lambda batches: ColumnTypeError("not this")

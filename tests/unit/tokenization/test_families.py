@@ -10,6 +10,7 @@ import tokenizers
 
 from fletcher.core.batches import TextBatch
 from fletcher.tokenization import tokenizer as tokenizer_module
+from fletcher.tokenization.gaps import Gaps
 from fletcher.tokenization.tokenizer import Tokenizer
 
 FAMILIES = Path(__file__).parents[2] / "golden" / "families"
@@ -96,6 +97,8 @@ KINDS = {
     "single word": kind("roberta", added=[{"content": "game", "single_word": True}]),
     "takes spaces": kind("roberta", added=[{"content": "game", "lstrip": True, "rstrip": True}]),
     "normalized": kind("roberta", added=[{"content": "for", "normalized": True}]),
+    **{name: kind(name) for name in NAMES if name not in ("distilbert", "mpnet")},
+    "punctuation in a token": kind("roberta", added=[{"content": "a-b"}, {"content": "x1y"}]),
     "xlm-roberta": kind(
         "xlm_roberta",
         pre_tokenizer={
@@ -132,6 +135,10 @@ KINDS = {
 }
 
 
+# Kinds whose texts may be divided nowhere.
+NO_GAPS = ("takes spaces", "never split")
+
+
 @pytest.mark.parametrize("truncate", ["end", "start"])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_tokenizer_has_the_librarys_tokens(name: str, truncate: str) -> None:
@@ -143,6 +150,35 @@ def test_every_kind_of_tokenizer_has_the_librarys_tokens(name: str, truncate: st
     tokens = tokenizer.encode(text_batch(texts(), truncate))
     actual = np.split(tokens.input_ids, tokens.offsets[1:-1])
     assert [ids.tolist() for ids in actual] == expected
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_text_has_the_tokens_of_its_parts_at_every_gap(name: str) -> None:
+    gaps = Gaps.from_json(json.loads(KINDS[name]))
+    if name in NO_GAPS:
+        assert gaps is None
+        return
+    assert gaps is not None
+    library = tokenizers.Tokenizer.from_str(KINDS[name])
+
+    def tokens(part: bytes) -> list[int]:
+        ids: list[int] = library.encode(part.decode(), add_special_tokens=False).ids
+        return ids
+
+    generator = np.random.default_rng(23)
+    count = 0
+    for _ in range(30):
+        text = "".join(
+            generator.choice([*PIECES, "game", "1", "'s", "for", "=\u0338"], 25)
+        ).encode()
+        whole = tokens(text)
+        for place in gaps.places(np.frombuffer(text, np.uint8)).tolist():
+            assert tokens(text[:place]) + tokens(text[place:]) == whole, (
+                text[:place],
+                text[place:],
+            )
+            count += 1
+    assert count > 100
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"distilbert", "mpnet", "nomic_bert"}))

@@ -26,8 +26,8 @@ def test_last_token_is_the_last_before_padding(token_embeddings):
 
 
 def test_another_pooling_is_refused(token_embeddings):
-    with pytest.raises(ValueError, match="`pooling` is 'max'"):
-        pool(token_embeddings, MASK, "max")
+    with pytest.raises(ValueError, match="`pooling` is 'median'"):
+        pool(token_embeddings, MASK, "median")
 
 
 def test_rows_are_scaled_to_length_one_and_zeros_stay():

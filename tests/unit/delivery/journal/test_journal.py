@@ -347,7 +347,7 @@ def test_sent_segments_are_kept_for_stores_that_are_not_durable(tmp_path: Path) 
 def test_rejected_groups_are_kept_apart(tmp_path: Path) -> None:
     one = fill(tmp_path, 1)
     (group,) = one._segments[-1].groups
-    one.reject_group(group, "no such column")
+    one.rejected.add_group(group, "no such column")
     one.close()
     one.settle_group(group)
     (path,) = tmp_path.iterdir()

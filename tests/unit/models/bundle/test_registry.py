@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fletcher.core.quantization import Ranges
 from fletcher.errors import ModelError, UnknownModelError
 from fletcher.models.bundle import registry as registry_module
 from fletcher.models.bundle.bundle import ModelBundle, version_folder
+from fletcher.models.bundle.calibration import Calibration, Cut
 from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 from fletcher.models.sources import package
 from fletcher.models.sources.folder import build_from_folder
+from fletcher.util import durable
 from tests.unit.models.conftest import GOLDEN, EditCheckpoint
 
 TINY = str(GOLDEN / "tiny")
@@ -112,6 +118,103 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
     assert registry.names() == ["tiny"]
     with pytest.raises(ModelError, match="is missing: it was removed"):
         version_folder(first.folder, first.hash)
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_a_kill_at_any_point_leaves_a_complete_model(
+    tmp_path: Path, checkpoint: EditCheckpoint, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Every call that changes a name or a folder is the last one once."""
+    registry = Registry(tmp_path / "models")
+    first = registry.add_model(TINY, progress=ignore)
+    calls: list[object] = []
+
+    def dies(call: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object, **more: object) -> object:
+            calls.append(call)
+            if len(calls) >= number:
+                raise KeyboardInterrupt  # nothing that follows has an effect any more
+            return call(*arguments, **more)
+
+        return counted
+
+    other = str(checkpoint(config={"hidden_act": "relu"}))
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", dies(Path.rename))
+        killed.setattr(durable, "_exchange", dies(durable._exchange))
+        killed.setattr(os, "link", dies(os.link))
+        killed.setattr(registry_module.shutil, "rmtree", dies(shutil.rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            registry.add_model(other, name="tiny", replace=True, progress=ignore)
+    assert registry.verify_model("tiny").name == "tiny"
+    assert version_folder(first.folder, first.hash).is_dir()
+    assert [one.name for one in registry.list_models()]
+    second = registry.add_model(other, name="tiny", replace=True, progress=ignore)
+    assert registry.names() == ["tiny", first.qualified_name]
+    assert registry.verify_model("tiny").hash == second.hash
+
+
+def test_a_file_system_that_cannot_exchange_names_is_enough(
+    tmp_path: Path, checkpoint: EditCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "link", _no_links)
+    registry = Registry(tmp_path / "models")
+    first = registry.add_model(TINY, progress=ignore)
+    other = str(checkpoint(config={"hidden_act": "relu"}))
+    registry.add_model(other, name="tiny", replace=True, progress=ignore)
+    assert visible(tmp_path / "models") == ["tiny", first.qualified_name]
+    registry.verify_model(first.qualified_name)
+
+
+def _no_links(*_: object) -> None:
+    raise OSError
+
+
+def test_what_changes_no_vector_is_taken_over(tmp_path: Path, checkpoint: EditCheckpoint) -> None:
+    registry = Registry(tmp_path / "models")
+    first = registry.add_model(TINY, progress=ignore)
+    ranges = {Cut(2, 32, True): Ranges(np.zeros(32, np.float32), np.ones(32, np.float32))}
+    registry.save_calibration("tiny", Calibration(3, ranges))
+    settings = {"similarity_fn_name": "dot"}
+    other = str(
+        checkpoint(config={"matryoshka_dimensions": [16]}, config_sentence_transformers=settings)
+    )
+    with pytest.raises(ModelError, match="the same model with another dims and similarity; take"):
+        registry.add_model(other, name="tiny", progress=ignore)
+    second = registry.add_model(other, name="tiny", replace=True, progress=ignore)
+    assert (second.hash, second.similarity, second.dims) == (first.hash, "dot", (16, 32))
+    assert second.calibration.num_texts == 3
+    assert visible(tmp_path / "models") == ["tiny"]
+    # An edition with another prompt is another model.
+    settings = {"prompts": {"query": "find: "}}
+    third = registry.add_model(
+        str(checkpoint(config_sentence_transformers=settings)),
+        name="tiny",
+        replace=True,
+        progress=ignore,
+    )
+    assert third.hash != first.hash
+    assert third.prompts == {"query": "find: "}
+    assert visible(tmp_path / "models") == ["tiny", first.qualified_name]
+
+
+def test_one_damaged_manifest_breaks_no_list(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    good = registry.add_model(TINY, progress=ignore)
+    for depth in (100, 900, 990, 5000, 100_000):
+        for key in ("files", "prompts", "dims", "format", "x"):
+            folder = tmp_path / "bad"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(good.folder, folder)
+            manifest = json.loads((folder / "fletcher.json").read_text())
+            manifest[key] = 0
+            text = json.dumps({"name": "bad", **manifest})
+            deep = "[" * depth + "]" * depth
+            (folder / "fletcher.json").write_text(text.replace(f'"{key}": 0', f'"{key}": {deep}'))
+            assert registry.list_models() == [good]
+            with pytest.raises(ModelError, match=r"model bad: fletcher\.json"):
+                registry.get_model("bad")
 
 
 def test_a_damaged_bundle_is_shown_and_replaced(tmp_path: Path) -> None:
