@@ -109,9 +109,9 @@ class UploadCompletion:
             ) from None
 
 
-def _is_other(known: str | None, current: str | None) -> bool:
+def _is_other(begun: str | None, current: str | None) -> bool:
     """Whether a dataset has another incarnation than it had. A Longbow's datasets have none."""
-    return known is not None and known != current and bool(known or current)
+    return begun is not None and begun != current and bool(begun or current)
 
 
 def _lost(upload: Upload) -> UploadConflictError:
