@@ -110,7 +110,7 @@ class UploadCompletion:
 
 
 def _is_other(begun: str | None, current: str | None) -> bool:
-    """Whether a dataset has another incarnation than it had. A Longbow's datasets have none."""
+    """Whether a dataset has another incarnation. Those of a Longbow have none."""
     return begun is not None and begun != current and bool(begun or current)
 
 

@@ -258,7 +258,8 @@ def check_table(draw: Draw, folder: Path, stores: Sequence[Store], dataset: str)
 
 
 def _names_place(message: str, table: pa.Table) -> bool:
-    return any(f"`{name}`" in message or repr(name) in message for name in table.schema.names)
+    names = {*table.schema.names, *(name.replace(".", "_") for name in table.schema.names)}
+    return any(f"`{name}`" in message or repr(name) in message for name in names)
 
 
 def _compare(table: pa.Table, found: pa.Table) -> None:

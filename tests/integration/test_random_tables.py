@@ -35,5 +35,5 @@ def test_random_tables_come_back_as_they_were(tmp_path: Path, kind: str) -> None
                 results[check_table(random.Random(seed), folder, [store], f"d{seed}")] += 1
     finally:
         if server is not None:
-            server.close()
+            server.close(timeout_s=5.0)
     assert results["stored"] >= TABLES / 2, results

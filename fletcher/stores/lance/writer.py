@@ -357,11 +357,12 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Invalid input" in text:
             reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
             raise RequestError(reason) from error
-        reason = "the disk is full; free some space"
-        if not ("No space left" in text or "StorageFull" in text):
-            reason = "LanceDB failed; see the log"
+        if "No space left" in text or "StorageFull" in text:  # concerns all datasets
+            reason, field = "the disk is full; free some space", "store"
+        else:
+            reason, field = "LanceDB failed; see the log", "dataset"
             _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
-        raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store") from error
+        raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field=field) from error
 
 
 def _holds_nan(table: pa.Table, name: str) -> bool:
