@@ -67,6 +67,7 @@ class Finding:
         "models": "Further model that must be installed; repeatable.",
         "max_memory": "Memory that the server may take, to compare with the machine's.",
     },
+    warn=False,
 )
 def cli(flags: ConfigFlags, as_json: bool) -> int:
     """Check hardware, engines, models and stores, and show fixes.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli.command_line import CommandGroup, Decorator, combine, option
+from fletcher.cli.command_line import CommandGroup, Decorator, LocalPath, combine, option
 from fletcher.cli.connection import LOCAL_FLAGS, RemoteServer, server_options
 from fletcher.cli.options import (
     ConfigFlags,
@@ -78,7 +78,7 @@ def _name_argument(**attributes: Any) -> Decorator:
 )
 @click.argument("source", type=click.Path())
 @option("--name NAME")
-@option("--tokenizer FILE", type=click.Path())
+@option("--tokenizer FILE", type=LocalPath())
 @option("--output NAME")
 @option("--exits N,...", callback=lambda context, _, value: _layers(context, value))
 @option("--replace", is_flag=True)

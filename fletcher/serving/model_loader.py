@@ -63,7 +63,8 @@ class ModelLoader:
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
         limits = _limits(self.config.limits, bundle, self.budget.reserve_bytes)
-        return ServedModel(bundle, embedder, decision.describe(), limits)
+        is_null = self.config.engine.backend == "null"
+        return ServedModel(bundle, embedder, decision.describe(), limits, is_null)
 
     def _embedder(
         self, bundle: ModelBundle, replicas: list[BackendConfig], standby: list[BackendConfig]

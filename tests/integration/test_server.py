@@ -217,10 +217,8 @@ def test_a_path_embeds_with_defaults(server: Runtime, client: flight.FlightClien
         writer.write_batch(rows(0, 10))
     table = stored(server, name)
     assert table.schema.field("vector").type.value_type == pa.float16()
-    assert (
-        table.schema.metadata[b"fletcher.model"]
-        == server.service.models.default.bundle.qualified_name.encode()
-    )
+    name_of_model = server.service.models.default.bundle.qualified_name
+    assert table.schema.metadata[b"fletcher.model"].decode() == f"null-{name_of_model}"
     info = client.get_flight_info(flight.FlightDescriptor.for_path(name))
     assert info.total_records == 10
     assert name in [flight.descriptor.path[0].decode() for flight in client.list_flights()]
