@@ -209,7 +209,14 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                 yield ack
             if draining.is_set():
                 self._sink.flush()
+        self._complete_upload()
         yield upload.summary(self._session.spec.model)
+
+    def _complete_upload(self) -> None:
+        try:
+            self._service.delivery.complete_upload(self._command, self.upload, self._sink)
+        except FletcherError as error:
+            self.upload.fail(error)
 
     def close(self) -> None:
         """Drop rows that the sink does not have, and wake waiting threads. Thread-safe."""

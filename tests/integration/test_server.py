@@ -427,8 +427,17 @@ def test_overwrite_and_upsert(server: Runtime, client: flight.FlightClient) -> N
     put(client, [rows(0, 100)], SCHEMA, dataset=name)
     put(client, [rows(50, 120)], SCHEMA, dataset=name, mode="upsert")
     assert stored(server, name).column("id").to_pylist() == list(range(120))
-    put(client, [rows(7, 9)], SCHEMA, dataset=name, mode="overwrite")
+    fields = {"dataset": name, "mode": "overwrite", "upload_id": "o"}
+    for end in (None, 3):  # no end, and another number of rows
+        summary = put(client, [rows(7, 9)], SCHEMA, end=end, **fields)[-1]
+        assert summary["complete"] is False
+        assert stored(server, name).column("id").to_pylist() == list(range(120))
+    summary = put(client, [rows(7, 9)], SCHEMA, end=2, **fields)[-1]
+    assert summary["complete"] is True
     assert stored(server, name).column("id").to_pylist() == [7, 8]
+    put(client, [rows(9, 10)], SCHEMA, dataset=name)
+    assert put(client, [rows(7, 9)], SCHEMA, end=2, **fields)[-1]["complete"] is True  # a repeat
+    assert stored(server, name).column("id").to_pylist() == [7, 8, 9]
 
 
 def test_dedupe_over_connections(server: Runtime, client: flight.FlightClient) -> None:
