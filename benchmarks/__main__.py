@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from benchmarks import (
+    abandoned,
     delivery,
     exits,
     gpu,
@@ -28,6 +29,7 @@ COMMANDS = {
     "overhead": overhead,
     "delivery": delivery,
     "latency": latency,
+    "abandoned": abandoned,
     "roofline": roofline,
     "stages": stages,
     "scaling": scaling,

@@ -37,6 +37,7 @@ SECTIONS = {
     "Diagnosis": {
         "doctor": "Check hardware, engines, models and stores, and show fixes.",
         "journal": "Show, check and replay rows that wait for their stores.",
+        "overwrite": "List and drop the rows of unfinished overwrites.",
     },
     "Help": {
         "help": "Show the help of a command.",

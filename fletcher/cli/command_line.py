@@ -13,10 +13,21 @@ import click
 from click.shell_completion import CompletionItem
 
 from fletcher.util.docstrings import split_docstring
+from fletcher.util.paths import check_local
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class LocalPath(click.Path):
+    """Path on this machine; a URI is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        check_local(str(value), str(param.name) if param is not None else "path")
+        return super().convert(value, param, ctx)
+
+
 # Type of an option's value, by the metavar in its declaration.
-_TYPES = {"N": int, **dict.fromkeys(("FILE", "FOLDER"), click.Path(path_type=Path))}
+_TYPES = {"N": int, **dict.fromkeys(("FILE", "FOLDER"), LocalPath(path_type=Path))}
 
 # Replaces characters at which a help line could break by characters at which it cannot.
 _UNBROKEN = str.maketrans(" -", "\xa0\u2011")

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
@@ -22,6 +22,9 @@ from fletcher.config.option import GIB
 from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
 from fletcher.telemetry.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from fletcher.tuning.decision import Decision
 
 # Free disk space for one model, its graph and temporary files.
 NEEDED_DISK_BYTES = 1 * GIB
@@ -67,6 +70,7 @@ class Finding:
         "models": "Further model that must be installed; repeatable.",
         "max_memory": "Memory that the server may take, to compare with the machine's.",
     },
+    warn=False,
 )
 def cli(flags: ConfigFlags, as_json: bool) -> int:
     """Check hardware, engines, models and stores, and show fixes.
@@ -235,6 +239,7 @@ def _engine(config: ServeConfig) -> Iterator[_Found]:
         yield config.model.default, "broken", error.message
         return
     yield config.model.default, "ok", chosen.reason
+    yield from _self_check(config, chosen)
     if chosen.measured is not None:
         yield "chosen", "ok", f"by measurement, {chosen.measured.measured_at}"
     elif config.engine.backend != "null":
@@ -250,6 +255,26 @@ def _engine(config: ServeConfig) -> Iterator[_Found]:
             continue
         for name, value in about.items():
             yield name, "ok", value
+
+
+def _self_check(config: ServeConfig, chosen: Decision) -> Iterator[_Found]:
+    """Compare the chosen engine's vectors with float32, as a server does."""
+    from fletcher.inference.host import detect_host
+    from fletcher.models.bundle.registry import Registry
+    from fletcher.tuning.self_check import SelfCheck
+
+    bundle = Registry(config.home / "models").get_model(config.model.default)
+    check = SelfCheck(config.home, detect_host())
+    try:
+        result = check.check_engine(chosen.configs[0], bundle)
+        served = check.checked(chosen, config.engine, bundle)
+    except FletcherError as error:
+        yield "self-check", "broken", error.message
+        return
+    if served.configs != chosen.configs:
+        yield "self-check", "note", served.reason, "report the model; float32 is right but slower"
+    elif result is not None:
+        yield "self-check", "ok", f"{result}, {result.checked_at}"
 
 
 def _stores(config: ServeConfig) -> Iterator[_Found]:

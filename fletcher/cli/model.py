@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli.command_line import CommandGroup, Decorator, combine, option
+from fletcher.cli.command_line import CommandGroup, Decorator, LocalPath, combine, option
 from fletcher.cli.connection import LOCAL_FLAGS, RemoteServer, server_options
 from fletcher.cli.options import (
     ConfigFlags,
@@ -20,9 +20,10 @@ from fletcher.cli.options import (
 from fletcher.cli.progress import human
 from fletcher.cli.terminal import print_json, print_table, printable, say, styled
 from fletcher.config.model_alias import Alias
-from fletcher.errors import InvalidCommandError, ModelError
+from fletcher.errors import BackendError, InvalidCommandError, ModelError
 
 if TYPE_CHECKING:
+    from fletcher.models.bundle.bundle import ModelBundle
     from fletcher.models.bundle.registry import Registry
 
 _SOURCES = """
@@ -78,7 +79,7 @@ def _name_argument(**attributes: Any) -> Decorator:
 )
 @click.argument("source", type=click.Path())
 @option("--name NAME")
-@option("--tokenizer FILE", type=click.Path())
+@option("--tokenizer FILE", type=LocalPath())
 @option("--output NAME")
 @option("--exits N,...", callback=lambda context, _, value: _layers(context, value))
 @option("--replace", is_flag=True)
@@ -101,7 +102,28 @@ def add_model(flags: ConfigFlags, source: str, as_json: bool, **params: Any) -> 
             as NAME@HASH. `fletcher model swap` switches a running server to the new version.
     """
     bundle = _registry(flags).add_model(source, progress=say, **params)
+    _check_vectors(flags, bundle)
     _print(bundle.to_dict(), as_json=as_json)
+
+
+def _check_vectors(flags: ConfigFlags, bundle: ModelBundle) -> None:
+    """Compare the vectors of the engine that a server would choose with float32."""
+    from fletcher.config.engine import EngineConfig
+    from fletcher.inference.host import detect_host
+    from fletcher.tuning.decision import decide
+    from fletcher.tuning.self_check import SelfCheck
+
+    home, host = flags.resolve(("home",)).config.home, detect_host()
+    try:
+        decision = decide(home, EngineConfig(), host, bundle)
+        checked = SelfCheck(home, host).checked(decision, EngineConfig(), bundle)
+    except BackendError as error:
+        say(f"its vectors were not checked, or are wrong: {error.message}")
+        return
+    if checked.configs != decision.configs:
+        say(f"a server here takes {checked.reason}")
+    elif checked.check is not None:
+        say(f"self-check: {checked.check}")
 
 
 @cli.subcommand("list", "fletcher model list --json")

@@ -12,9 +12,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from fletcher.cli.command_line import Choice, Decorator, combine, option
+from fletcher.cli.command_line import Choice, Decorator, LocalPath, combine, option
+from fletcher.cli.terminal import say
 from fletcher.config.option import SIZE, SWITCH, Option, split_list
-from fletcher.config.resolution import Resolved, resolve
+from fletcher.config.resolution import Resolved, misspelt_variables, resolve
 from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
 from fletcher.core.command import CHOICES
 
@@ -82,14 +83,19 @@ class _ConfigText(click.ParamType[str]):
         return []
 
 
-def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decorator:
+def config_options(
+    *names: str, text: Mapping[str, str] | None = None, warn: bool = True
+) -> Decorator:
     """Add flags for the server options `names`, and `--config`.
 
     The command gets them as the parameter `flags`: a ConfigFlags. `text` holds help texts by option
-    name, for options whose help differs from that of `fletcher serve`.
+    name, for options whose help differs from that of `fletcher serve`. With `warn`, environment
+    variables that look like misspelt options are reported on standard error.
     """
 
     def collect(params: dict[str, Any]) -> None:
+        for warning in misspelt_variables(os.environ) if warn else ():
+            say(f"note: {warning}")
         values = {name: params.pop(_PREFIX + name) for name in names}
         given = {
             name: list(one) if isinstance(one, tuple) else one
@@ -161,7 +167,7 @@ def paths_argument() -> Decorator:
     """Add the argument for the files to read, passed to the command as `paths`."""
     text = "Files, folders of them, or - for standard input."
     return click.argument(
-        "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(), help=text
+        "paths", nargs=-1, required=True, metavar="PATH...", type=LocalPath(), help=text
     )
 
 

@@ -200,16 +200,17 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
     from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
     from fletcher.core.similarity import Similarity
     from fletcher.evaluation.vectors import embed_batches
+    from fletcher.models.bundle.bundle import NULL_PREFIX
 
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
     # `stored` is NAME@HASH: it selects this version even if NAME now means another one.
-    model = target.flags.given.get("model", stored)
+    model = target.flags.given.get("model", stored and stored.removeprefix(NULL_PREFIX))
     local_model = {} if target.server or model is None else {"model": model}
     with target.open_client(target.resolve(store=NO_STORE, **local_model)) as client:
         known = served_model(client, model)
         qualified = f"{known['name']}@{known['hash']}"
-        if stored is not None and stored != qualified:
+        if stored is not None and stored.removeprefix(NULL_PREFIX) != qualified:
             raise ModelMismatchError(
                 f"`dataset` {info.name!r} holds vectors of {stored}, but the model of the query is "
                 f"{qualified}: their distances mean nothing; give --model {stored}",
@@ -234,5 +235,13 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
             dims=None if dims == known["dim"] else dims,
             layers=None if layers == known["num_layers"] else layers,
             dtype="float32",
+        )
+    given = asked[0].schema.metadata[b"fletcher.model"].decode()
+    if stored is not None and given != stored:
+        raise ModelMismatchError(
+            f"`dataset` {info.name!r} holds vectors of {stored}, but those of the query are of "
+            f"{given}: one of them was made without a model, by --backend null",
+            field="model",
+            allowed=[stored],
         )
     return Similarity.from_schema(asked[0].schema).queries(asked[0])[0]

@@ -30,7 +30,7 @@ _log = logging.getLogger("fletcher.serve")
     "fletcher serve --config fletcher.toml --print-config",
 )
 @option("--print-config", is_flag=True)
-@config_options(*OPTIONS)
+@config_options(*OPTIONS, warn=False)
 def cli(flags: ConfigFlags, print_config: bool) -> int:
     """Serve embeddings over Arrow Flight until SIGTERM or SIGINT, then drain.
 
@@ -90,6 +90,8 @@ def _serve(config: ServeConfig) -> int:
 class _Signals:
     """Handling of SIGTERM and SIGINT: the first stops, the second exits immediately.
 
+    SIGHUP is logged and ignored, so that a closed terminal does not end the server.
+
     Python runs signal handlers only between two bytecodes of the main thread. While the main thread
     waits in C code, no handler would run for the second signal. Python's C code therefore writes
     each signal to the wake-up file descriptor, and a thread reads it from there.
@@ -115,7 +117,7 @@ class _Signals:
     def __enter__(self) -> _Signals:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(self._reader, True)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
@@ -128,12 +130,14 @@ class _Signals:
         os.close(self._writer)
 
     def _handle(self, number: int, _: object) -> None:
-        if not self._ready:
+        if not self._ready and number != signal.SIGHUP:
             raise SystemExit(128 + number)
 
     def _read(self) -> None:
         seen = 0
         while byte := os.read(self._reader, 1):
+            if byte[0] == signal.SIGHUP:
+                _log.info("SIGHUP ignored: there is nothing to reload")
             if byte[0] not in (signal.SIGTERM, signal.SIGINT):
                 continue
             seen += 1

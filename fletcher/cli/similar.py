@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fletcher.cli.command_line import command, option
+from fletcher.cli.command_line import LocalPath, command, option
 from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import format_option, json_option, text_option
 from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
@@ -30,7 +30,7 @@ MAX_K = 10_000
     'fletcher similar "play go" --candidates articles.parquet --text body --k 3',
 )
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
-@option("--candidates PATH", type=click.Path())
+@option("--candidates PATH", type=LocalPath())
 @text_option()
 @format_option("candidates")
 @option("--k N")

@@ -56,12 +56,15 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
             field="host",
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    stop = threading.Event()
+    log, stop = logging.getLogger(__name__), threading.Event()
     # Handlers are set before the server listens, so that no signal gets the default handling.
     previous = {
         number: signal.signal(number, lambda *_: stop.set())
         for number in (signal.SIGTERM, signal.SIGINT)
     }
+    previous[signal.SIGHUP] = signal.signal(
+        signal.SIGHUP, lambda *_: log.info("SIGHUP ignored: there is nothing to reload")
+    )
     server = StoreServer(path, host=host, port=port, meta_port=meta_port)
     if as_json:
         print_json({"address": server.address, "meta_address": server.meta_address})
@@ -74,7 +77,7 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         signal.signal(number, handler)
     if not ended:
         # pyarrow cannot end a call that a client keeps open, and Python would wait for it at exit.
-        logging.getLogger(__name__).warning("left calls open that their clients do not end")
+        log.warning("left calls open that their clients do not end")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

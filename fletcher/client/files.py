@@ -26,18 +26,26 @@ def ingest_id(source: TextSource, options: EmbedCommand, occurrence: int = 0) ->
     covers neither the limit nor the carried columns, so that rows are not stored twice if these
     change. Options of the vectors are not covered either: the server refuses other ones.
 
-    With `mode=delta`, the id is also random, as the store is asked about every row anyway. With a
-    hash, files that were changed and later changed back would count as sent, although the store has
-    other rows by then.
+    With `mode=upsert` and `mode=delta`, the id is also random. With a hash, files that were changed
+    and later changed back would count as sent, although the store has other rows by then. With
+    `mode=overwrite`, the limit is part of the name, as the dataset then has just these rows.
 
     Args:
         source: The files.
         options: Options of the upload.
         occurrence: Number of earlier files of the same content in this call.
     """
-    if not source.reiterable or options.mode == "delta":
+    if not source.reiterable or options.mode in ("upsert", "delta"):
         return uuid.uuid4().hex
-    named = [options.dataset, options.store, options.mode, options.prompt, occurrence]
+    named: list[str | int | None] = [
+        options.dataset,
+        options.store,
+        options.mode,
+        options.prompt,
+        occurrence,
+    ]
+    if options.mode == "overwrite":
+        named.append(source.limit)
     digest = hashlib.sha256(source.content_hash().encode())
     digest.update(json.dumps(named).encode())
     return digest.hexdigest()[:40]
@@ -58,7 +66,12 @@ def ingest_files(
     single = options.upload_id is not None or not source.reiterable or len(source.files) == 1
     if single or options.mode not in _UNORDERED_MODES:
         given = options.upload_id or ingest_id(source, options)
-        return _put(put, source, replace(options, upload_id=given), on_ack)
+        summary = _put(put, source, replace(options, upload_id=given), on_ack)
+        again = options.mode == "overwrite" and source.reiterable and options.upload_id is None
+        if again and summary.complete and summary.rows_skipped == summary.rows_received:
+            # The dataset had these rows once, and perhaps other rows since.
+            return _put(put, source, replace(options, upload_id=uuid.uuid4().hex), on_ack)
+        return summary
     total = _Total(on_ack)
     left = source.limit
     for name, part, upload_id in _named_parts(source, options):
@@ -82,9 +95,9 @@ def _put(
     """Send a source as one upload.
 
     With a limit, the end of the upload is not announced, as more of its rows may follow in another
-    call or be there from an earlier one.
+    call or be there from an earlier one. An overwrite has no others.
     """
-    if source.limit is None:
+    if source.limit is None or options.mode == "overwrite":
         return put(source, options, resume=True, on_ack=on_ack)
     summary = put(source, options, resume=True, on_ack=on_ack, end=False)
     arrived = summary.rows_received if options.durability == "memory" else summary.rows_durable

@@ -19,8 +19,7 @@ class EngineConfig(OptionGroup):
     Attributes:
         device: auto, cpu, cuda, or cuda:0,1 for some GPUs. auto uses GPUs if they work.
         backend: Engine that runs the model. auto uses the fastest engine that `fletcher tune`
-            measured, or the usual best for the device. null returns vectors without a model, for
-            measurements.
+            measured, or the usual best for the device.
         precision: Number type of the model's arithmetic. float32 is exact. The other types are
             faster on hardware that supports them.
         threads: CPU cores for the model, 0: all. A lower number leaves cores to other programs.
@@ -38,7 +37,7 @@ class EngineConfig(OptionGroup):
     device: str = option(
         "auto", pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?", expected="auto, cpu, cuda or cuda:N,..."
     )
-    backend: str = option("auto", choices=("auto", "onnxruntime", "openvino", "null"))
+    backend: str = option("auto", choices=("auto", "onnxruntime", "openvino"), hidden=("null",))
     precision: str = option("auto", choices=("auto", "float32", "bfloat16", "float16"))
     threads: int = option(0)
     max_batch_tokens: int = option(0)
@@ -56,8 +55,7 @@ class WorkerConfig(OptionGroup):
             vectors differ in their last digits. none: callers get a retryable error.
         tokenizer_workers: Number of tokenizer processes, 0: chosen from the number of cores. More
             processes can feed a faster GPU. Each process takes memory.
-        tokenizer: model: the model's own tokenizer. null: one token per byte, to measure the rest
-            of the server; needs --backend null.
+        tokenizer: The model's own tokenizer, the one choice outside of measurements.
         dispatch: Rule that chooses the device for the next run. throughput-weighted suits devices
             that differ or slow down. The other rules measure nothing, and suit equal devices.
         worker_timeout_s: Longest run of the model. A process that takes longer is replaced, and its
@@ -71,7 +69,7 @@ class WorkerConfig(OptionGroup):
 
     device_fallback: str = option("none", choices=("none", "cpu"))
     tokenizer_workers: int = option(0, maximum=1024)
-    tokenizer: str = option("model", choices=("model", "null"))
+    tokenizer: str = option("model", choices=("model",), hidden=("null",))
     dispatch: str = option(DISPATCHES[0], choices=DISPATCHES)
     worker_timeout_s: float = option(120, minimum=1)
     isolate_engine: bool = option(False)

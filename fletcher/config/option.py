@@ -22,6 +22,7 @@ from typing import Any
 from fletcher.config.model_alias import ANY_MODEL, MODEL_NAME, Alias
 from fletcher.errors import ConfigError
 from fletcher.util.docstrings import split_docstring
+from fletcher.util.paths import is_uri
 
 MIB, GIB = 1 << 20, 1 << 30
 DAY_S = 86400
@@ -88,7 +89,7 @@ def _aliases(text: str) -> tuple[str, ...]:
 
 
 def _file(text: str) -> Path:
-    if not text:
+    if not text or is_uri(text):
         raise ValueError(text)
     return Path(text).expanduser()
 
@@ -125,8 +126,8 @@ STORES = OptionType("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _st
 NAMES = OptionType("MODEL", "NAME or NAME@HASH, separated by commas", _listed(_MODEL), (list,))
 LOADABLE = OptionType("MODEL", "names of models without @HASH, or *", _listed(_LOADABLE), (list,))
 ALIASES = OptionType("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
-FILE = OptionType("FILE", "a path", _file)
-FOLDER = OptionType("FOLDER", "a path", _file)
+FILE = OptionType("FILE", "a path on this machine", _file)
+FOLDER = OptionType("FOLDER", "a path on this machine", _file)
 # Types of options that do not name theirs, by the annotation of the field.
 _KINDS = {"str": TEXT, "int": WHOLE, "bool": SWITCH, "float": SECONDS, "Path": FILE}
 
@@ -137,8 +138,9 @@ class Option:
 
     `name` is the TOML key; the flag and the variable derive from it. `field` is the name of the
     field that holds the value in the option's part of `ServeConfig`. `pattern` must match the whole
-    value. `expected` describes the allowed values, if the description in `kind` is not enough. A
-    `default` of None means no default, or one that is computed.
+    value. `hidden` holds choices that no help shows, for measurements. `expected` describes the
+    allowed values, if the description in `kind` is not enough. A `default` of None means no
+    default, or one that is computed.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Option:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
     pattern: str = ""
     expected: str = ""
     minimum: float | None = None
@@ -202,7 +205,7 @@ class Option:
         if isinstance(value, tuple):
             return all(value)
         if self.choices:
-            return value in self.choices
+            return value in (*self.choices, *self.hidden)
         if isinstance(value, str):
             return bool(re.fullmatch(self.pattern or ".+", value))
         if isinstance(value, (int, float)) and not isinstance(value, bool):

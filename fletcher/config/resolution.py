@@ -73,7 +73,7 @@ def resolve(
             continue
         values[name] = option.read_value(given, source)
         sources[name] = source
-    return Resolved(ServeConfig.from_options(**values), sources, _misspelt(environ))
+    return Resolved(ServeConfig.from_options(**values), sources, misspelt_variables(environ))
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
+def misspelt_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Warnings about environment variables that look like misspelt options."""
     # Warns of similar names only, because other programs may use FLETCHER_ variables, too.
     known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
     strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)

@@ -68,7 +68,8 @@ class EmbedCommand:
         on_error: `continue` reports a failed row and processes the others; `abort` ends the call
             with the row's error.
         mode: `append`, `upsert` (replace by id), `overwrite` (replace the dataset) or `delta`
-            (like `upsert`, but rows are dropped if their id is stored with the same text).
+            (like `upsert`, but rows are dropped if their id is stored with the same text and the
+            same carried columns). An overwrite takes effect once all its rows are stored.
         dedupe: `id` or `text` drops rows whose id or text was sent earlier or is stored; `off`
             keeps all rows. Only for the modes `append` and `overwrite`.
         durability: When a row is acknowledged as durable: `journal` (on the server's disk), `store`
@@ -158,13 +159,13 @@ class EmbedCommand:
             )
         if chunking is None:
             return
-        if chunking.rows and (self.dedupe != "off" or self.mode in ("upsert", "delta")):
+        if chunking.rows and (self.dedupe != "off" or self.mode == "delta"):
             field = "mode" if self.dedupe == "off" else "dedupe"
             raise InvalidCommandError(
                 f"`{field}` is {getattr(self, field)}, which expects one row per id and text, but "
                 f"`chunking` is {self.chunking}, which makes several; omit one of them",
                 field=field,
-                allowed=["append", "overwrite"] if field == "mode" else ["off"],
+                allowed=["append", "upsert", "overwrite"] if field == "mode" else ["off"],
             )
         if self.truncate != "end":
             raise InvalidCommandError(

@@ -18,14 +18,27 @@ from fletcher.stores.base import WriteMode
 
 
 @dataclass(frozen=True, slots=True)
+class Staged:
+    """A staged dataset that is to replace the committer's dataset.
+
+    `settled_keys` are the batch keys of its settled groups (see `SettledGroups`).
+    """
+
+    name: str
+    incarnation: str
+    settled_keys: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
-    """A request to prepare the dataset.
+    """A request to prepare the dataset, or to replace it by a staged one.
 
     A caller that stops waiting cancels `ready`.
     """
 
-    schema: pa.Schema
-    mode: WriteMode
+    schema: pa.Schema | None = None
+    mode: WriteMode = "append"
+    staged: Staged | None = None
     ready: Future[None] = field(default_factory=Future)
     requested: float = field(default_factory=time.monotonic)
 

@@ -6,6 +6,9 @@ answers, the breaker closes for all. If the try fails, the next pause is longer.
 breaker libraries block or raise by themselves, but a committer's thread also waits for other
 events.
 
+What is a dataset's own trouble stays with it. An error about a dataset (`field` is `dataset`) or of
+an unknown kind says nothing about the store. The dataset's committer pauses by itself after it.
+
     closed ──`_FAILURES` in a row──▶ open ──pause over, one tries──▶ half-open ──answer──▶ closed
                                       ▲────────────────────failure───────┘
 """
@@ -122,7 +125,9 @@ class Breaker:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, RETRYABLE) and not isinstance(error, OverloadedError):
+            if not isinstance(error, FletcherError) or _is_of_dataset(error):
+                self._note_answer(caller, proof=False)
+            elif isinstance(error, RETRYABLE) and not isinstance(error, OverloadedError):
                 self._note_failure(caller, error)
             else:
                 self._note_answer(caller, proof=proof)
@@ -196,3 +201,7 @@ class Breaker:
             log.info("store %s is available again after %.3g s", self._name, outage_s)
         for listener in listeners:
             listener()
+
+
+def _is_of_dataset(error: FletcherError) -> bool:
+    return isinstance(error, RETRYABLE) and error.field == "dataset"

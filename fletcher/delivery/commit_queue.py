@@ -237,7 +237,7 @@ class CommitQueue:
             return False
         first = self._openings[0]
         return (
-            first.mode != "overwrite"
+            first.staged is None
             or first.ready.cancelled()
             or not self.waiting.any_before(first.requested)
         )

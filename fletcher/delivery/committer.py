@@ -92,9 +92,19 @@ class Committer:
         """Request that the dataset is prepared for rows of `schema`.
 
         The returned future ends when the dataset is ready, or with the error. A caller that stops
-        waiting must cancel the future, so that the dataset is not emptied later.
+        waiting must cancel the future.
         """
-        opening = actions.Opening(schema, mode)
+        return self._request(actions.Opening(schema, mode))
+
+    def request_replacement(self, staged: actions.Staged) -> Future[None]:
+        """Request that a staged dataset replaces the dataset.
+
+        Rows that arrived before are stored first, and replaced. The returned future ends when the
+        dataset is replaced, or with the error.
+        """
+        return self._request(actions.Opening(staged=staged))
+
+    def _request(self, opening: actions.Opening) -> Future[None]:
         with self._changed:
             if self._queue.stopped:
                 opening.ready.set_exception(actions.shutting_down())
@@ -229,7 +239,10 @@ class Committer:
         try:
             breaker.require_ready(self._queue)
             with breaker.guard_call(self._queue, proof=False):
-                self._sender.open_writer(opening.schema, opening.mode)
+                if opening.staged is not None:
+                    self._sender.replace_dataset(opening.staged)
+                elif opening.schema is not None:
+                    self._sender.open_writer(opening.schema, opening.mode)
         except FletcherError as error:
             ready.set_exception(error)
         except BaseException:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import pyarrow as pa
 from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.breaker import Breaker
+from fletcher.delivery.completion import UploadCompletion
+from fletcher.delivery.dedupe.fingerprints import delta_kind
 from fletcher.delivery.dedupe.index import DedupeMemory
 from fletcher.delivery.groups import Destination
 from fletcher.delivery.journal.journal import Journal
@@ -24,15 +28,16 @@ from fletcher.delivery.journal.root import (
     folder_name,
     lock_journal,
 )
-from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import journaled_rows
+from fletcher.delivery.opening import UploadOpener
 from fletcher.delivery.recovery import DatasetPlace, Recovery, places_with_rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.timing import DeliveryTiming
-from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadRegistry, UploadTerms
+from fletcher.delivery.upload import Upload, UploadKey, UploadTerms
+from fletcher.delivery.upload_registry import UploadRegistry
 from fletcher.errors import FletcherError, InvalidCommandError, StoreUnavailableError
-from fletcher.stores.base import Store, WriteMode
-from fletcher.stores.schemas import check_one_row_each
+from fletcher.stores.base import Store
+from fletcher.stores.staging import is_replaced_by, staged_name
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.util.insist import insist
 
@@ -70,6 +75,12 @@ class Delivery:
         self._sinks: dict[tuple[str, str], DatasetSink] = {}
         self._uploads = UploadRegistry(self._lock, lambda place: place in self._sinks)
         self._closed = False
+        self._opener = UploadOpener(
+            self._uploads, self._timing.opening_timeout_s, self._journal_folder
+        )
+        self._completion = UploadCompletion(
+            self._uploads, config.store_retry_s, self._end_staged_sink
+        )
         self._recovery = Recovery(self._recover_dataset, self._timing.retry)
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
         telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
@@ -118,20 +129,50 @@ class Delivery:
         terms = self._terms(options, schema)
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
             self._breakers[name].require_ready(None)  # Fail now instead of at a deadline.
-            sink = self._enter_sink(key, store)
+            if terms.mode == "overwrite" and is_replaced_by(store.incarnation(key[1]), key[2]):
+                terms = replace(terms, mode="append")  # all its rows are in effect already
+            place = staged_name(key[1], key[2]) if terms.mode == "overwrite" else key[1]
+            sink = self._enter_sink((name, place, key[2]), store)
             upload = None
             try:
+                for one in {key[1], place}:
+                    if self._completion.note_incarnation(name, one, store.incarnation(one)):
+                        sink.dedupe_index.invalidate()
                 upload = self._uploads.join_upload(key, terms)
                 if upload is not None:
-                    self._resume(upload, sink, schema, terms)
+                    self._opener.resume(upload, sink, schema, terms)
                 else:
-                    upload = self._begin(
+                    upload = self._opener.begin(
                         key, sink, schema, terms, named=options.upload_id is not None
                     )
+                if upload.incarnation is None:
+                    upload.incarnation = store.incarnation(place)
             except BaseException:
                 self._leave_sink(sink, upload)
                 raise
             return upload, sink
+
+    def complete_upload(self, options: EmbedCommand, upload: Upload, sink: DatasetSink) -> None:
+        """Let a whole overwrite take effect, and check that the store still has the rows.
+
+        Called once all rows of a connection are settled or journaled.
+
+        Raises:
+            UploadConflictError: The dataset was overwritten or deleted meanwhile.
+            FletcherError: The store does not answer, or does not replace the dataset.
+        """
+        name, store = self.store(options.store)
+        key = (name, upload.dataset, upload.upload_id)
+        if upload.stored_as != upload.dataset and upload.whole and upload.failure is None:
+            with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
+                live = self._enter_sink(key, store)
+                try:
+                    self._completion.replace_dataset(name, upload, sink, live)
+                finally:
+                    self._leave_sink(live)
+        elif self._breakers[name].unavailable_since is None and upload.incarnation:
+            with contextlib.suppress(FletcherError):  # the rows are journaled or stored
+                self._completion.check_rows(name, store, upload)
 
     def leave_upload(self, upload: Upload, error: FletcherError) -> None:
         """End a connection early, and fail the upload with `error` if it was the last one."""
@@ -157,13 +198,23 @@ class Delivery:
                 # The upload was found in the journal. Add the rows that only the store has, or the
                 # client would take them for lost.
                 self._breakers[name].require_ready(None)
-                upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
-            return upload.status()
+                upload.settle_found(self._opener.settled(store, upload.stored_as, upload.upload_id))
+            elif self._breakers[name].unavailable_since is None and upload.incarnation:
+                with contextlib.suppress(FletcherError):
+                    self._completion.check_rows(name, store, upload)
+            if upload.failure is None or upload.status()["ranges"]:
+                return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.
         self._breakers[name].require_ready(None)
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
-            settled = self._settled(store, dataset, options.upload_id)
+            if is_replaced_by(store.incarnation(dataset), options.upload_id):
+                settled = self._opener.settled(store, dataset, options.upload_id)
+                found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
+                return {**found.status(), "complete": True}
+        staged = [staged_name(one, options.upload_id) for one in datasets]
+        for dataset in [*datasets, *staged]:
+            settled = self._opener.settled(store, dataset, options.upload_id)
             if any(settled):
                 found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
                 return found.status()
@@ -228,89 +279,20 @@ class Delivery:
                 field="durability",
                 allowed=["store", "memory"],
             )
-        delta = options.mode == "delta"
+        dedupe_by: str | None = None if options.dedupe == "off" else options.dedupe
+        if options.mode == "delta":
+            dedupe_by = delta_kind(schema)
         return UploadTerms(
             durability,
             # The new and changed rows of a delta upload replace stored rows with the same id.
             mode="upsert" if options.mode == "delta" else options.mode,
-            dedupe_by="delta" if delta else None if options.dedupe == "off" else options.dedupe,
+            dedupe_by=dedupe_by,
             fingerprint=(schema, schema.metadata, options.mode, options.dedupe, durability),
         )
 
-    def _resume(
-        self, upload: Upload, sink: DatasetSink, schema: pa.Schema, terms: UploadTerms
-    ) -> None:
-        """Prepare the dataset for another connection of an upload in progress."""
-        if upload.terms.fingerprint is None:
-            store = sink.committer.destination.store
-            upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
-            upload.adopt_terms(terms)
-        self._open_dataset(sink, schema, "append" if terms.mode == "overwrite" else terms.mode)
-        if terms.dedupe_by is not None:
-            sink.dedupe_index.load_kind(terms.dedupe_by)
-
-    def _begin(
-        self,
-        key: UploadKey,
-        sink: DatasetSink,
-        schema: pa.Schema,
-        terms: UploadTerms,
-        *,
-        named: bool,
-    ) -> Upload:
-        """Begin an upload that is not in progress.
-
-        `named`: the client chose the upload id, so the store may have rows of that upload already.
-        """
-        name, dataset, upload_id = key
-        store = sink.committer.destination.store
-        settled = SettledRanges([], [])
-        failed = self._uploads.find_upload(*key)
-        if failed is not None:
-            # These two steps wait until the failed upload's pending rows are journaled, stored or
-            # dropped. Only then is the store asked which rows it has.
-            if not sink.wait_written(self._timing.opening_timeout_s):
-                raise StoreUnavailableError("the journal does not answer; try again later")
-            self._open_dataset(sink, schema, "append")
-        if named:
-            settled = self._settled(store, dataset, upload_id)
-        mode = terms.mode
-        if mode == "overwrite" and (any(settled) or failed is not None):
-            mode = "append"
-        self._open_dataset(sink, schema, mode)
-        if mode == "overwrite":
-            self._uploads.forget_dataset(name, dataset)
-        if terms.dedupe_by is not None:
-            sink.dedupe_index.load_kind(terms.dedupe_by)
-        new = Upload(dataset, upload_id, terms, settled)
-        if failed is not None:
-            failed.hand_over_to(new)
-        return self._uploads.join_upload(key, terms, new) or new
-
-    def _open_dataset(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
-        ready = sink.committer.request_opening(schema, mode)
-        try:
-            ready.result(self._timing.opening_timeout_s)
-        except TimeoutError:
-            ready.cancel()
-            raise StoreUnavailableError("the store does not answer; try again later") from None
-        destination = sink.committer.destination
-        info = destination.store.dataset(destination.dataset) if mode == "upsert" else None
-        if info is not None:
-            check_one_row_each(info.name, info.schema)
-
-    def _settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
-        """Rows of an upload that need not be sent again, by the store and the journal."""
-        if store.dataset(dataset) is None:
-            return SettledRanges([], [])
-        stored = store.stored_ranges(dataset, upload_id)
+    def _journal_folder(self, store: Store, dataset: str) -> Path | None:
         if self._journal is None:
-            return SettledRanges(stored, [])
-        settled_groups = SettledGroups(self._journal_folder(store, dataset))
-        return SettledRanges(stored, settled_groups.ranges_of(upload_id))
-
-    def _journal_folder(self, store: Store, dataset: str) -> Path:
-        assert self._journal is not None
+            return None
         return self._journal.folder / folder_name(store.address) / dataset
 
     def _enter_sink(self, key: UploadKey, store: Store) -> DatasetSink:
@@ -330,7 +312,7 @@ class Delivery:
         if self._journal is not None and self._space is not None:
             retention_s = self._journal.retention_s
             journal = Journal(
-                self._journal_folder(store, dataset),
+                self._journal.folder / folder_name(store.address) / dataset,
                 self._space,
                 segment_bytes=self._journal.segment_bytes,
                 retention_s=lambda: 0.0 if store.capabilities.durable else retention_s,
@@ -348,7 +330,8 @@ class Delivery:
             if group.settled and journal is not None and journal.rejected.has_group(group):
                 continue  # its rows are not durable
             upload = self._uploads.recover_upload(name, dataset, info.upload_id, upsert=info.upsert)
-            upload.secure_rows(info.first, info.last)
+            if not group.settled:  # the store is asked for the others
+                upload.secure_rows(info.first, info.last)
             assert journal is not None
             if not group.settled:
                 rows = journaled_rows(upload, group, journal, in_doubt=True)
@@ -372,6 +355,16 @@ class Delivery:
             self._sinks = {key: one for key, one in self._sinks.items() if one is not sink}
             insist(sink.retire, f"`{sink.committer.destination.dataset}`: its end")
             return True
+
+    def _end_staged_sink(self, sink: DatasetSink) -> None:
+        """End the idle sink of a staged dataset, and delete its settled groups."""
+        with self._lock:
+            self._sinks = {key: one for key, one in self._sinks.items() if one is not sink}
+        sink.close()
+        if sink.journal is not None:
+            sink.journal.release_space()
+            sink.journal.settled_groups.clear()
+            sink.journal.remove_empty_folder()
 
     def _all_sinks(self) -> list[DatasetSink]:
         with self._lock:

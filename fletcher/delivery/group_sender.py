@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from fletcher.delivery.actions import Staged
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
 from fletcher.delivery.journal.journal import Journal
@@ -32,31 +33,51 @@ class GroupSender:
         self._journal = journal
         self._writer: DatasetWriter | None = None
         self._kind: WriterKind | None = None
+        self._incarnation: str | None = None
 
     @property
     def holds_dataset(self) -> bool:
         return self._writer is not None
 
     def open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        """The writer for rows of `schema`. Mode `overwrite` empties the dataset first.
+        """The writer for rows of `schema`.
 
         Raises:
             FletcherError: As in `Store.open_writer`, or because the journal's disk fails.
         """
         kind = writer_kind(schema, upsert=mode == "upsert")
-        if self._writer is None or self._kind != kind or mode == "overwrite":
+        if self._writer is None or self._kind != kind:
             self.close_writer()
-            if mode == "overwrite" and self._journal is not None:
-                with _journal_errors():
-                    self._journal.forget_settled()
             stored = schema.append(pa.field("batch_key", pa.utf8()))
-            self._writer = self._destination.store.open_writer(
-                self._destination.dataset, stored, mode
-            )
+            store, dataset = self._destination.store, self._destination.dataset
+            self._writer = store.open_writer(dataset, stored, mode)
             self._kind = kind
-            if mode == "overwrite":
-                self._dedupe_index.invalidate()
+            self._note_incarnation(store.incarnation(dataset))
         return self._writer
+
+    def replace_dataset(self, staged: Staged) -> None:
+        """Replace the dataset by a staged one.
+
+        Raises:
+            FletcherError: As in `Store.replace_dataset`, or because the journal's disk fails.
+        """
+        self.close_writer()
+        destination = self._destination
+        if self._journal is not None:
+            with _journal_errors():
+                self._journal.prepare_replacement()
+                if staged.settled_keys:
+                    groups = self._journal.settled_groups
+                    groups.add_keys_of(staged.incarnation, staged.settled_keys)
+        destination.store.replace_dataset(destination.dataset, staged.name)
+        self._note_incarnation(staged.incarnation)
+
+    def _note_incarnation(self, incarnation: str | None) -> None:
+        if self._incarnation not in (None, incarnation):
+            self._dedupe_index.invalidate()
+        self._incarnation = incarnation
+        if self._journal is not None:
+            self._journal.settled_groups.incarnation = incarnation or ""
 
     def append_groups(self, groups: Sequence[Group]) -> bool:
         """Store groups of one kind. Returns whether the store asks for a rest.

@@ -7,23 +7,17 @@ are not taken in twice.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fletcher.core.owner import plain_id
 from fletcher.core.ranges import RangeSet
-from fletcher.errors import FletcherError, StoreUnavailableError, UploadConflictError
+from fletcher.errors import FletcherError, UploadConflictError
 from fletcher.stores.base import WriteMode
+from fletcher.stores.staging import staged_name
 
 MAX_ERRORS = 100
-# Uploads that are remembered for `upload_status`. The status of older ones is the store's.
-_REMEMBERED = 1000
-
 # The name of the store, the name of the dataset, and the upload id.
 UploadKey = tuple[str, str, str]
 
@@ -36,15 +30,17 @@ class UploadTerms:
         durability: When rows are acknowledged. `journal`: once they are journaled or stored.
             `store`: once they are stored. `memory`: once they are received; such rows never count
             as durable.
-        mode: How rows are written to the store; `upsert` replaces stored rows with the same id.
-        dedupe_by: Key by which duplicates are found and dropped: `id`, `text` or both (`delta`).
+        mode: How rows are written to the store. `upsert` replaces stored rows with the same id.
+            `overwrite` writes to a staged dataset, which replaces the dataset at the end.
+        dedupe_by: Key by which duplicates are found and dropped: `id`, `text` or `delta`, which
+            compares texts and the carried columns that it names.
             None keeps duplicates.
         fingerprint: Settings that must match when the upload is continued. None if the upload was
             found in the journal; its next connection then sets the fingerprint.
     """
 
     durability: str
-    mode: WriteMode = "append"
+    mode: Literal[WriteMode, "overwrite"] = "append"
     dedupe_by: str | None = None
     fingerprint: tuple[Any, ...] | None = ()
 
@@ -65,6 +61,8 @@ class Upload:
             fails.
         failure: The error that ended the upload; None while it has not failed.
         connections: Number of connections that feed the upload; guarded by `UploadRegistry`.
+        stored_as: Name of the dataset that has the upload's rows.
+        incarnation: Its incarnation when the upload was opened; None until then.
     """
 
     def __init__(
@@ -76,6 +74,9 @@ class Upload:
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0
+        staged = terms.mode == "overwrite"
+        self.stored_as = staged_name(dataset, upload_id) if staged else dataset
+        self.incarnation: str | None = None
         stored, not_stored = settled or SettledRanges([], [])
         self._settled = RangeSet(stored)
         self._rows_stored = self._settled.count
@@ -160,6 +161,20 @@ class Upload:
         if successor is not None and refused is not None:
             successor.fail(error, refused)
 
+    def lose_rows(self, error: FletcherError) -> None:
+        """End the upload, because its rows are gone. Its client may send them again."""
+        with self.changed:
+            self.failure = self.failure or error
+            self._settled, self._secured, self._claimed = RangeSet(), RangeSet(), RangeSet()
+            self._rows_stored = 0
+            self.changed.notify_all()
+
+    def note_replaced(self, incarnation: str | None) -> None:
+        """Note that the upload's staged dataset replaced its dataset."""
+        with self.changed:
+            self.stored_as, self.incarnation = self.dataset, incarnation
+            self.changed.notify_all()
+
     def announce_total(self, num_rows: int) -> None:
         with self.changed:
             self._announced = num_rows
@@ -183,6 +198,11 @@ class Upload:
 
     @property
     def complete(self) -> bool:
+        """Whether exactly the announced rows are acknowledged and in effect."""
+        return self.whole and self.stored_as == self.dataset
+
+    @property
+    def whole(self) -> bool:
         """Whether exactly the announced rows, from row 0 on, are acknowledged."""
         with self.changed:
             return self._announced is not None and (
@@ -277,112 +297,6 @@ class Upload:
         self._secured.add_range(first, last)
         self._failing.remove_range(first, last)
         self._rows_deduplicated += self._duplicates.pop(first, 0)
-
-
-class UploadRegistry:
-    """Uploads of a server, in progress and remembered. Thread-safe.
-
-    Args:
-        lock: Reentrant lock for the uploads and for the data that `is_written` reads, so that no
-            upload is forgotten while its sink is created.
-        is_written: Callback that takes the names of a store and a dataset, and returns whether
-            rows may be pending for that dataset.
-    """
-
-    def __init__(
-        self, lock: threading.RLock, is_written: Callable[[tuple[str, str]], bool]
-    ) -> None:
-        self._lock = lock
-        self._is_written = is_written
-        self._all: OrderedDict[UploadKey, Upload] = OrderedDict()  # least recently joined first
-        self._opened = threading.Condition()
-        self._opening: set[UploadKey] = set()
-
-    @contextlib.contextmanager
-    def lock_opening(self, key: UploadKey, timeout_s: float) -> Iterator[None]:
-        """Let one connection at a time open an upload; the first may empty the dataset.
-
-        Raises:
-            StoreUnavailableError: Another connection takes longer than `timeout_s` to open it.
-        """
-        with self._opened:
-            if not self._opened.wait_for(lambda: key not in self._opening, timeout_s):
-                raise StoreUnavailableError("the store does not answer; try again later")
-            self._opening.add(key)
-        try:
-            yield
-        finally:
-            with self._opened:
-                self._opening.remove(key)
-                self._opened.notify_all()
-
-    def join_upload(
-        self, key: UploadKey, terms: UploadTerms, new: Upload | None = None
-    ) -> Upload | None:
-        """Connect to the upload in progress, or else to `new`.
-
-        Returns None if no upload is in progress and `new` is None. A failed upload without
-        connections does not count as in progress.
-
-        Raises:
-            UploadConflictError: The upload in progress has other settings (`fingerprint`).
-        """
-        with self._lock:
-            upload = self._all.get(key)
-            if upload is None or (upload.failure is not None and not upload.connections):
-                if new is None:
-                    return None
-                upload = self._all[key] = new
-            elif upload.terms.fingerprint not in (None, terms.fingerprint):
-                raise terms_conflict(key[1], key[2])
-            upload.connections += 1
-            self._all.move_to_end(key)
-            self._forget_unused()
-            return upload
-
-    def leave_upload(self, upload: Upload, error: FletcherError | None = None) -> None:
-        with self._lock:
-            upload.connections -= 1
-            if error is not None and not upload.connections:
-                upload.fail(error)
-
-    def find_upload(self, store: str, dataset: str | None, upload_id: str) -> Upload | None:
-        """The first upload with that id, failed or not; `dataset` None: in any dataset."""
-        with self._lock:
-            for (its_store, its_dataset, its_id), one in self._all.items():
-                if (its_store, its_id) == (store, upload_id) and dataset in (None, its_dataset):
-                    return one
-        return None
-
-    def recover_upload(self, store: str, dataset: str, upload_id: str, *, upsert: bool) -> Upload:
-        """The upload of a group found in the journal; created if it is not known yet."""
-        terms = UploadTerms("journal", "upsert" if upsert else "append", fingerprint=None)
-        with self._lock:
-            return self._all.setdefault(
-                (store, dataset, upload_id), Upload(dataset, upload_id, terms)
-            )
-
-    def forget_dataset(self, store: str, dataset: str) -> None:
-        """Forget the uploads to an emptied dataset, except those with connections."""
-        with self._lock:
-            for key, one in list(self._all.items()):
-                if key[:2] == (store, dataset) and not one.connections:
-                    del self._all[key]
-
-    def _forget_unused(self) -> None:
-        """Forget uploads beyond the limit, the least recently joined first.
-
-        An upload with pending rows is kept, because its client may reconnect before the store has
-        these rows.
-        """
-        too_many = max(0, len(self._all) - _REMEMBERED)
-        done = (
-            key
-            for key, one in self._all.items()
-            if not one.connections and not (one.pending and self._is_written(key[:2]))
-        )
-        for key in list(itertools.islice(done, too_many)):
-            del self._all[key]
 
 
 def terms_conflict(dataset: str, upload_id: str) -> UploadConflictError:

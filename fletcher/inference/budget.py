@@ -151,7 +151,7 @@ def load(config: BackendConfig) -> BudgetedBackend:
     Raises:
         FletcherError: The engine's `load` failed.
     """
-    backend = LateBackend(_load(config), lambda: _load(replace(config, late=True)))
+    backend = LateBackend(load_engine(config), lambda: load_engine(replace(config, late=True)))
     queries = None if config.backend == "null" else ModelBundle.from_folder(_folder(config)).queries
     return BudgetedBackend(backend, config.max_batch_tokens, queries)
 
@@ -176,7 +176,12 @@ def load_inline(config: BackendConfig) -> Backend | None:
     return loaded
 
 
-def _load(config: BackendConfig) -> Backend:
+def load_engine(config: BackendConfig) -> Backend:
+    """Load the engine of a configuration without a budget.
+
+    Raises:
+        FletcherError: The engine's `load` failed.
+    """
     loaded: Backend = _engine(config).load(replace(config, bundle=str(_folder(config))))
     return loaded
 

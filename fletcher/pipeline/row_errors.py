@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from fletcher.core.batches import Int64Array
+from fletcher.core.batches import BoolArray, Int64Array
 from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError, UnavailableError
 from fletcher.pipeline.input.arrays import null_mask
 
@@ -36,7 +37,7 @@ class RowErrors:
         sizes[self._no_text] = 0  # offsets of a null may span bytes
         self._sizes = sizes
         self._max_row_bytes = max_row_bytes
-        self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
+        self._no_id = _no_id(rows.column("id")) if "id" in rows.schema.names else None
 
     def first_between(self, first: int, last: int) -> int | None:
         """Returns the first row with an error, from `first` to `last` (exclusive)."""
@@ -67,7 +68,18 @@ class RowErrors:
         if self._no_id is not None:
             for row in np.flatnonzero(self._no_id[rows]).tolist():
                 errors[row] = InvalidCommandError(
-                    "`id` is null, expected a value; give every row an id, or leave the column out",
+                    "`id` is null or empty, expected a value; give every row an id, or leave the "
+                    "column out",
                     field="id",
                 )
         return errors
+
+
+def _no_id(ids: pa.Array) -> BoolArray:
+    """Rows without an id. An empty id is none: such rows replace each other."""
+    missing = null_mask(ids)
+    if pa.types.is_integer(ids.type):
+        return missing
+    empty = pc.fill_null(pc.equal(pc.binary_length(ids), 0), False)
+    no_id: BoolArray = missing | empty.to_numpy(zero_copy_only=False)
+    return no_id

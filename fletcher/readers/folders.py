@@ -13,6 +13,7 @@ from typing import cast
 
 from fletcher.errors import InvalidCommandError
 from fletcher.readers.files import COMPRESSED, FORMATS, SUFFIXES, Format, InputFile, format_of
+from fletcher.util.paths import check_local
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def find_files(
         if str(path) == STDIN:
             files.append(InputFile(None, "standard input", None, chosen))
         else:
+            check_local(str(path), "paths")
             files += _files_at(Path(path), chosen, notice, excluded, every=whole_files)
     if not files:
         raise InvalidCommandError("no file to read was given; name a file, a folder or `-`")

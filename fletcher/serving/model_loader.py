@@ -30,6 +30,7 @@ from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tokenization.worker import TokenizerConfig
 from fletcher.tuning.decision import Decision, decide
+from fletcher.tuning.self_check import SelfCheck
 from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -60,10 +61,13 @@ class ModelLoader:
         # Verify the files: a flipped bit in the weights would give plausible but wrong vectors.
         bundle = self._registry.verify_model(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)
+        check = SelfCheck(self.config.home, self.host, self.config.workers.isolate_engine)
+        decision = check.checked(decision, self.config.engine, bundle)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
         limits = _limits(self.config.limits, bundle, self.budget.reserve_bytes)
-        return ServedModel(bundle, embedder, decision.describe(), limits)
+        is_null = self.config.engine.backend == "null"
+        return ServedModel(bundle, embedder, decision.describe(), limits, is_null)
 
     def _embedder(
         self, bundle: ModelBundle, replicas: list[BackendConfig], standby: list[BackendConfig]

@@ -23,6 +23,7 @@ class ServedModel:
     embedder: Embedder
     engine: Mapping[str, Any]  # how the engine of its replicas was chosen, for `stats`
     limits: IntakeLimits  # limits of row slices, which depend on the vectors' width
+    is_null: bool = False  # its vectors are made without the model
 
     def gives_float16(self, spec: VectorSpec) -> bool:
         """Whether the model may output float16, as nothing else changes its vectors."""

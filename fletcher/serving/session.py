@@ -31,6 +31,7 @@ from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import ELEMENT_TYPES, VectorSpec, output_schema
 from fletcher.errors import DrainingError, FletcherError
+from fletcher.models.bundle.bundle import NULL_PREFIX
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.chunk_assembly import assembler
 from fletcher.pipeline.document_assembly import DocumentAssembler
@@ -366,6 +367,9 @@ def _resolve_command(
     """
     model = served.bundle
     spec = vector_spec(model, command, dtypes, rules)
+    if served.is_null:
+        # Such vectors must not get into a dataset of the model.
+        spec = replace(spec, model=f"{NULL_PREFIX}{spec.model}")
     prompt = spec.prompt
     chunking = Chunking.from_text(command.chunking or "none")
     chunk_overhead = 0

@@ -21,6 +21,7 @@ from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InvalidCommandError, OverloadedError
+from fletcher.models.bundle.bundle import NULL_PREFIX
 from fletcher.pipeline.input.intake import Skip
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.stream import unexpected_failure
@@ -229,7 +230,14 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                 yield ack
             if draining.is_set():
                 self._sink.flush()
+        self._complete_upload()
         yield upload.summary(self._session.spec.model)
+
+    def _complete_upload(self) -> None:
+        try:
+            self._service.delivery.complete_upload(self._command, self.upload, self._sink)
+        except FletcherError as error:
+            self.upload.fail(error)
 
     def close(self) -> None:
         """Drop rows that the sink does not have, and wake waiting threads. Thread-safe."""
@@ -365,4 +373,4 @@ def _model_of(store: Store, dataset: str) -> str | None:
     """`name@hash` of the model whose vectors a dataset has; None if that is unknown."""
     info = store.dataset(dataset)
     name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
-    return None if name is None else name.decode()
+    return None if name is None else name.decode().removeprefix(NULL_PREFIX)

@@ -9,6 +9,7 @@ from fletcher.config.option import nearest
 from fletcher.errors import ConfigError
 from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
+from fletcher.util.paths import check_local
 
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
@@ -110,9 +111,15 @@ def open_store(
 
 
 def folder_of(address: str) -> Path | None:
-    """Folder of an embedded store; None for other addresses."""
+    """Folder of an embedded store; None for other addresses.
+
+    Raises:
+        ConfigError: The folder is a URI, such as `lance:s3://bucket/folder`.
+    """
     scheme, _, rest = address.partition(":")
     embedded = rest and scheme in ("lance", "parquet")
+    if embedded:
+        check_local(rest, "store")
     return Path(rest).expanduser().absolute() if embedded else None
 
 

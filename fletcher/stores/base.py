@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-WriteMode = Literal["append", "upsert", "overwrite"]
+WriteMode = Literal["append", "upsert"]
 Operator = Literal["=", "!=", ">", "<", ">=", "<=", "in", "is null"]
 Vector = npt.NDArray[np.float32]
 Names = Sequence[str] | None
@@ -130,8 +130,7 @@ class Store(Protocol):
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         """Open a dataset for rows of `schema`; create it if it does not exist.
 
-        `mode="overwrite"` empties an existing dataset first. With `mode="upsert"`, every `append`
-        replaces rows of the same id.
+        With `mode="upsert"`, every `append` replaces rows of the same id.
 
         Raises:
             ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset has vectors of
@@ -144,6 +143,23 @@ class Store(Protocol):
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """One dataset; None if it does not exist."""
+
+    def incarnation(self, name: str) -> str | None:
+        """Name of a dataset's incarnation (`stores.staging`); None if it is missing."""
+
+    def staged_datasets(self) -> list[DatasetInfo]:
+        """Staged datasets of unfinished uploads with `mode: overwrite`, sorted by name."""
+
+    def replace_dataset(self, name: str, staged: str) -> None:
+        """Replace a dataset by a staged dataset, and delete that one.
+
+        The dataset is created if it does not exist. Readers see the old rows until all new ones
+        are there. After an error the call may be repeated. Neither dataset has a writer.
+
+        Raises:
+            UnknownDatasetError: The staged dataset does not exist.
+            StoreUnavailableError: The store does not answer, or a dataset has a writer.
+        """
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""

@@ -7,10 +7,13 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow as pa
+
 from fletcher.core.command import CHOICES
 from fletcher.core.schema import ELEMENT_TYPES
 from fletcher.errors import FletcherError, StoreError, StoreUnavailableError
 from fletcher.stores.base import DatasetInfo, DatasetWriter, Store, StoreCapabilities
+from fletcher.stores.staging import incarnation_of, staged_for
 from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
 
@@ -50,15 +53,29 @@ class EmbeddedStore(Store):
 
     @abstractmethod
     def dataset_names(self) -> Iterable[str]:
-        """Names of the folder's datasets."""
+        """Names of the folder's datasets, staged ones included."""
+
+    @abstractmethod
+    def read_schema(self, name: str) -> pa.Schema | None:
+        """A dataset's schema; None if it does not exist."""
+
+    def incarnation(self, name: str) -> str | None:
+        schema = self.read_schema(name)
+        return None if schema is None else incarnation_of(schema)
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets, sorted by name.
 
         The log names those left out: damaged ones, and what Fletcher did not write.
         """
+        return self._list(name for name in self.dataset_names() if staged_for(name) is None)
+
+    def staged_datasets(self) -> list[DatasetInfo]:
+        return self._list(name for name in self.dataset_names() if staged_for(name) is not None)
+
+    def _list(self, names: Iterable[str]) -> list[DatasetInfo]:
         found = []
-        for name in sorted(self.dataset_names()):
+        for name in sorted(names):
             try:
                 info = self.dataset(name)
             except FletcherError as error:

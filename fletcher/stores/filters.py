@@ -40,7 +40,7 @@ _UNIT_NAMES = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "N
 
 
 def to_json(filters: Filters) -> list[dict[str, Any]]:
-    """The filters as Longbow's JSON, with operators of our own.
+    """The filters as Longbow's JSON, with added operators.
 
     A Longbow does not know `in`, `is null` and `not`; `check_longbow` refuses them.
     """

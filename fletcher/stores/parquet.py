@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from fletcher.core.command import check_dataset
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
@@ -24,15 +25,19 @@ from fletcher.stores.schemas import (
     check_storable,
     conform_batch,
     limit_rows,
+    new_fields,
     upload_ranges,
     wanted_columns,
 )
-from fletcher.util.durable import atomic_path, sync_path
+from fletcher.stores.staging import check_stored, staged_for, with_incarnation
+from fletcher.util.durable import atomic_path, sync_path, write_atomically
 from fletcher.util.locks import FileLock
 
 # File of the dataset's schema, under the name that Parquet readers expect.
 _SCHEMA_FILE = "_common_metadata"
 _SUFFIX = ".parquet"
+# File beside the datasets that names the folder of a dataset while it is replaced.
+_POINTER = ".current"
 
 
 class ParquetStore(EmbeddedStore):
@@ -46,7 +51,7 @@ class ParquetStore(EmbeddedStore):
     capabilities = replace(EmbeddedStore.capabilities, upsert=False, drops_repeated_keys=True)
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> ParquetWriter:
-        check_dataset(dataset)
+        check_stored(dataset)
         if mode == "upsert":
             raise RequestError(
                 "`mode` is upsert, which a Parquet store cannot do; use a `lance:` store or append",
@@ -58,21 +63,24 @@ class ParquetStore(EmbeddedStore):
                 "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
             )
         check_storable(schema)
+        schema = _as_stored(schema)
         folder = self.folder / dataset
         with ExitStack() as undo, _disk_errors(dataset):
             lock = undo.enter_context(self.lock_dataset(dataset))
-            if mode == "overwrite" and folder.exists():
-                shutil.rmtree(folder)
+            self._finish_replacement(dataset)
             folder.mkdir(exist_ok=True)
             for leftover in folder.glob(".*.tmp"):  # of a killed writer
                 leftover.unlink()
             if (folder / _SCHEMA_FILE).exists():
                 stored = pq.read_schema(folder / _SCHEMA_FILE)
                 check_compatible(dataset, stored, schema)
+                added = new_fields(stored, schema)
+                if added:
+                    stored = pa.schema([*stored, *added], metadata=stored.metadata)
+                    _write_schema(folder, stored)
             else:
-                stored = schema
-                with atomic_path(folder / _SCHEMA_FILE) as temporary:
-                    pq.write_metadata(schema, temporary)
+                stored = with_incarnation(dataset, schema)
+                _write_schema(folder, stored)
             # Sync the files found here, as they count as stored: their writer may have died before
             # its sync.
             sync_path(folder)
@@ -81,19 +89,45 @@ class ParquetStore(EmbeddedStore):
         return ParquetWriter(self, dataset, lock, schema=stored)
 
     def dataset_names(self) -> Iterator[str]:
-        return (path.parent.name for path in self.folder.glob(f"*/{_SCHEMA_FILE}"))
+        # While a dataset is replaced, only its pointer may be there.
+        pointed = (
+            path.name[1:].removesuffix(_POINTER) for path in self.folder.glob(f".*{_POINTER}")
+        )
+        found = (path.parent.name for path in self.folder.glob(f"*/{_SCHEMA_FILE}"))
+        return iter({name for name in (*found, *pointed) if not name.startswith(".")})
 
     def dataset(self, name: str) -> DatasetInfo | None:
-        check_dataset(name)
-        if not (self.folder / name / _SCHEMA_FILE).exists():
+        schema = self.read_schema(name)
+        if schema is None:
             return None
         files = self._files(name)
         num_rows = sum(pq.read_metadata(path).num_rows for path in files)
         num_bytes = sum(path.stat().st_size for path in files)
-        return DatasetInfo(name, self._schema(name), num_rows, num_bytes)
+        return DatasetInfo(name, schema, num_rows, num_bytes)
+
+    def read_schema(self, name: str) -> pa.Schema | None:
+        check_stored(name)
+        try:
+            return pq.read_schema(self._current(name) / _SCHEMA_FILE)
+        except FileNotFoundError:
+            return None
+
+    def replace_dataset(self, name: str, staged: str) -> None:
+        """See `Store.replace_dataset`.
+
+        A pointer file names the staged folder. From then on it is the dataset, while the folders
+        are renamed. Whoever opens the dataset for writing next finishes an interrupted replacement.
+        """
+        with self.lock_dataset(name), self.lock_dataset(staged), _disk_errors(name):
+            if self._current(name) == self.folder / name:  # else it was interrupted
+                if self.read_schema(staged) is None:
+                    raise unknown_dataset(staged)
+                sync_path(self.folder / staged)
+                write_atomically(self._pointer(name), staged)
+            self._finish_replacement(name)
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        check_dataset(dataset)
+        check_stored(dataset)
         return upload_ranges((path.stem for path in self._files(dataset)), upload_id)
 
     def scan(
@@ -121,21 +155,50 @@ class ParquetStore(EmbeddedStore):
         return nearest(rows, scores, k=k, columns=wanted)
 
     def delete_dataset(self, name: str) -> None:
-        check_dataset(name)
+        check_stored(name)
         with self.lock_dataset(name), _disk_errors(name):
+            self._finish_replacement(name)
             self._schema(name)
             shutil.rmtree(self.folder / name)
             sync_path(self.folder)
 
     def _files(self, dataset: str) -> list[Path]:
-        return sorted((self.folder / dataset).glob(f"*{_SUFFIX}"))
+        return sorted(self._current(dataset).glob(f"*{_SUFFIX}"))
 
     def _schema(self, dataset: str) -> pa.Schema:
-        check_dataset(dataset)
+        schema = self.read_schema(dataset)
+        if schema is None:
+            raise unknown_dataset(dataset)
+        return schema
+
+    def _pointer(self, dataset: str) -> Path:
+        return self.folder / f".{dataset}{_POINTER}"
+
+    def _current(self, dataset: str) -> Path:
+        """Folder of a dataset: its own, or the one that its pointer names."""
         try:
-            return pq.read_schema(self.folder / dataset / _SCHEMA_FILE)
+            staged = self._pointer(dataset).read_text()
         except FileNotFoundError:
-            raise unknown_dataset(dataset) from None
+            return self.folder / dataset
+        there = staged_for(staged) == dataset and (self.folder / staged).exists()
+        return self.folder / (staged if there else dataset)
+
+    def _finish_replacement(self, dataset: str) -> None:
+        """Rename the folder that the pointer names. The caller holds the dataset's lock."""
+        pointer, folder = self._pointer(dataset), self.folder / dataset
+        replaced = self.folder / f".{dataset}.replaced"
+        if pointer.exists():
+            current = self._current(dataset)
+            if current != folder:
+                if folder.exists():
+                    shutil.rmtree(replaced, ignore_errors=True)
+                    folder.rename(replaced)
+                current.rename(folder)
+                sync_path(self.folder)
+            pointer.unlink()
+            sync_path(self.folder)
+        if replaced.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 class ParquetWriter(EmbeddedWriter):
@@ -159,7 +222,7 @@ class ParquetWriter(EmbeddedWriter):
         """
         assert self.is_open, "append after close"
         for batch in batches:
-            check_compatible(self.dataset, self._schema, batch.schema)
+            check_compatible(self.dataset, self._schema, _as_stored(batch.schema))
             if "batch_key" not in batch.schema.names or batch.column("batch_key").null_count:
                 raise ColumnTypeError("`batch_key` is missing in some rows", field="batch_key")
         rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
@@ -182,6 +245,34 @@ class ParquetWriter(EmbeddedWriter):
                 field="batch_key",
             )
         return self._folder / f"{key}{_SUFFIX}"
+
+
+@lru_cache
+def _as_stored(schema: pa.Schema) -> pa.Schema:
+    """The schema as Parquet gives it back: it has no seconds, for example.
+
+    Raises:
+        ColumnTypeError: Parquet cannot store a type.
+    """
+    fields = []
+    for field in schema:
+        file = io.BytesIO()
+        try:
+            pq.write_metadata(pa.schema([field]), file)
+        except pa.ArrowException:
+            raise ColumnTypeError(
+                f"`{field.name[:200]}` is {str(field.type)[:200]}, which Parquet files cannot "
+                "hold; send another type, or use a `lance:` store",
+                field=field.name[:200],
+            ) from None
+        file.seek(0)
+        fields.append(pq.read_schema(file).field(0).with_nullable(field.nullable))
+    return pa.schema(fields, metadata=schema.metadata)
+
+
+def _write_schema(folder: Path, schema: pa.Schema) -> None:
+    with atomic_path(folder / _SCHEMA_FILE) as temporary:
+        pq.write_metadata(schema, temporary)
 
 
 @contextmanager

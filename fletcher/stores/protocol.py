@@ -14,10 +14,14 @@ from fletcher.stores.base import WriteMode
 # First part of the path of a DoExchange that stores rows and acknowledges them.
 INGEST = "ingest"
 
-# Actions that Longbow lacks. A store that answers `capabilities` also has the other two.
+# Actions that Longbow lacks. A store that answers `capabilities` also has the others.
 CAPABILITIES = "capabilities"
 MISSING_KEYS = "missing-keys"
 STORED_RANGES = "stored-ranges"
+REPLACE_DATASET = "replace-dataset"
+
+# Criteria of a ListFlights call that asks for staged datasets.
+STAGED = b"staged"
 
 
 class CapabilitiesAnswer(msgspec.Struct, kw_only=True):
@@ -56,6 +60,13 @@ class StoredRangesAnswer(msgspec.Struct):
     """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
 
     ranges: list[tuple[int, int]]
+
+
+class ReplaceDatasetRequest(msgspec.Struct):
+    """Body of the action `replace-dataset`; see `Store.replace_dataset`."""
+
+    dataset: str
+    staged: str
 
 
 class GroupHeader(msgspec.Struct):

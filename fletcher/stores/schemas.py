@@ -92,16 +92,21 @@ def check_storable(schema: pa.Schema) -> None:
             )
 
 
-def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
-    """Refuse to replace rows by id in a dataset of chunks.
+def has_chunks(schema: pa.Schema) -> bool:
+    """Whether the rows are chunks, several of which may have the same id."""
+    return {field.name for field in CHUNK_FIELDS} <= set(schema.names)
+
+
+def check_one_row_each(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
+    """Refuse to replace chunks by rows that are no chunks.
 
     Raises:
-        InvalidCommandError: The rows of the dataset are chunks.
+        InvalidCommandError: The rows of the dataset are chunks, and the offered ones are not.
     """
-    if {field.name for field in CHUNK_FIELDS} <= set(stored.names):
+    if has_chunks(stored) and not has_chunks(offered):
         raise InvalidCommandError(
             f"`mode` replaces rows by id, and dataset `{dataset}` has several rows per id, one per "
-            "chunk; append to it, overwrite it, or write to another dataset",
+            "chunk; send chunks, append to it, overwrite it, or write to another dataset",
             field="mode",
             allowed=["append", "overwrite"],
         )
@@ -236,12 +241,22 @@ def wanted_columns(dataset: str, schema: pa.Schema, columns: Names) -> list[str]
 
 
 def last_of_each_id(table: pa.Table) -> pa.Table:
-    """The table with only the last row of each `id`, in the same order of rows."""
-    numbered = pa.table({"id": table.column("id"), "row": np.arange(table.num_rows)})
-    last = numbered.group_by("id").aggregate([("row", "max")]).column("row_max")
-    if len(last) == table.num_rows:
+    """The table with only the last row of each `id`, in the same order of rows.
+
+    If rows are chunks, all chunks of the last text of each id are kept. The chunks of a text are
+    consecutive rows, and the first one has the index 0.
+    """
+    if not table.num_rows:
         return table
-    return table.take(np.sort(last.to_numpy()))
+    text = np.arange(table.num_rows)
+    if has_chunks(table.schema):
+        index = table.column("chunk_index").to_numpy(zero_copy_only=False)
+        text = np.cumsum(~(index > 0))  # a failed text has one row, without an index
+    numbered = pa.table({"id": table.column("id"), "text": text})
+    last = numbered.group_by("id").aggregate([("text", "max")]).column("text_max").to_numpy()
+    if len(last) == text[-1] - text[0] + 1:
+        return table
+    return table.filter(pa.array(np.isin(text, last)))
 
 
 def limit_rows(

@@ -27,6 +27,7 @@ from fletcher.stores.exact_search import (
 )
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
+from fletcher.stores.staging import check_stored, staged_for
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import (
     DatasetRequest,
@@ -79,6 +80,7 @@ class Actions:
             "check_readiness": Action(ReadinessRequest, self._check_readiness),
             protocol.CAPABILITIES: Action(EmptyRequest, self._list_capabilities),
             protocol.MISSING_KEYS: Action(protocol.MissingKeysRequest, self._missing_keys),
+            protocol.REPLACE_DATASET: Action(protocol.ReplaceDatasetRequest, self._replace_dataset),
             protocol.STORED_RANGES: Action(protocol.StoredRangesRequest, self._stored_ranges),
         }
         self.meta = {
@@ -94,7 +96,7 @@ class Actions:
 
         The columns are the requested ones (by default `id`) and `score`.
         """
-        check_dataset(request.dataset)
+        check_stored(request.dataset)
         columns = list(request.columns) if request.columns is not None else ["id"]
         if request.include_vectors and "vector" not in columns:
             columns.append("vector")
@@ -173,6 +175,18 @@ class Actions:
         self._schema(request.dataset)
         self.ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
+
+    def _replace_dataset(self, request: protocol.ReplaceDatasetRequest) -> list[bytes]:
+        """Replace a dataset by a staged one."""
+        if staged_for(request.staged) != request.dataset:
+            raise InvalidCommandError(
+                f"`staged` is {request.staged[:200]!r}, expected a staged dataset of "
+                f"`{request.dataset[:200]}`",
+                field="staged",
+            )
+        self.ingest.end_committer(request.staged)
+        self.ingest.call_committer(request.dataset, lambda one: one.replace_dataset(request.staged))
+        return [b"replaced"]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
         """Whether a dataset can be searched, and its number of rows."""

@@ -58,7 +58,7 @@ class SubmittedRows:
 
     Attributes:
         batches: The rows, in batches of one schema.
-        mode: How the rows are written. `overwrite` empties the dataset first.
+        mode: How the rows are written.
         whole: The batches hold all rows of their batch keys, so rows whose key is stored are a
             repeat. If False, the same call may send more rows with the same key.
         stream: Counts of the call that sent the rows.
@@ -175,6 +175,11 @@ class GroupCommitter:
         self.close_writer()
         self._store.delete_dataset(self._dataset)
 
+    def replace_dataset(self, staged: str) -> None:
+        """Replace the dataset by a staged one, which must have no writer."""
+        self.close_writer()
+        self._store.replace_dataset(self._dataset, staged)
+
     def close_writer(self) -> None:
         """Close the writer. The next item that needs a writer opens another."""
         writer, self._writer = self._writer, None
@@ -224,9 +229,7 @@ class GroupCommitter:
                 return items or [self._queue.popleft()]
             first = items[0] if items else None
             if isinstance(first, SubmittedRows) and (
-                item.mode != first.mode
-                or item.mode == "overwrite"
-                or rows + item.num_rows > MAX_COMMIT_ROWS
+                item.mode != first.mode or rows + item.num_rows > MAX_COMMIT_ROWS
             ):
                 break
             rows += item.num_rows
@@ -287,10 +290,7 @@ class GroupCommitter:
     def _prepare_writer(self, group: SubmittedRows) -> None:
         """Open a writer if needed, check the group's schema, and add new columns."""
         schema = group.batches[0].schema
-        if group.mode == "overwrite":
-            self.close_writer()
-            self._open_writer(schema, "overwrite")
-        elif self._writer is None:
+        if self._writer is None:
             self._open_writer(schema, "append")
         assert self._writer is not None
         check_compatible(self._dataset, self._writer.schema, schema)

@@ -16,6 +16,9 @@ from fletcher.storeserver.group_committer import (
     draining,
 )
 
+# Longest wait for the commits of a staged dataset before it replaces another.
+END_COMMITTER_S = 60.0
+
 
 class Ingest:
     """Writing side of a store server. Thread-safe.
@@ -38,8 +41,8 @@ class Ingest:
             dataset: Name of the dataset. The first write creates it.
             rows: Rows to store.
             is_cancelled: Callback that returns whether the client has given up. Such a client may
-                have sent these rows again and newer rows after them. Rows that replace others or
-                empty the dataset are therefore refused if the client has given up.
+                have sent these rows again and newer rows after them. Rows that replace others are
+                therefore refused if the client has given up.
 
         Returns:
             A future that ends when the rows are on disk. Its result is the number of stored rows,
@@ -61,6 +64,14 @@ class Ingest:
         call = SubmittedCall(function)
         self._committer(dataset).submit(call)
         return call.done.result()
+
+    def end_committer(self, dataset: str) -> None:
+        """Commit a dataset's submitted rows, and end its thread."""
+        with self._mutex:
+            committer = self._committers.pop(dataset, None)
+        if committer is not None:
+            committer.stop()
+            committer.join(END_COMMITTER_S)
 
     def pressure(self, dataset: str) -> float:
         """Fill level of the dataset's queue, 0 to 1.

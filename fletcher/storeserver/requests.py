@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from fletcher.core.command import DATASET_PATTERN, check_dataset
+from fletcher.core.command import DATASET_PATTERN
 from fletcher.errors import InvalidCommandError
 from fletcher.stores.base import Combination, Comparison, Filter, Negation, Operator
 from fletcher.stores.exact_search import MAX_K
+from fletcher.stores.staging import check_stored
 
 DEFAULT_K = 10
 MAX_FILTERS = 1000
@@ -219,7 +220,7 @@ class DoGetRequest(msgspec.Struct, kw_only=True):
             if request.search.filters is None:
                 request.search.filters = request.filters
             request.dataset = request.search.dataset
-        check_dataset(request.dataset)
+        check_stored(request.dataset)
         return request
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.core.command import check_dataset
 from fletcher.errors import (
     ConfigError,
     InvalidCommandError,
@@ -33,6 +32,7 @@ from fletcher.stores import protocol
 from fletcher.stores.base import DatasetInfo
 from fletcher.stores.exact_search import existing_dataset
 from fletcher.stores.lance.store import LanceStore
+from fletcher.stores.staging import check_stored
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request, to_filters
@@ -164,7 +164,7 @@ class _DataServer(_Server):
                 "missing flight descriptor path: give [dataset]", field="dataset"
             )
         dataset = descriptor.path[0].decode(errors="replace")
-        check_dataset(dataset)
+        check_stored(dataset)
         ingest = self._actions.ingest
         if ingest.pressure(dataset) > SLOW_DOWN_AT:
             notice = {"status": "slow_down", "reason": "wal_pressure"}
@@ -181,7 +181,7 @@ class _DataServer(_Server):
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         path = [part.decode(errors="replace") for part in descriptor.path or ()]
         if len(path) == 2 and path[0] == protocol.INGEST:
-            check_dataset(path[1])
+            check_stored(path[1])
             self._exchange_ingest(context, path[1], reader, writer)
         elif descriptor.command == b"VectorSearch":
             self._exchange_search(reader, writer)
@@ -228,7 +228,9 @@ class _MetaServer(_Server):
 
     @_handling()
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:
-        return iter([self._info(info) for info in self._store.datasets()])
+        staged = criteria == protocol.STAGED
+        infos = self._store.staged_datasets() if staged else self._store.datasets()
+        return iter([self._info(info) for info in infos])
 
     @_handling()
     def get_flight_info(self, context: Any, descriptor: Any) -> flight.FlightInfo:

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):  # the parent died or closed the pipe
         serve(connection)

@@ -13,6 +13,7 @@ from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import parse_batch_key
 from fletcher.errors import FletcherError, OverloadedError, StoreUnavailableError
 from fletcher.stores.base import DatasetInfo, StoreCapabilities, WriteMode
+from fletcher.stores.staging import incarnation_of, with_incarnation
 
 Fault = Callable[[], None]
 
@@ -44,6 +45,7 @@ class MemoryStore:
         self.gate.set()
         self.waiting = threading.Event()
         self.opened: list[WriteMode] = []
+        self.replaced: list[str] = []
         self.scans: list[tuple[str, tuple[str, ...]]] = []
         self.slow_down = False
         self.down: FletcherError | None = None
@@ -53,16 +55,28 @@ class MemoryStore:
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> MemoryWriter:
         self.opened.append(mode)
-        if mode == "overwrite":
+        if dataset not in self.batches:
             self.batches[dataset] = []
-        self.batches.setdefault(dataset, [])
-        self.schemas.setdefault(dataset, schema)
+            self.schemas[dataset] = with_incarnation(dataset, schema)
         return MemoryWriter(self, dataset)
 
     def dataset(self, name: str) -> DatasetInfo | None:
         if name not in self.batches:
             return None
         return DatasetInfo(name, self.schemas[name], self.rows(name).num_rows)
+
+    def incarnation(self, name: str) -> str | None:
+        return incarnation_of(self.schemas[name]) if name in self.batches else None
+
+    def staged_datasets(self) -> list[DatasetInfo]:
+        return []
+
+    def replace_dataset(self, name: str, staged: str) -> None:
+        self.replaced.append(name)
+        if self.down is not None:
+            raise self.down
+        self.batches[name] = self.batches.pop(staged)
+        self.schemas[name] = self.schemas.pop(staged)
 
     def datasets(self) -> list[DatasetInfo]:
         return [info for name in sorted(self.batches) if (info := self.dataset(name))]

@@ -215,7 +215,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
     assert set(keys.column("batch_key_count_distinct").to_pylist()) == {1}
 
 
-@pytest.mark.parametrize("fields", [{"mode": "upsert"}, {"mode": "delta"}, {"dedupe": "id"}])
+@pytest.mark.parametrize("fields", [{"mode": "delta"}, {"dedupe": "id"}])
 def test_rows_of_one_id_cannot_replace_each_other(fields: dict[str, str]) -> None:
     with pytest.raises(InvalidCommandError, match="which makes several; omit one"):
         fletcher.EmbedCommand(dataset="d", chunking="tokens:none", **fields)

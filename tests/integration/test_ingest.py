@@ -85,7 +85,7 @@ def test_twice_into_lancedb_is_once(
     for summary in summaries:
         assert summary["complete"] is True
         assert summary["dataset"] == "debian"
-        assert summary["model"] == tiny_bundle.qualified_name
+        assert summary["model"] == f"null-{tiny_bundle.qualified_name}"
         assert summary["rows_received"] == summary["rows_stored"] == len(sample)
         assert summary["rows_failed"] == 0
         assert summary["errors"] == []

@@ -217,10 +217,8 @@ def test_a_path_embeds_with_defaults(server: Runtime, client: flight.FlightClien
         writer.write_batch(rows(0, 10))
     table = stored(server, name)
     assert table.schema.field("vector").type.value_type == pa.float16()
-    assert (
-        table.schema.metadata[b"fletcher.model"]
-        == server.service.models.default.bundle.qualified_name.encode()
-    )
+    name_of_model = server.service.models.default.bundle.qualified_name
+    assert table.schema.metadata[b"fletcher.model"].decode() == f"null-{name_of_model}"
     info = client.get_flight_info(flight.FlightDescriptor.for_path(name))
     assert info.total_records == 10
     assert name in [flight.descriptor.path[0].decode() for flight in client.list_flights()]
@@ -429,8 +427,17 @@ def test_overwrite_and_upsert(server: Runtime, client: flight.FlightClient) -> N
     put(client, [rows(0, 100)], SCHEMA, dataset=name)
     put(client, [rows(50, 120)], SCHEMA, dataset=name, mode="upsert")
     assert stored(server, name).column("id").to_pylist() == list(range(120))
-    put(client, [rows(7, 9)], SCHEMA, dataset=name, mode="overwrite")
+    fields = {"dataset": name, "mode": "overwrite", "upload_id": "o"}
+    for end in (None, 3):  # no end, and another number of rows
+        summary = put(client, [rows(7, 9)], SCHEMA, end=end, **fields)[-1]
+        assert summary["complete"] is False
+        assert stored(server, name).column("id").to_pylist() == list(range(120))
+    summary = put(client, [rows(7, 9)], SCHEMA, end=2, **fields)[-1]
+    assert summary["complete"] is True
     assert stored(server, name).column("id").to_pylist() == [7, 8]
+    put(client, [rows(9, 10)], SCHEMA, dataset=name)
+    assert put(client, [rows(7, 9)], SCHEMA, end=2, **fields)[-1]["complete"] is True  # a repeat
+    assert stored(server, name).column("id").to_pylist() == [7, 8, 9]
 
 
 def test_dedupe_over_connections(server: Runtime, client: flight.FlightClient) -> None:

@@ -21,6 +21,7 @@ from fletcher.errors import (
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.stores.address import open_store
 from fletcher.stores.protocol import CAPABILITIES
+from fletcher.stores.staging import staged_name
 from tests.doubles import store_rows as rows
 from tests.doubles.longbow import LongbowDouble
 
@@ -130,7 +131,15 @@ def test_reading_searching_and_deleting(double, store):
     with pytest.raises(RequestError, match="`id` and `score` alone"):
         store.search("d", rows.vectors(9, 1)[0], k=3, columns=["text"])
     assert [one.name for one in store.datasets()] == ["d"]
-    store.open_writer("d", rows.schema(dims=9), "overwrite").append([rows.batch(0, 2, dims=9)])
+    staged = staged_name("d", "u")
+    store.open_writer(staged, rows.schema(dims=9), "append").append([rows.batch(0, 2, dims=9)])
+    assert [one.name for one in store.datasets()] == ["d"]
+    assert [one.name for one in store.staged_datasets()] == [staged]
+    store.replace_dataset("d", staged)
+    assert double.table("d").num_rows == 2
+    assert store.staged_datasets() == []
+    with pytest.raises(UnknownDatasetError):
+        store.replace_dataset("d", staged)
     assert double.table("d").num_rows == 2
     store.delete_dataset("d")
     with pytest.raises(UnknownDatasetError):

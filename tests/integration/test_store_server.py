@@ -21,6 +21,7 @@ from pyarrow import flight
 from fletcher.errors import (
     ConfigError,
     DimensionMismatchError,
+    InvalidCommandError,
     ModelMismatchError,
     RequestError,
     StoreError,
@@ -29,6 +30,7 @@ from fletcher.errors import (
 )
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Comparison
+from fletcher.stores.staging import is_replaced_by, staged_name
 from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
 
@@ -502,7 +504,19 @@ def test_a_flight_store_passes_refusals_on(store, name):
         store.search("nobody", rows.vectors(0, 1)[0], k=1)
     with pytest.raises(RequestError, match="`k`"):
         store.search(name, rows.vectors(0, 1)[0], k=0)
-    store.open_writer(name, rows.schema(dims=9), "overwrite").append([rows.batch(0, 2, dims=9)])
+    staged, others = staged_name(name, "u"), [one.name for one in store.datasets()]
+    store.open_writer(staged, rows.schema(dims=9), "append").append([rows.batch(0, 2, dims=9)])
+    assert [one.name for one in store.staged_datasets()] == [staged]
+    assert [one.name for one in store.datasets()] == others
+    assert store.dataset(name).num_rows == 3
+    store.replace_dataset(name, staged)
+    assert store.dataset(name).num_rows == 2
+    assert is_replaced_by(store.incarnation(name), "u")
+    assert store.staged_datasets() == []
+    with pytest.raises(UnknownDatasetError):
+        store.replace_dataset(name, staged)
+    with pytest.raises(InvalidCommandError, match="`staged`"):
+        store.replace_dataset(name, "other")
     assert store.dataset(name).num_rows == 2
     upserts = store.open_writer(name, rows.schema(dims=9), "upsert")
     upserts.append([rows.batch(0, 2, dims=9, text="late"), rows.batch(2, 1, dims=9)])

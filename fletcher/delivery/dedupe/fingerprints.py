@@ -7,6 +7,8 @@ Python objects, or take only integers of 64 bits.
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -17,8 +19,9 @@ import pyarrow as pa
 
 from fletcher.delivery.groups import Rows
 
-# Columns by kind of key: the key's column, then the value's column if the kind has one.
-COLUMNS = {"id": ("id",), "text": ("text",), "delta": ("id", "text")}
+_DELTA = "delta"
+# Output columns that are no carried columns.
+_OUTPUT = {"id", "text", "vector", "scale", "timestamp", "token_count", "truncated", "batch_key"}
 
 _SIZE = 16
 _ANY = b"\1"  # value for the kinds `id` and `text`, which compare only keys
@@ -45,15 +48,60 @@ def fingerprints(values: pa.Array) -> list[bytes | None]:
     ]
 
 
+def delta_kind(schema: pa.Schema) -> str:
+    """The kind of key of a delta upload: it names the carried columns to compare."""
+    names = sorted(set(schema.names) - _OUTPUT)
+    return f"{_DELTA}:{json.dumps(names)}" if names else _DELTA
+
+
+def is_delta(kind: str) -> bool:
+    return kind.startswith(_DELTA)
+
+
+def needed_columns(kind: str) -> tuple[str, ...]:
+    """Columns that a dataset must have: the key's, then the value's if any."""
+    return ("id", "text") if is_delta(kind) else (kind,)
+
+
+def compared_columns(kind: str) -> list[str]:
+    """Carried columns that are compared. A missing column counts as nulls."""
+    _, _, names = kind.partition(":")
+    return json.loads(names) if names else []
+
+
 def value_bytes(kind: str) -> int:
-    return _SIZE if kind == "delta" else len(_ANY)
+    return _SIZE if is_delta(kind) else len(_ANY)
 
 
 def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
-    keys = fingerprints(rows.column(COLUMNS[kind][0]))
-    if kind != "delta":
+    """Keys and values of rows, as received or as stored."""
+    keys = fingerprints(rows.column(needed_columns(kind)[0]))
+    if not is_delta(kind):
         return [(key, _ANY) for key in keys]
-    return list(zip(keys, fingerprints(rows.column("text")), strict=True))
+    values = fingerprints(rows.column("text"))
+    for name in compared_columns(kind):
+        texts = _value_texts(rows, name)
+        values = [
+            None if value is None else blake2b(value + text, digest_size=_SIZE).digest()
+            for value, text in zip(values, texts, strict=True)
+        ]
+    return list(zip(keys, values, strict=True))
+
+
+def _value_texts(rows: pa.RecordBatch, name: str) -> list[bytes]:
+    """A carried column's values as bytes; equal values have equal bytes."""
+    place = next((one for one in (f"carried:{name}", name) if one in rows.schema.names), None)
+    if place is None:
+        return [repr(None).encode()] * rows.num_rows
+    values = rows.column(place)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_temporal(values.type):
+        values = values.view(pa.int64() if values.type.bit_width == 64 else pa.int32())
+    try:
+        return [repr(value).encode("utf-8", "surrogatepass") for value in values.to_pylist()]
+    except ValueError:  # nanoseconds within lists or structs; such rows count as changed
+        return [secrets.token_bytes(_SIZE) for _ in range(rows.num_rows)]
 
 
 def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:
@@ -62,8 +110,9 @@ def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dic
     `excluded` holds the positions of rows to leave out. The column `text` is missing if the upload
     had no texts. The value of an id without a text is 16 zero bytes, which no text has.
     """
-    if not set(COLUMNS[kind]) <= set(rows.schema.names):
-        if "id" not in COLUMNS[kind]:
+    needed = needed_columns(kind)
+    if not set(needed) <= set(rows.schema.names):
+        if "id" not in needed:
             return {}
         texts = pa.nulls(rows.num_rows, pa.utf8())
         rows = pa.record_batch({"id": rows.column("id"), "text": texts})

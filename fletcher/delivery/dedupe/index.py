@@ -12,7 +12,7 @@ The kind of key says which rows are dropped:
 
 - `id`: rows whose id is in the index
 - `text`: rows whose text is in the index
-- `delta`: rows whose id is in the index with the same text
+- `delta`: rows whose id is in the index with the same text and the same carried columns
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from fletcher.delivery.dedupe.fingerprints import (
-    COLUMNS,
     FingerprintMap,
     RowKey,
+    compared_columns,
     keys_to_send,
+    needed_columns,
     row_keys,
     stored_keys,
     value_bytes,
@@ -313,7 +314,7 @@ class DedupeIndex:
         null_vectors = self._store.capabilities.null_vectors
         for group in self._journal.waiting_groups() if self._journal is not None else []:
             journaled.update(_journaled_keys(index.kind, group, null_vectors=null_vectors))
-        columns = COLUMNS[index.kind]
+        columns = list(needed_columns(index.kind))
         info = self._store.dataset(self._dataset)
         if info is not None:
             missing = [name for name in columns if name not in info.schema.names]
@@ -323,6 +324,8 @@ class DedupeIndex:
                     "leave `dedupe` and delta out",
                     field="dedupe",
                 )
+            compared = compared_columns(index.kind)
+            columns += [name for name in compared if name in info.schema.names]
             with contextlib.suppress(UnknownDatasetError):  # no rows yet
                 for batch in self._store.scan(self._dataset, columns=columns):
                     entries = stored_keys(index.kind, batch, ())

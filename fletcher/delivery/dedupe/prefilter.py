@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.batches import BoolArray
-from fletcher.delivery.dedupe.fingerprints import row_keys
+from fletcher.delivery.dedupe.fingerprints import is_delta, row_keys
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.upload import Upload
 
@@ -28,8 +28,8 @@ class DedupePrefilter:
     def find_duplicates(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
         """Whether each row is a duplicate, bool [num_rows].
 
-        `rows` has the columns `id` and `text`. `row_first` is the offset of its first row in the
-        upload.
+        `rows` has the columns `id` and `text`, and `carried:NAME` for carried ones. `row_first` is
+        the offset of its first row in the upload.
         """
         while self._passed and self._upload.covers(*self._passed[0][:2]):
             first, _, keys = self._passed.popleft()
@@ -45,7 +45,7 @@ class DedupePrefilter:
             ],
             np.bool_,
         )
-        if self._kind == "delta":
+        if is_delta(self._kind):
             passed: set[bytes] = set()
             for place, (key, _) in enumerate(entries):
                 if key in passed:

@@ -5,14 +5,14 @@ group is in the journal, its first and last row do not change. Several groups ar
 together, and are acknowledged after that. A segment is deleted when all its groups are settled.
 
 Until then, notes in a file beside the segment say which of its groups are settled. If a settled
-group were sent again, it would replace newer rows, or reappear in a dataset that was emptied since.
+group were sent again, it would replace newer rows, or reappear in a dataset that was replaced.
 Notes are written without a sync, so they survive a killed process but not a power loss. They are
 synced before each change that a settled group would undo if it were sent again:
 
 - before a later segment is deleted,
 - before a later segment gets a note about rows that replace others,
 - before rows that replace others are sent from memory, and
-- before a dataset is emptied.
+- before a dataset is replaced.
 
 After a crash the last segment may end in half a group, which was never acknowledged. The half group
 is cut off, and kept in a file in case a crash was not the cause. If the disk changed some bytes,
@@ -237,16 +237,15 @@ class Journal:
                     log.exception("journal: %s cannot be deleted", segment.path)
                     return
 
-    def forget_settled(self) -> None:
-        """Prepare the journal before its dataset is emptied.
+    def prepare_replacement(self) -> None:
+        """Prepare the journal before its dataset is replaced.
 
         Raises:
-            OSError: The notes cannot be synced, or the list of settled groups cannot be deleted.
+            OSError: The notes cannot be synced.
         """
         self.close()
         self.sweep()
         self.sync_notes()
-        self.settled_groups.clear()
 
     def waiting_groups(self) -> list[JournaledGroup]:
         """Groups that are not settled, in the order in which they were written."""

@@ -31,11 +31,19 @@ _KEPT_UPLOADS = 1000
 class SettledGroups:
     """One dataset's file of settled groups. Its content is not kept in memory.
 
+    A group is settled in one incarnation of the dataset (see `fletcher.stores.staging`). A line
+    `=INCARNATION` in the file names that of the keys below it. Keys above the first such line
+    belong to a dataset without an incarnation.
+
     Only one thread at a time may add keys.
+
+    Attributes:
+        incarnation: The incarnation of keys that are added.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "groups.unsent"
+        self.incarnation = ""
 
     def add_keys(self, keys: Iterable[str]) -> None:
         """Append batch keys and sync the file.
@@ -43,28 +51,45 @@ class SettledGroups:
         Raises:
             OSError: The disk cannot store the keys.
         """
-        is_new = not self._path.exists()
-        with self._path.open("ab") as file:
-            # A line break before each key as well, because a crash may have cut off the last line.
-            file.write("".join(f"\n{key}\n" for key in keys).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        if is_new:
-            sync_path(self._path.parent)
-        if size > _MAX_BYTES:
+        if self.add_keys_of(self.incarnation, keys) > _MAX_BYTES:
             try:
                 self._compact()
             except OSError as error:  # such as a full disk; the file stays as it is
                 log.warning("journal: %s cannot be shortened: %s", self._path, error)
 
-    def ranges_of(self, upload_id: str) -> list[tuple[int, int]]:
-        """An upload's settled rows: inclusive ranges (first, last), sorted and merged."""
-        found = self._read().get(upload_id)
+    def add_keys_of(self, incarnation: str, keys: Iterable[str]) -> int:
+        """Append batch keys of an incarnation, and sync the file; return its size.
+
+        Raises:
+            OSError: The disk cannot store the keys.
+        """
+        is_new = not self._path.exists()
+        lines = [*([f"={incarnation}"] if incarnation or not is_new else []), *keys]
+        with self._path.open("ab") as file:
+            # A line break before each key as well, because a crash may have cut off the last line.
+            file.write("".join(f"\n{line}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        if is_new:
+            sync_path(self._path.parent)
+        return size
+
+    def ranges_of(self, upload_id: str, incarnation: str | None = None) -> list[tuple[int, int]]:
+        """An upload's settled rows: inclusive ranges (first, last), sorted and merged.
+
+        `incarnation`: None means any.
+        """
+        found = self._read(incarnation).get(upload_id)
         return [] if found is None else found.ranges()
 
+    def all_keys(self) -> list[str]:
+        """Batch keys of all settled groups, merged."""
+        found = self._read(None).items()
+        return [batch_key(upload_id, *one) for upload_id, some in found for one in some.ranges()]
+
     def clear(self) -> None:
-        """Delete the file, because the dataset is about to be emptied.
+        """Delete the file, because its dataset is gone.
 
         Raises:
             OSError: The file cannot be deleted.
@@ -73,15 +98,19 @@ class SettledGroups:
             self._path.unlink()
             sync_path(self._path.parent)
 
-    def _read(self) -> dict[str, RangeSet]:
+    def _read(self, incarnation: str | None) -> dict[str, RangeSet]:
         """Ranges by upload id. The upload that got a key most recently comes last."""
         found: dict[str, RangeSet] = {}
         try:
             lines = self._path.read_text("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return found
-        for parsed in map(parse_batch_key, lines):
-            if parsed is not None:
+        current = ""
+        for line in lines:
+            if line.startswith("="):
+                current = line[1:]
+            parsed = parse_batch_key(line)
+            if parsed is not None and incarnation in (None, current):
                 upload_id, first, last = parsed
                 ranges = found.pop(upload_id, RangeSet())
                 ranges.add_range(first, last)
@@ -90,8 +119,9 @@ class SettledGroups:
 
     def _compact(self) -> None:
         """Merge ranges, and keep only the uploads that got a key most recently."""
-        kept = list(self._read().items())[-_KEPT_UPLOADS:]
-        lines = (
+        kept = list(self._read(self.incarnation).items())[-_KEPT_UPLOADS:]
+        lines = [f"={self.incarnation}\n"]
+        lines += (
             f"{batch_key(upload_id, *one)}\n" for upload_id, found in kept for one in found.ranges()
         )
         write_atomically(self._path, "".join(lines))

@@ -28,6 +28,7 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
+NULL_PREFIX = "null-"  # of the names of models whose vectors are made without them
 # Names of the hidden states between the blocks of a model with exits: as a block's output, and as
 # the next block's input.
 HANDED_ON, HIDDEN = "handed_on", "hidden"

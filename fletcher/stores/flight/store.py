@@ -11,7 +11,6 @@ import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.core.command import check_dataset
 from fletcher.errors import (
     DimensionMismatchError,
     FletcherError,
@@ -47,6 +46,7 @@ from fletcher.stores.schemas import (
     upload_ranges,
     wanted_columns,
 )
+from fletcher.stores.staging import check_stored, incarnation_of, staged_for
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class FlightStore(Store):
         self, dataset: str, schema: pa.Schema, mode: WriteMode
     ) -> FletcherWriter | LongbowWriter:
         """See `Store.open_writer`. A Longbow refuses `upsert`."""
-        check_dataset(dataset)
+        check_stored(dataset)
         check_storable(schema)
         if self._is_fletcher:
             writer = FletcherWriter(self._connection, dataset, schema, mode)
@@ -97,29 +97,34 @@ class FlightStore(Store):
             self._widening_logged = True
             _log.info("vectors are widened to float32, the one type that Longbow indexes")
         info = self.dataset(dataset)
-        if info is not None and mode == "overwrite":
-            self._connection.run_action("delete-dataset", {"dataset": dataset})
-        elif info is not None:
+        if info is not None:
             check_compatible(dataset, info.schema, narrow)
         return LongbowWriter(self._connection, dataset, narrow, self._count_keys)
 
     def datasets(self) -> list[DatasetInfo]:
         """See `Store.datasets`. For a Longbow, `num_rows` is its number of batches."""
+        return [info for info in self._list(b"") if staged_for(info.name) is None]
+
+    def staged_datasets(self) -> list[DatasetInfo]:
+        listed = self._list(protocol.STAGED if self._is_fletcher else b"")
+        return [info for info in listed if staged_for(info.name) is not None]
+
+    def _list(self, criteria: bytes) -> list[DatasetInfo]:
         assert self.capabilities  # the answer may name the meta port
         meta = self._connection.address.meta_uri
         what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
         with store_call(what):
             options = self._connection.call_options()
-            flights = self._connection.meta_client.list_flights(options=options)
+            flights = self._connection.meta_client.list_flights(criteria, options)
             return sorted((_info(one) for one in flights), key=lambda info: info.name)
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """See `Store.dataset`. For a Longbow, `num_rows` is its number of batches."""
-        check_dataset(name)
+        check_stored(name)
         if not self._is_fletcher:
             # Longbow's GetFlightInfo reports an unknown dataset with the same error as other
             # failures.
-            return next((info for info in self.datasets() if info.name == name), None)
+            return next((info for info in self._list(b"") if info.name == name), None)
         descriptor = flight.FlightDescriptor.for_path(name)
         try:
             with store_call(f"looking for dataset `{name}`"):
@@ -128,9 +133,38 @@ class FlightStore(Store):
         except UnknownDatasetError:
             return None
 
+    def incarnation(self, name: str) -> str | None:
+        info = self.dataset(name)
+        return None if info is None else incarnation_of(info.schema)
+
+    def replace_dataset(self, name: str, staged: str) -> None:
+        """See `Store.replace_dataset`. A Longbow is empty while its rows are copied."""
+        check_stored(name)
+        if self._is_fletcher:
+            request = protocol.ReplaceDatasetRequest(name, staged)
+            self._connection.run_action(protocol.REPLACE_DATASET, request)
+            return
+        info = self.dataset(staged)
+        if info is None:
+            raise unknown_dataset(staged)
+        if self.dataset(name) is not None:
+            self.delete_dataset(name)
+        writer = self.open_writer(name, info.schema, "append")
+        keys: set[str] = set()
+        for batch in self.scan(staged):
+            keys.update(count_batch_keys(batch))
+            writer.append([batch])
+        if missing := writer.missing_keys(sorted(keys)):
+            raise StoreUnavailableError(
+                f"the store lacks {len(missing)} of {len(keys)} groups that were copied to "
+                f"`{name}`; try again",
+                field="store",
+            )
+        self.delete_dataset(staged)
+
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         """See `Store.stored_ranges`. For a Longbow, only complete groups count."""
-        check_dataset(dataset)
+        check_stored(dataset)
         if self._is_fletcher:
             request = protocol.StoredRangesRequest(dataset, upload_id)
             try:
@@ -152,7 +186,7 @@ class FlightStore(Store):
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
-        check_dataset(name)
+        check_stored(name)
         ticket: dict[str, Any] = {"filters": to_json(filters)}
         if not self._is_fletcher:
             check_longbow(filters)
@@ -184,7 +218,7 @@ class FlightStore(Store):
         Raises:
             RequestError: Other columns than `id` are requested of a Longbow.
         """
-        check_dataset(dataset)
+        check_stored(dataset)
         wanted = list(columns) if columns is not None else None
         if vector.ndim != 1:
             raise DimensionMismatchError(
@@ -214,7 +248,7 @@ class FlightStore(Store):
         return found.select([*(["id"] if wanted is None else wanted), "score"])
 
     def delete_dataset(self, name: str) -> None:
-        check_dataset(name)
+        check_stored(name)
         if not self._is_fletcher and self.dataset(name) is None:
             raise unknown_dataset(name)
         self._connection.run_action("delete-dataset", {"dataset": name})

@@ -47,15 +47,13 @@ class FletcherWriter(FlightWriter):
         self._mode: WriteMode = mode
 
     def create_dataset(self) -> None:
-        """Create the dataset, or empty it for `overwrite`; the server checks the schema.
+        """Create the dataset; the server checks the schema.
 
         Raises:
             RequestError: The dataset does not take rows of this schema.
             StoreUnavailableError: The store does not answer.
         """
         self._send_group(pa.RecordBatch.from_pylist([], schema=self._schema))
-        if self._mode == "overwrite":
-            self._mode = "append"
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         for batch in batches:

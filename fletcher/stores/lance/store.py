@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import os
@@ -13,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.core.command import check_dataset
 from fletcher.core.quantization import pack_signs
 from fletcher.errors import ColumnTypeError, InvalidCommandError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
@@ -22,8 +22,15 @@ from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
-from fletcher.stores.lance.writer import LanceWriter, check_new_columns, distinct_keys, lance_errors
+from fletcher.stores.lance.writer import (
+    LanceWriter,
+    SyncedFolder,
+    check_new_columns,
+    distinct_keys,
+    lance_errors,
+)
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
+from fletcher.stores.staging import check_stored, incarnation_of, with_incarnation
 from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import sync_path
 
@@ -95,12 +102,13 @@ class LanceStore(EmbeddedStore):
         self._connect = connect
         self._database = connect(folder)
         self._repaired: set[str] = set()  # datasets whose newest version was complete
+        self._replaced: set[str] = set()  # datasets whose old version is to be deleted later
         self._reading = threading.Lock()
         self._earlier = EarlierVersions()
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
         """See `Store.open_writer`. Adds columns that the dataset lacks."""
-        check_dataset(dataset)
+        check_stored(dataset)
         if mode == "upsert" and "id" not in schema.names:
             raise InvalidCommandError(
                 "`mode` is upsert, which replaces rows by `id`, and the rows have no `id`; send "
@@ -112,19 +120,20 @@ class LanceStore(EmbeddedStore):
             lock = undo.enter_context(self.lock_dataset(dataset))
             self._repair(dataset)
             table = self._open_table(dataset)
-            if table is not None and mode != "overwrite":
+            if table is not None:
                 check_compatible(dataset, table.schema, schema)
                 added = new_fields(table.schema, schema)
                 if added:
                     table.add_columns(pa.schema(added))
             else:
                 fields = [field.with_nullable(True) for field in schema]
-                table = self._database.create_table(
-                    dataset,
-                    schema=pa.schema(fields, metadata=schema.metadata),
-                    mode="overwrite" if table is not None else "create",
-                )
+                stored = pa.schema(fields, metadata=schema.metadata)
+                stored = with_incarnation(dataset, stored)
+                table = self._database.create_table(dataset, schema=stored)
             writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+            if dataset in self._replaced:
+                self._replaced.discard(dataset)
+                writer.old_versions_left = True
             undo.pop_all()
         return writer
 
@@ -132,7 +141,7 @@ class LanceStore(EmbeddedStore):
         return (path.stem for path in self.folder.glob("*.lance") if path.is_dir())
 
     def dataset(self, name: str) -> DatasetInfo | None:
-        check_dataset(name)
+        check_stored(name)
         table = self._open_table(name)
         if table is None:
             return None
@@ -140,8 +149,52 @@ class LanceStore(EmbeddedStore):
             size = table.stats()["total_bytes"]
             return DatasetInfo(name, table.schema, table.count_rows(), int(size))
 
+    def read_schema(self, name: str) -> pa.Schema | None:
+        check_stored(name)
+        table = self._open_table(name)
+        return None if table is None else table.schema
+
+    def replace_dataset(self, name: str, staged: str) -> None:
+        """See `Store.replace_dataset`. Copies the rows, in one commit.
+
+        Readers of the old version keep their files for a while, as with any commit. A dataset that
+        does not exist yet gets the files themselves.
+        """
+        with self.lock_dataset(name), self.lock_dataset(staged), lance_errors(name):
+            self._repair(staged)
+            new = self._open_table(staged)
+            if new is None:
+                raise unknown_dataset(staged)
+            old = None
+            with contextlib.suppress(StoreUnavailableError):  # it is damaged
+                self._repair(name)
+                old = self.incarnation(name)
+            folder = self.folder / f"{name}.lance"
+            if not folder.exists():
+                SyncedFolder(self.folder / f"{staged}.lance").sync_new_files(settled=True)
+                (self.folder / f"{staged}.lance").rename(folder)
+                sync_path(self.folder)
+                return
+            if old is None or old != incarnation_of(new.schema):
+                rows = new.search().to_batches(_scan_rows(new.schema))
+                mode = "overwrite" if any((folder / "_versions").glob("*.manifest")) else "create"
+                self._database.create_table(
+                    # Null vectors are no bad vectors here, and the staged dataset has no NaN.
+                    name,
+                    data=rows,
+                    schema=new.schema,
+                    mode=mode,
+                    on_bad_vectors="null",
+                )
+                SyncedFolder(folder).sync_new_files(settled=True)
+                self._repaired.add(name)
+                self._replaced.add(name)
+            self._database.drop_table(staged)
+            self._repaired.discard(staged)
+            sync_path(self.folder)
+
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        check_dataset(dataset)
+        check_stored(dataset)
         table = self._open_table(dataset)
         if table is None or "batch_key" not in table.schema.names:
             return []
@@ -187,7 +240,7 @@ class LanceStore(EmbeddedStore):
         return best if is_exact else best.replace_schema_metadata(metadata)
 
     def delete_dataset(self, name: str) -> None:
-        check_dataset(name)
+        check_stored(name)
         with self.lock_dataset(name), lance_errors(name):
             try:
                 known = self._open_table(name) is not None
@@ -243,7 +296,7 @@ class LanceStore(EmbeddedStore):
         return table
 
     def _table(self, name: str) -> Any:
-        check_dataset(name)
+        check_stored(name)
         table = self._open_table(name)
         if table is None:
             raise unknown_dataset(name)

@@ -31,6 +31,7 @@ from fletcher.stores.schemas import (
     check_compatible,
     check_storable,
     conform_batch,
+    has_chunks,
     last_of_each_id,
 )
 from fletcher.util.allocator import trim_heap
@@ -68,8 +69,11 @@ class LanceWriter(EmbeddedWriter):
     Args:
         store, dataset, lock, table: Store, name, write lock and open table of the dataset.
         mode: Mode in which the table was opened. With `upsert`, every append replaces rows of the
-            same `id`. With `overwrite`, the table was emptied, and `close` frees the disk space of
-            its old rows.
+            same `id`.
+
+    Attributes:
+        old_versions_left: The table's rows were replaced, and `close` frees the disk space of its
+            old rows.
     """
 
     def __init__(
@@ -78,8 +82,12 @@ class LanceWriter(EmbeddedWriter):
         self.schema: pa.Schema = table.schema
         self._table = table
         self._mode = mode
-        self._files = _SyncedFolder(store.folder / f"{dataset}.lance")
+        self.old_versions_left = False
+        self._files = SyncedFolder(store.folder / f"{dataset}.lance")
         self._files.sync_new_files(settled=True)
+        # While this is open, no other folder has the same inode.
+        self._folder = os.open(store.folder / f"{dataset}.lance", os.O_DIRECTORY | os.O_CLOEXEC)
+        self._path = store.folder / f"{dataset}.lance"
         self._small_fragments = int(table.stats()["fragment_stats"]["num_small_fragments"])
         self._rows = int(table.count_rows())
         self._rows_since = 0
@@ -107,6 +115,7 @@ class LanceWriter(EmbeddedWriter):
             return
         table = pa.Table.from_batches(rows, self.schema)
         with lance_errors(self.dataset):
+            self._check_folder()
             if upsert:
                 self._join_compaction()  # it may rewrite the same fragments
                 if _holds_nan(table, "vector"):
@@ -160,19 +169,38 @@ class LanceWriter(EmbeddedWriter):
         """Wait for a running compaction, and compact if due."""
         try:
             self._join_compaction()
-            if self._mode == "overwrite" or self._compaction_due(COMPACT_FRAGMENTS // 2):
+            if self.old_versions_left or self._compaction_due(COMPACT_FRAGMENTS // 2):
                 self._compact()
         finally:
+            os.close(self._folder)
             trim_heap()
 
     @property
     def _compacting(self) -> bool:
         return self._compaction is not None and self._compaction.is_alive()
 
+    def _check_folder(self) -> None:
+        """Refuse to write to a table that somebody deleted, or deleted and made anew.
+
+        Lance would write to the new table, whatever rows it has.
+        """
+        if not self._path.exists() or not os.path.samestat(
+            os.fstat(self._folder), self._path.stat()
+        ):
+            raise StoreUnavailableError(
+                f"dataset `{self.dataset}` was deleted by another program; its rows are gone",
+                field="dataset",
+            )
+
     def _merge(self, table: pa.Table, key: str) -> None:
-        merge = self._table.merge_insert(key)
+        chunks = key == "id" and has_chunks(table.schema)
+        merge = self._table.merge_insert([key, "chunk_index"] if chunks else key)
         if key == "id":
             merge = merge.when_matched_update_all()
+        if chunks:  # a text may have fewer chunks than before
+            ids = table.column("id").unique().to_pylist()
+            literals = ", ".join(quoted(one) if isinstance(one, str) else str(one) for one in ids)
+            merge = merge.when_not_matched_by_source_delete(f"id IN ({literals})")
         # Unlike `add`, a merge treats null vectors as bad vectors and refuses them by default.
         merge.when_not_matched_insert_all().execute(table, on_bad_vectors="null")
 
@@ -235,7 +263,7 @@ class LanceWriter(EmbeddedWriter):
             _log.warning("dataset %s was not compacted: %s", self.dataset, _cause(error))
 
 
-class _SyncedFolder:
+class SyncedFolder:
     """Folder of a table, and its files that are known to be on disk. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
@@ -329,11 +357,12 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Invalid input" in text:
             reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
             raise RequestError(reason) from error
-        reason = "the disk is full; free some space"
-        if not ("No space left" in text or "StorageFull" in text):
-            reason = "LanceDB failed; see the log"
+        if "No space left" in text or "StorageFull" in text:  # concerns all datasets
+            reason, field = "the disk is full; free some space", "store"
+        else:
+            reason, field = "LanceDB failed; see the log", "dataset"
             _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
-        raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store") from error
+        raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field=field) from error
 
 
 def _holds_nan(table: pa.Table, name: str) -> bool:

@@ -630,9 +630,10 @@ def test_the_name_of_an_ingest_is_of_what_matters(files):
 
     same = [name(), name(), name(limit=3), name(columns=("stars",)), name(dtype="float32")]
     assert len({*same, name(priority="bulk", upload_id="u")}) == 1
-    changed = [name(), name(dataset="e"), name(mode="upsert"), name(prompt="query: ")]
-    assert len(set(changed)) == 4
-    assert name(mode="delta") != name(mode="delta")  # files may be changed, and changed back
+    changed = [name(), name(dataset="e"), name(mode="overwrite"), name(prompt="query: ")]
+    assert len({*changed, name(mode="overwrite", limit=3)}) == 5
+    for mode in ("upsert", "delta"):  # files may be changed, and changed back
+        assert name(mode=mode) != name(mode=mode)
     (files / "b.jsonl").write_text('{"body": "other", "id": 1}')
     assert name() not in changed
 
@@ -667,6 +668,21 @@ def ingest_with(put, files, **changes):
     source = open_source(files, text_column="body", limit=changes.pop("limit", None))
     options = EmbedCommand(**{"dataset": "d", "text_column": "body", **changes})
     return ingest_files(put, source, options, None)
+
+
+def test_an_overwrite_is_sent_anew_after_it_took_effect(files):
+    # Other rows were added in between, and the third call did nothing.
+    put = Puts()
+    ingest_with(put, files / "a.jsonl", mode="overwrite")
+    ingest_with(put, files / "b.jsonl", mode="append")
+    summary = ingest_with(put, files / "a.jsonl", mode="overwrite")
+    assert summary.rows_skipped == 0
+    assert len(put.rows) == 3
+    limited = ingest_with(put, files / "a.jsonl", mode="overwrite", limit=2)
+    assert put.ends[limited.upload_id]  # it has no other rows, so it can take effect
+    named = ingest_with(put, files / "a.jsonl", mode="overwrite", upload_id="u")
+    again = ingest_with(put, files / "a.jsonl", mode="overwrite", upload_id="u")
+    assert named.upload_id == again.upload_id == "u"
 
 
 def test_a_file_that_was_repaired_or_added_stores_no_other_again(files):

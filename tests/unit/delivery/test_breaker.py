@@ -140,3 +140,26 @@ def test_coming_and_going_are_logged_once(
     away, back = [one.message for one in caplog.records]
     assert away == "store s is unavailable: no disk"
     assert back.startswith("store s is available again after ")
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailableError("LanceDB failed", field="dataset"), MemoryError(), KeyError()]
+)
+def test_the_trouble_of_one_dataset_is_not_the_stores(breaker: Breaker, error: Exception) -> None:
+    # One damaged dataset made a quiet store count as unavailable, and the others were refused.
+    for _ in range(10):
+        with pytest.raises(type(error)), breaker.guard_call("damaged"):
+            raise error
+    assert breaker.unavailable_since is None
+    breaker.require_ready("healthy")
+
+
+def test_an_error_that_says_nothing_lets_another_dataset_try(breaker: Breaker) -> None:
+    for who in ("a", "b", "a", "b"):
+        with pytest.raises(StoreUnavailableError), breaker.guard_call(who):
+            raise StoreUnavailableError("it fails")
+    breaker._retry_at = 0.0
+    with pytest.raises(MemoryError), breaker.guard_call("a"):
+        raise MemoryError
+    assert breaker.unavailable_since is not None
+    breaker.require_ready("b")

@@ -24,6 +24,7 @@ from fletcher.delivery.actions import (
     Release,
     Rest,
     Settle,
+    Staged,
     Stop,
     Stored,
     Unavailable,
@@ -83,8 +84,11 @@ class Bench:
         self.queue.waiting.append_rows(rows)
         return rows
 
-    def request(self, mode: WriteMode) -> Opening:
-        opening = Opening(SCHEMA, mode, requested=self.now)
+    def request(self, mode: WriteMode | None = None) -> Opening:
+        """An opening, or a replacement of the dataset."""
+        opening = Opening(staged=Staged("d.staged", "i", []), requested=self.now)
+        if mode is not None:
+            opening = Opening(SCHEMA, mode, requested=self.now)
         self.queue.request_opening(opening)
         return opening
 
@@ -192,7 +196,7 @@ def test_an_opening_goes_before_rows(bench: Bench) -> None:
 def test_an_overwrite_waits_for_earlier_rows_alone(bench: Bench) -> None:
     one = upload()
     bench.submit(one, 0, 1)
-    opening = bench.request("overwrite")
+    opening = bench.request()
     bench.now += 0.1
     bench.submit(one, 10, 1)
     action = bench.decide()  # at once: somebody waits
@@ -203,11 +207,11 @@ def test_an_overwrite_waits_for_earlier_rows_alone(bench: Bench) -> None:
 
 
 def test_an_overwrite_waits_for_groups_that_were_sent_before(bench: Bench) -> None:
-    opening = bench.request("overwrite")
+    opening = bench.request()
     bench.now += 0.1
     bench.submit(upload(), 0, 1)
     assert bench.decide() == Open(opening)
-    again = bench.request("overwrite")
+    again = bench.request()
     action = bench.append()
     bench.note(action, Unavailable(1, 0.1, AWAY))
     action = bench.append()
@@ -217,7 +221,7 @@ def test_an_overwrite_waits_for_groups_that_were_sent_before(bench: Bench) -> No
 
 def test_an_overwrite_that_was_cancelled_holds_nothing_up(bench: Bench) -> None:
     bench.submit(upload(), 0, 1)
-    opening = bench.request("overwrite")
+    opening = bench.request()
     opening.ready.cancel()
     assert bench.decide() == Open(opening)
 
@@ -583,7 +587,7 @@ def test_marked_duplicates_hold_the_right_to_decide_until_their_group_is_settled
 def test_a_committer_that_is_closed_gives_up_all_it_has(bench: Bench) -> None:
     rows = [bench.submit(upload(name), 0, 1) for name in "abc"]
     bench.note(bench.append(), Refused(1, BAD))  # of three, the first
-    opening = bench.request("overwrite")
+    opening = bench.request()
     bench.queue.stopped = True
     assert bench.decide() == Stop(rows, (opening,))
     assert bench.decide() == Stop([])

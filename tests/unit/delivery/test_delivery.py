@@ -14,6 +14,7 @@ import pytest
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery import sink as sink_module
+from fletcher.delivery.actions import Staged
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
@@ -350,74 +351,130 @@ def test_after_a_restart_the_store_tells_what_is_there() -> None:
         assert upload.counts()["rows_stored"] == 25
 
 
-def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
+def overwrite(delivery: Delivery, first: int, num_rows: int, upload_id: str = "u") -> Upload:
+    """Overwrite the dataset by rows `first` to the end."""
+    terms = options(upload_id=upload_id, mode="overwrite")
+    upload, sink = delivery.open_upload(terms, SCHEMA)
+    send(sink, upload, first, num_rows)
+    assert settled(upload)
+    upload.announce_total(first + num_rows)
+    delivery.complete_upload(terms, upload, sink)
+    delivery.close_upload(upload, sink)
+    return upload
+
+
+def test_an_overwrite_takes_effect_once_it_is_whole() -> None:
+    # The dataset was emptied at its beginning.
     store = MemoryStore()
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, upload, 0, 3)
         assert settled(upload)
-        upload, sink = delivery.open_upload(options(mode="overwrite"), SCHEMA)
+        terms = options(mode="overwrite")
+        upload, sink = delivery.open_upload(terms, SCHEMA)
         send(sink, upload, 0, 4)
         assert settled(upload)
+        upload.announce_total(8)
+        delivery.complete_upload(terms, upload, sink)
         delivery.close_upload(upload, sink)
-        upload, sink = delivery.open_upload(options(mode="overwrite"), SCHEMA)
-        send(sink, upload, 4, 4)
+        assert not upload.complete
+        assert ids(store) == list(range(3))
+        assert delivery.upload_status(options()) == {
+            "rows_durable": 4,
+            "ranges": [[0, 3]],
+            "complete": False,
+        }
+    with delivering(store) as delivery:  # resumed after a restart
+        assert delivery.upload_status(options())["ranges"] == [[0, 3]]
+        upload, sink = delivery.open_upload(terms, SCHEMA)
+        assert upload.claim_rows(0, 7) == [(4, 7)]
+        delivery.close_upload(upload, sink)
+    with delivering(store) as delivery:
+        assert overwrite(delivery, 4, 4).complete
+        assert ids(store) == list(range(8))
+        assert list(store.batches) == ["d"]
+        assert delivery.upload_status(options())["complete"]
+    with delivering(store) as delivery:  # it is sent once more, and is there already
+        upload, sink = delivery.open_upload(terms, SCHEMA)
+        assert upload.claim_rows(0, 7) == []
+        upload.announce_total(8)
+        delivery.complete_upload(terms, upload, sink)
+        assert upload.complete
+        assert delivery.upload_status(options())["complete"]
+    assert ids(store) == list(range(8))
+    assert store.replaced == ["d"]
+
+
+def test_a_store_that_fails_to_replace_keeps_the_old_rows() -> None:
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        overwrite(delivery, 0, 3, "old")
+        terms = options(mode="overwrite")
+        upload, sink = delivery.open_upload(terms, SCHEMA)
+        send(sink, upload, 0, 5)
         assert settled(upload)
-        assert ids(store) == list(range(8))
+        upload.announce_total(5)
+        store.down = StoreUnavailableError("away")
+        with pytest.raises(StoreUnavailableError):
+            delivery.complete_upload(terms, upload, sink)
+        upload.fail(store.down)
+        delivery.close_upload(upload, sink)
+        assert ids(store) == list(range(3))
+        store.down = None
     with delivering(store) as delivery:
-        delivery.open_upload(options(mode="overwrite"), SCHEMA)
-        assert ids(store) == list(range(8))
+        upload, sink = delivery.open_upload(terms, SCHEMA)
+        assert upload.claim_rows(0, 4) == []
+        upload.announce_total(5)
+        delivery.complete_upload(terms, upload, sink)
+        assert upload.complete
+    assert ids(store) == list(range(5))
 
 
-def test_two_openings_of_one_overwrite_empty_the_dataset_once() -> None:
+def test_two_connections_of_one_overwrite_share_its_rows() -> None:
     store = MemoryStore()
-    opened: list[tuple[Upload, DatasetSink]] = []
-    emptying, go_on, looked = threading.Event(), threading.Event(), threading.Semaphore(0)
-    open_writer, dataset = store.open_writer, store.dataset
-
-    def slow_open(name: str, schema: pa.Schema, mode: Any) -> Any:
-        emptying.set()
-        assert go_on.wait(30)
-        return open_writer(name, schema, mode)
-
-    def look(name: str) -> Any:
-        looked.release()
-        return dataset(name)
-
-    store.open_writer, store.dataset = slow_open, look  # type: ignore[method-assign]
+    terms = options(mode="overwrite")
     with delivering(store) as delivery:
-        openings = [
-            threading.Thread(
-                target=lambda: opened.append(
-                    delivery.open_upload(options(mode="overwrite"), SCHEMA)
-                )
-            )
-            for _ in range(2)
-        ]
-        openings[0].start()
-        assert emptying.wait(30)
-        assert looked.acquire(timeout=30)
-        openings[1].start()
-        assert not looked.acquire(timeout=0.2)  # the second waits for the first
-        go_on.set()
-        for one in openings:
-            one.join(30)
-        (upload, _), (other, _) = opened
+        opened = [delivery.open_upload(terms, SCHEMA) for _ in range(2)]
+        (upload, sink), (other, same) = opened
         assert upload is other
-        assert upload.connections == 2
-        assert store.opened.count("overwrite") == 1
+        assert sink is same
+        send(sink, upload, 0, 2)
+        send(same, other, 2, 2)
+        assert settled(upload)
+        upload.announce_total(4)
+        for one, its_sink in opened:
+            delivery.complete_upload(terms, one, its_sink)
+            delivery.close_upload(one, its_sink)
+        assert upload.complete
+    assert ids(store) == list(range(4))
 
 
-def test_rows_that_an_overwrite_removed_can_be_sent_again() -> None:
-    # The upload was still remembered: its rows were taken for stored, and the summary said so.
+@pytest.mark.parametrize("change", ["overwritten", "dropped", "dropped and made anew"])
+@pytest.mark.parametrize("connected", [True, False])
+def test_an_upload_is_told_that_its_rows_are_gone(change: str, connected: bool) -> None:
+    # Its rows still counted as durable, and a resend was taken for a repeat.
     store = MemoryStore()
     with delivering(store) as delivery:
-        for upload_id, mode in (("a", "append"), ("b", "overwrite"), ("a", "append")):
-            upload, sink = delivery.open_upload(options(upload_id=upload_id, mode=mode), SCHEMA)
-            send(sink, upload, 0, 3)
-            assert settled(upload)
+        upload, sink = delivery.open_upload(options(upload_id="a"), SCHEMA)
+        send(sink, upload, 0, 3)
+        assert settled(upload)
+        if not connected:
             delivery.close_upload(upload, sink)
-        assert ids(store) == [0, 1, 2, 0, 1, 2]
+        if change == "overwritten":
+            overwrite(delivery, 0, 2, "b")
+        else:
+            store.delete_dataset("d")
+        if change == "dropped and made anew":
+            store.open_writer("d", store.schemas["d"], "append")
+        if connected:
+            delivery.complete_upload(options(upload_id="a"), upload, sink)
+            assert isinstance(upload.failure, UploadConflictError)
+            assert upload.counts()["rows_durable"] == 0
+            delivery.close_upload(upload, sink)
+        nothing = {"rows_durable": 0, "ranges": [], "complete": False}
+        assert delivery.upload_status(options(upload_id="a")) == nothing
+        again, sink = delivery.open_upload(options(upload_id="a"), SCHEMA)
+        assert again.claim_rows(0, 2) == [(0, 2)]
 
 
 def test_one_upload_id_cannot_mean_two_things() -> None:
@@ -492,36 +549,39 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     assert isinstance(upload.failure, StoreUnavailableError)
 
 
-def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
+def test_a_replacement_does_not_wait_for_what_comes_after_it() -> None:
     # Behind a steady upload it waited for ever, and all openings behind it.
     store = MemoryStore()
     store.gate.clear()
+    with_key = SCHEMA.append(pa.field("batch_key", pa.utf8()))
+    store.open_writer("d.staged-0123456789abcdef", with_key, "append")
+    staged = Staged("d.staged-0123456789abcdef", "i", [])
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 5)
         assert store.waiting.wait(5)
-        emptied = sink.committer.request_opening(SCHEMA, "overwrite")
+        replaced = sink.committer.request_replacement(staged)
         send(sink, upload, 5, 5)
         store.gate.set()
-        assert emptied.result(30) is None
+        assert replaced.result(30) is None
         assert settled(upload)
         assert ids(store) == list(range(5, 10))
 
 
-def test_an_overwrite_whose_caller_stopped_waiting_does_not_happen() -> None:
+def test_a_replacement_whose_caller_stopped_waiting_does_not_happen() -> None:
     # The caller was told that it had failed, and later the dataset was emptied all the same.
     store = MemoryStore()
     store.gate.clear()
-    with delivering(store, opening_timeout_s=0.2) as delivery:
+    with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, upload, 0, 5)
         assert store.waiting.wait(5)
-        with pytest.raises(StoreUnavailableError):
-            delivery.open_upload(options(mode="overwrite"), SCHEMA)
+        assert sink.committer.request_replacement(Staged("gone", "i", [])).cancel()
         store.gate.set()
         assert settled(upload)
         assert sink.committer.request_opening(SCHEMA, "append").result(30) is None
         assert ids(store) == list(range(5))
+        assert store.replaced == []
 
 
 @pytest.mark.parametrize("in_use", [True, False])

@@ -36,6 +36,7 @@ from fletcher.errors import (
     StoreUnavailableError,
     UploadConflictError,
 )
+from fletcher.stores.staging import staged_name
 from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
@@ -257,7 +258,7 @@ def test_refused_rows_are_not_durable_and_can_be_sent_again(tmp_path: Path) -> N
     with delivering(store, tmp_path / "killed") as delivery:
         assert delivery._space is not None
         upload, sink = delivery.open_upload(options(upload_id="another"), SCHEMA)
-        assert delivery._uploads.find_upload("default", "d", "u").status()["ranges"] == [[0, 9]]
+        assert not delivery._uploads.find_upload("default", "d", "u").covers(10, 19)
 
 
 def test_refused_rows_count_in_the_journal_whether_their_dataset_is_used_or_not(
@@ -287,18 +288,44 @@ def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) ->
         old, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, old, 0, 10)
         assert durable(old, 10)
-        opened: list[Any] = []
-        opening = threading.Thread(
-            target=lambda: opened.append(delivery.open_upload(options(mode="overwrite"), SCHEMA))
-        )
-        opening.start()
-        opening.join(0.1)
+        terms = options(mode="overwrite")
+        new, sink = delivery.open_upload(terms, SCHEMA)
+        send(sink, new, 0, 3)
+        assert durable(new, 3)
+        new.announce_total(3)
+        ending = threading.Thread(target=lambda: delivery.complete_upload(terms, new, sink))
+        ending.start()
+        ending.join(0.1)
+        assert not new.complete
         store.gate.set()
-        opening.join(30)
-        ((new, sink),) = opened
-        send(sink, new, 100, 3)
-        assert stored(new, 3)
-        assert ids(store) == [100, 101, 102]
+        ending.join(30)
+        assert new.complete
+        assert ids(store) == [0, 1, 2]
+        assert isinstance(old.failure, UploadConflictError)
+
+
+def test_an_unfinished_overwrite_goes_on_after_a_kill(tmp_path: Path) -> None:
+    store = MemoryStore()
+    terms = options(mode="overwrite")
+    with delivering(store, tmp_path) as delivery:
+        old, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
+        send(sink, old, 0, 10)
+        assert stored(old, 10)
+        store.locked.add(staged_name("d", "u"))
+        new, sink = delivery.open_upload(terms, SCHEMA)
+        send(sink, new, 0, 3)
+        assert durable(new, 3)
+    store.locked.clear()
+    with delivering(store, tmp_path) as delivery:
+        delivery.recover()
+        assert delivery.upload_status(options())["ranges"] == [[0, 2]]
+        new, sink = delivery.open_upload(terms, SCHEMA)
+        assert new.claim_rows(0, 2) == []
+        assert ids(store) == list(range(10))
+        new.announce_total(3)
+        delivery.complete_upload(terms, new, sink)
+        assert new.complete
+        assert ids(store) == [0, 1, 2]
 
 
 def test_only_one_server_uses_a_journal(tmp_path: Path) -> None:
@@ -401,7 +428,10 @@ def test_no_journaled_row_comes_back_into_a_dataset_that_was_emptied(tmp_path: P
         send(sink, old, 0, 10)
         assert stored(old, 10)
         assert ".arrow" in files(tmp_path)
-        delivery.open_upload(options(mode="overwrite"), SCHEMA)
+        terms = options(mode="overwrite")
+        new, sink = delivery.open_upload(terms, SCHEMA)
+        new.announce_total(0)
+        delivery.complete_upload(terms, new, sink)
         assert files(tmp_path) == []
 
 
@@ -537,7 +567,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Forgotten as soon as they were journaled: its client sent them again, and they came twice.
-    monkeypatch.setattr("fletcher.delivery.upload._REMEMBERED", 2)
+    monkeypatch.setattr("fletcher.delivery.upload_registry._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
@@ -557,7 +587,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
 def test_uploads_found_in_the_journal_are_remembered_however_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fletcher.delivery.upload._REMEMBERED", 2)
+    monkeypatch.setattr("fletcher.delivery.upload_registry._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         for upload_id in "uvw":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fletcher.errors import ModelError
 from fletcher.models.bundle.registry import Registry
 
-from .conftest import EditCheckpoint
+from .conftest import GOLDEN, EditCheckpoint
 
 Change = Callable[[onnx.ModelProto], object]
 
@@ -72,6 +73,57 @@ def test_pooled_outputs_are_preferred(checkpoint: EditCheckpoint, tmp_path: Path
     bundle = Registry(tmp_path / "models").add_model(str(path), progress=print)
     assert bundle.name == "checkpoint"  # model.onnx says nothing: its folder's name
     assert (bundle.graph_output, bundle.outputs) == ("embedding", ("sentence_embedding",))
+
+
+@pytest.mark.parametrize("name", ["logits", "pooler_output", "scores"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_an_output_that_may_be_anything_must_be_named(
+    checkpoint: EditCheckpoint, tmp_path: Path, name: str, rank: int
+) -> None:
+    path = str(save(graph(output=name, rank=rank), checkpoint()))
+    registry = Registry(tmp_path / "models")
+    with pytest.raises(ModelError, match=f"has the outputs {name}, and none of .*--output"):
+        registry.add_model(path, progress=print)
+    with pytest.raises(ModelError, match=f"has the outputs {name}, and none called 'other'"):
+        registry.add_model(path, output="other", progress=print)
+    assert registry.add_model(path, output=name, progress=print).outputs == (name,)
+
+
+def test_the_output_is_part_of_the_hash(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+    model = graph()
+    model.graph.node.append(helper.make_node("Identity", ["tokens"], ["other"]))
+    model.graph.output.append(graph(output="other").graph.output[0])
+    path = str(save(model, checkpoint()))
+    registry = Registry(tmp_path / "models")
+    one = registry.add_model(path, name="one", progress=print)
+    other = registry.add_model(path, name="other", output="other", progress=print)
+    assert one.hash != other.hash
+
+
+def test_a_model_of_another_family_is_added_as_its_refusal_says(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
+    """T5: no `hidden_size` and no number of positions in config.json."""
+    folder = checkpoint(tokenizer_config={"model_max_length": 24})
+    (folder / "sentence_bert_config.json").unlink()
+    config = '{"model_type": "t5", "d_model": 32, "is_encoder_decoder": true, "vocab_size": 102}'
+    (folder / "config.json").write_text(config)
+    registry = Registry(tmp_path / "models")
+    with pytest.raises(ModelError, match="export the model with its pooling to ONNX"):
+        registry.add_model(str(folder), progress=print)
+    inputs = ("input_ids", "attention_mask")
+    path = save(graph(output="sentence_embedding", rank=2, inputs=inputs), folder)
+    bundle = registry.add_model(str(path), progress=print)
+    assert (bundle.graph_output, bundle.dim, bundle.max_length) == ("embedding", 32, 24)
+
+
+@pytest.mark.parametrize("name", ["splade", "colbert", "pylate"])
+def test_a_graph_of_a_model_without_dense_vectors_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    shutil.copytree(GOLDEN / "outputs" / name, folder)
+    path = save(graph(), folder)
+    with pytest.raises(ModelError, match=r"gives (sparse|multi) vectors"):
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 def test_the_hubs_layout_and_a_given_tokenizer(checkpoint: EditCheckpoint, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,6 +33,7 @@ from fletcher.errors import (
 )
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Combination, Comparison, Store
+from fletcher.stores.staging import is_replaced_by, staged_name
 from tests.doubles import store_rows as rows
 
 
@@ -52,7 +57,7 @@ def test_rows_come_back_as_they_were_sent(store):
     info = store.dataset("d")
     assert info.num_rows == 150
     assert info.num_bytes > 0
-    assert info.schema.metadata == rows.schema().metadata
+    assert info.schema.metadata.items() >= rows.schema().metadata.items()
     assert [one.name for one in store.datasets()] == ["d"]
 
 
@@ -365,13 +370,128 @@ def test_slices_of_structs_within_structs_are_stored(tmp_path, mode):
     assert sorted(found, key=str) == sorted(inner[1:], key=str)
 
 
-def test_overwrite_empties_the_dataset_and_takes_another_model(store):
+STAGED = staged_name("d", "new")
+
+
+def stage(store: Store, *batches: pa.RecordBatch) -> None:
+    writer = store.open_writer(STAGED, batches[0].schema, "append")
+    for batch in batches:
+        writer.append([batch])
+    writer.close()
+
+
+def test_a_staged_dataset_replaces_the_dataset_and_takes_another_model(store):
+    fill(store, rows.batch(0, 10), rows.batch(10, 5))
+    old = store.incarnation("d")
+    reader = store.scan("d", columns=["id"])
+    stage(
+        store,
+        rows.batch(0, 3, dims=9, model="other@1", null_rows=(1,)),
+        *(rows.batch(first, 2, dims=9, model="other@1") for first in (3, 5)),
+    )
+    assert [one.name for one in store.datasets()] == ["d"]
+    assert [(one.name, one.num_rows) for one in store.staged_datasets()] == [(STAGED, 7)]
+    assert store.dataset("d").num_rows == 15
+    store.replace_dataset("d", STAGED)
+    assert store.dataset("d").num_rows == 7
+    assert store.dataset("d").schema.field("vector").type.list_size == 9
+    found = store.scan("d").read_all().sort_by("id").column("id").to_pylist()
+    assert found == [f"id{row}" for row in range(7)]
+    assert store.scan("d").read_all().sort_by("id").column("vector").is_null()[1].as_py()
+    assert old != store.incarnation("d")
+    assert is_replaced_by(store.incarnation("d"), "new")
+    assert store.staged_datasets() == []
+    with pytest.raises(UnknownDatasetError):
+        store.replace_dataset("d", STAGED)
+    fill(store, rows.batch(20, 3, dims=9, model="other@1"))
+    assert store.dataset("d").num_rows == 10
+    if store.address.startswith("lance"):  # a reader goes on with the old version
+        assert len(reader.read_all()) == 15
+
+
+def test_a_staged_dataset_becomes_one_that_was_dropped(store):
+    for first in (0, 10):
+        stage(store, rows.batch(first, 3))
+        store.replace_dataset("d", STAGED)
+        found = store.scan("d").read_all().column("id").to_pylist()
+        assert found == [f"id{row}" for row in range(first, first + 3)]
+        fill(store, rows.batch(first + 5, 1))
+        assert store.dataset("d").num_rows == 4
+        store.delete_dataset("d")
+
+
+def test_a_dataset_with_a_writer_is_not_replaced(store):
     fill(store, rows.batch(0, 10))
-    fill(store, rows.batch(0, 3, dims=9, model="other@1"), mode="overwrite")
-    info = store.dataset("d")
-    assert info.num_rows == 3
-    assert info.schema.metadata[b"fletcher.model"] == b"other@1"
-    assert store.stored_ranges("d", "u") == [(0, 2)]
+    stage(store, rows.batch(0, 3))
+    for name in ("d", STAGED):
+        writer = store.open_writer(name, rows.schema(), "append")
+        with pytest.raises(StoreUnavailableError):
+            store.replace_dataset("d", STAGED)
+        writer.close()
+    assert store.dataset("d").num_rows == 10
+    store.replace_dataset("d", STAGED)
+    assert store.dataset("d").num_rows == 3
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_replacement_that_was_cut_off_is_finished(tmp_path, monkeypatch, at):
+    """A Parquet dataset is whole, old or new, after each step."""
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 10))
+    stage(store, rows.batch(0, 3))
+    calls = itertools.count()
+
+    def cut_off(self, *args, real, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink"):
+            patch.setattr(Path, name, functools.partialmethod(cut_off, real=getattr(Path, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            store.replace_dataset("d", STAGED)
+    again = open_store(f"parquet:{tmp_path}")
+    assert [info.name for info in again.datasets()] == ["d"]
+    assert again.dataset("d").num_rows in (3, 10)
+    if again.staged_datasets():
+        again.replace_dataset("d", STAGED)
+    writer = again.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(20, 2)])
+    writer.close()
+    found = again.scan("d").read_all().column("id").to_pylist()
+    assert sorted(found) == ["id0", "id1", "id2", "id20", "id21"]
+    left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
+    assert left == {"d"}
+
+
+def test_a_parquet_store_adds_columns(tmp_path):
+    """The rows were stored without the column, and nothing said so."""
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 3))
+    extra = rows.batch(3, 2)
+    extra = extra.append_column("url", pa.array(["a", None]))
+    fill(store, extra)
+    fill(store, rows.batch(5, 1))
+    found = store.scan("d").read_all()
+    assert found.column("url").to_pylist() == [None, None, None, "a", None, None]
+    other = rows.batch(6, 1).append_column("url", pa.array([1]))
+    with pytest.raises(ColumnTypeError, match="`url` is int64"):
+        fill(store, other)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.timestamp("s"), pa.timestamp("s", "UTC"), pa.time32("s"), pa.timestamp("ns"), pa.float32()],
+)
+def test_types_that_parquet_gives_back_in_another_form_are_taken_again(tmp_path, kind):
+    store = open_store(f"parquet:{tmp_path}")
+    number = pa.int64() if kind.bit_width == 64 else pa.int32()
+    column = pa.array([1000, 2000, None], number).cast(kind)
+    for first in (0, 3, 6):
+        fill(store, rows.batch(first, 3).append_column("when", column))
+    found = store.scan("d", columns=["when"]).read_all().column("when")
+    assert found.cast(kind).to_pylist() == column.to_pylist() * 3
 
 
 def test_keys_and_ranges_tell_what_is_stored(store):
@@ -458,6 +578,88 @@ def test_upsert_replaces_by_id_and_the_last_row_wins(tmp_path):
     assert found == {
         "id0": "text 0", "id1": "late 12", "id2": "text 2", "id3": "text 3", "new": "late 11",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_writer_notices_that_its_table_is_gone(tmp_path, anew):
+    """Rows went into a table that another program had made, and nobody was told."""
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 5)])
+    old = store.incarnation("d")
+    shutil.rmtree(tmp_path / "d.lance")
+    if anew:
+        other = open_store(f"lance:{tmp_path}")
+        other._database.create_table("d", schema=rows.schema())
+    with pytest.raises(StoreUnavailableError, match="deleted by another program"):
+        writer.append([rows.batch(5, 5)])
+    writer.close()
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(5, 5)])
+    assert store.dataset("d").num_rows == 5
+    assert store.incarnation("d") != old
+
+
+def chunks(*texts: tuple[str, int | None], version: str, key: str) -> pa.RecordBatch:
+    """Rows of texts, given by id and number of chunks; None for a failed text."""
+    made = []
+    for name, number in texts:
+        places = [None] if number is None else range(number)
+        made += [
+            {
+                "id": name,
+                "vector": None if place is None else [float(place or 0)] * 2,
+                "chunk_index": place,
+                "chunk_start": 0,
+                "chunk_end": 1,
+                "text": version,
+                "batch_key": key,
+            }
+            for place in places
+        ]
+    schema = pa.schema(
+        [
+            *[("id", pa.utf8()), ("vector", pa.list_(pa.float32(), 2))],
+            *[("chunk_index", pa.int32()), ("chunk_start", pa.int64()), ("chunk_end", pa.int64())],
+            *[("text", pa.utf8()), ("batch_key", pa.utf8())],
+        ]
+    )
+    return pa.RecordBatch.from_pylist(made, schema)
+
+
+def test_all_chunks_of_a_text_are_replaced(tmp_path):
+    """Documents in chunks could not be replaced at all."""
+    store = open_store(f"lance:{tmp_path}")
+    first = chunks(("a", 3), ("it's", 2), ("c", 1), ("d", None), version="old", key="u:0-3")
+    writer = store.open_writer("d", first.schema, "upsert")
+    writer.append([first])
+
+    def stored() -> list[tuple[str, int | None, str]]:
+        found = store.scan("d").read_all().to_pylist()
+        return sorted(((one["id"], one["chunk_index"], one["text"]) for one in found), key=str)
+
+    assert len(stored()) == 7
+    # Fewer chunks, more chunks, twice in one append, a failed text replaced and a new one.
+    writer.append(
+        [
+            chunks(("a", 1), ("it's", 4), version="new", key="u:4-5"),
+            chunks(("d", 2), ("e", 2), ("e", 1), version="new", key="u:6-8"),
+        ]
+    )
+    expected = [
+        ("a", 0, "new"),
+        ("c", 0, "old"),
+        *[("d", 0, "new"), ("d", 1, "new"), ("e", 0, "new")],
+        *[("it's", place, "new") for place in range(4)],
+    ]
+    assert stored() == sorted(expected, key=str)
+    writer.append(
+        [chunks(("it's", None), ("d", None), ("d", None), version="failed", key="u:9-11")]
+    )
+    expected = [one for one in expected if one[0] not in ("it's", "d")]
+    expected += [("it's", None, "failed"), ("d", None, "failed")]
+    assert stored() == sorted(expected, key=str)
+    writer.close()
 
 
 def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):

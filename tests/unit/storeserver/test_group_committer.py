@@ -43,7 +43,7 @@ def ingest(store: LanceStore) -> Iterator[Ingest]:
 def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While it is set, the next sync fails, and clears it."""
     armed = threading.Event()
-    sync = lance_writer._SyncedFolder.sync_new_files
+    sync = lance_writer.SyncedFolder.sync_new_files
 
     def failing(self: Any, *, settled: bool) -> None:
         if armed.is_set():
@@ -51,7 +51,7 @@ def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             raise OSError(5, "Input/output error")
         sync(self, settled=settled)
 
-    monkeypatch.setattr(lance_writer._SyncedFolder, "sync_new_files", failing)
+    monkeypatch.setattr(lance_writer.SyncedFolder, "sync_new_files", failing)
     return armed
 
 
@@ -84,7 +84,7 @@ def test_rows_that_were_stored_though_their_commit_failed_are_repeats(
     assert num_rows(store) == 30
 
 
-@pytest.mark.parametrize("mode", ["upsert", "overwrite"])
+@pytest.mark.parametrize("mode", ["upsert"])
 def test_rows_whose_client_waits_no_longer_replace_nothing(
     store: LanceStore, ingest: Ingest, mode: WriteMode
 ) -> None:

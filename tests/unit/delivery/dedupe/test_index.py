@@ -492,10 +492,48 @@ def test_an_overwrite_forgets(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         for name in ("one", "two"):
-            upload, sink = delivery.open_upload(options(name, mode="overwrite"), SCHEMA)
+            terms = options(name, mode="overwrite")
+            upload, sink = delivery.open_upload(terms, SCHEMA)
             send(sink, upload, 0, ("a", name), ("a", "again"))
             wait(upload)
+            upload.announce_total(2)
+            delivery.complete_upload(terms, upload, sink)
             assert stored(delivery, store) == [("a", name)]
+
+
+def test_a_dataset_that_somebody_dropped_has_no_duplicates(tmp_path: Path) -> None:
+    # Rows counted as duplicates of rows that were gone, and were stored nowhere.
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        for name in ("one", "two"):
+            upload, sink = delivery.open_upload(options(name), SCHEMA)
+            send(sink, upload, 0, ("a", name))
+            wait(upload)
+            assert stored(delivery, store) == [("a", name)]
+            store.delete_dataset("d")
+
+
+@journaled
+def test_delta_sends_rows_with_another_carried_column(tmp_path: Path, journal: bool) -> None:
+    store = MemoryStore()
+    carried = SCHEMA.append(pa.field("url", pa.utf8()))
+    with delivering(store, where(tmp_path, journal)) as delivery:
+        for name, url, num_sent in (("one", "u1", 1), ("two", "u2", 2), ("three", "u2", 2)):
+            terms = options(name, dedupe="off", mode="delta")
+            upload, sink = delivery.open_upload(terms, carried)
+            batch = batch_of([("a", "same")]).append_column("url", pa.array([url]))
+            received = pa.record_batch(
+                {"id": batch["id"], "text": batch["text"], "carried:url": batch["url"]}
+            )
+            prefilter = DedupePrefilter(sink.dedupe_index, upload)
+            found = prefilter.find_duplicates(received, 0).tolist()
+            assert found == [name == "three"]
+            upload.claim_rows(0, 0)
+            sink.submit_rows(Rows.from_batch(upload, batch, 0, (), lambda: None))
+            wait(upload)
+            assert delivery.flush(30)
+            assert len(stored(delivery, store)) == num_sent
+            delivery.close_upload(upload, sink)
 
 
 @journaled

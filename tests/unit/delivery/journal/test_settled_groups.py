@@ -104,7 +104,23 @@ def test_rows_that_were_all_replaced_are_not_wanted_again_after_a_restart(
         assert upload.claim_rows(0, 1) == []
 
 
-def test_a_dataset_that_is_emptied_forgets_them(tmp_path: Path) -> None:
+def test_keys_belong_to_one_incarnation(tmp_path: Path) -> None:
+    one = SettledGroups(tmp_path)
+    one.add_keys(["u:0-4"])  # of a dataset of an earlier release
+    one.incarnation = "first"
+    one.add_keys(["u:5-9"])
+    one.add_keys_of("second", ["v:0-0"])
+    one.add_keys(["u:10-10"])
+    assert one.ranges_of("u", "") == [(0, 4)]
+    assert one.ranges_of("u", "first") == [(5, 10)]
+    assert one.ranges_of("v", "first") == []
+    assert one.ranges_of("v", "second") == [(0, 0)]
+    assert one.ranges_of("u") == [(0, 10)]
+    assert one.all_keys() == ["v:0-0", "u:0-10"]
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_dataset_that_is_emptied_forgets_them(tmp_path: Path, replaced: bool) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         for upload_id in ("first", "again"):
@@ -113,7 +129,14 @@ def test_a_dataset_that_is_emptied_forgets_them(tmp_path: Path) -> None:
             wait(upload)
             assert delivery.flush(30)
             delivery.close_upload(upload, sink)
-        delivery.open_upload(options("new", mode="overwrite"), SCHEMA)
+        if replaced:
+            terms = options("new", mode="overwrite")
+            upload, sink = delivery.open_upload(terms, SCHEMA)
+            upload.announce_total(0)
+            delivery.complete_upload(terms, upload, sink)
+        else:
+            store.delete_dataset("d")
+            store.open_writer("d", store.schemas["d"], "append")
     with delivering(store, tmp_path) as delivery:
         assert delivery.upload_status(options("again"))["rows_durable"] == 0
 

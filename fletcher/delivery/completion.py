@@ -1,0 +1,122 @@
+"""End of an upload: a whole overwrite takes effect, and lost rows are noticed.
+
+An upload with `mode: overwrite` writes to a staged dataset, which has its own sink and journal.
+Once the announced number of rows is stored there, the staged dataset replaces the dataset. Until
+then readers see the old rows. An unfinished staged dataset is kept, so that the upload can be
+resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from fletcher.core.owner import plain_id
+from fletcher.delivery.actions import Staged
+from fletcher.delivery.sink import DatasetSink
+from fletcher.delivery.upload import Upload
+from fletcher.delivery.upload_registry import UploadRegistry
+from fletcher.errors import StoreUnavailableError, UploadConflictError
+from fletcher.stores.base import Store
+from fletcher.stores.staging import is_replaced_by
+
+log = logging.getLogger(__name__)
+
+
+class UploadCompletion:
+    """Ends whole uploads. Thread-safe.
+
+    Args:
+        uploads: The server's uploads.
+        timeout_s: How long the store may take to store the last rows, or to replace a dataset.
+        end_sink: Ends the idle sink of a staged dataset, and forgets its journal.
+    """
+
+    def __init__(
+        self, uploads: UploadRegistry, timeout_s: float, end_sink: Callable[[DatasetSink], None]
+    ) -> None:
+        self._uploads = uploads
+        self._timeout_s = timeout_s
+        self._end_sink = end_sink
+
+    def check_rows(self, store_name: str, store: Store, upload: Upload) -> None:
+        """End uploads whose dataset was dropped or replaced since they began.
+
+        Raises:
+            StoreUnavailableError: The store does not answer.
+        """
+        self.note_incarnation(store_name, upload.stored_as, store.incarnation(upload.stored_as))
+
+    def note_incarnation(self, store_name: str, stored_as: str, current: str | None) -> bool:
+        """End uploads that began with another incarnation of a dataset; return if any.
+
+        A client is told that its rows are gone. It may send the whole upload again.
+        """
+        lost = self._uploads.remove_uploads(
+            store_name,
+            lambda one: one.stored_as == stored_as and _is_other(one.incarnation, current),
+        )
+        for one in lost:
+            one.lose_rows(_lost(one))
+        return bool(lost)
+
+    def replace_dataset(
+        self, store_name: str, upload: Upload, sink: DatasetSink, live: DatasetSink
+    ) -> None:
+        """Replace the upload's dataset by its staged dataset.
+
+        `sink` is that of the staged dataset, `live` that of the dataset. May be called again after
+        an error, and after a crash.
+
+        Raises:
+            FletcherError: The store does not answer, or does not replace the dataset.
+        """
+        name = plain_id(upload.upload_id)
+        if not sink.wait_idle(self._timeout_s):
+            raise StoreUnavailableError(
+                f"the store has not taken all rows of upload {name!r} yet, and dataset "
+                f"`{upload.dataset}` has its old rows; resume the upload later",
+                field="store",
+            )
+        store = live.committer.destination.store
+        incarnation = store.incarnation(upload.stored_as)
+        settled = sink.journal.settled_groups.all_keys() if sink.journal is not None else []
+        self._end_sink(sink)
+        if incarnation is not None:
+            staged = Staged(upload.stored_as, incarnation, settled)
+            self._wait(live.committer.request_replacement(staged))
+        elif not is_replaced_by(store.incarnation(upload.dataset), upload.upload_id):
+            raise StoreUnavailableError(
+                f"the staged rows of upload {name!r} are gone; send the upload again",
+                field="upload_id",
+            )
+        upload.note_replaced(store.incarnation(upload.dataset))
+        replaced = self._uploads.remove_uploads(
+            store_name,
+            lambda one: one.stored_as == upload.dataset and one is not upload,
+        )
+        for one in replaced:
+            one.lose_rows(_lost(one))
+
+    def _wait(self, ready: Future[None]) -> None:
+        try:
+            ready.result(self._timeout_s)
+        except TimeoutError:
+            ready.cancel()
+            raise StoreUnavailableError(
+                "the store takes long to replace the dataset; resume the upload later"
+            ) from None
+
+
+def _is_other(begun: str | None, current: str | None) -> bool:
+    """Whether a dataset has another incarnation. Those of a Longbow have none."""
+    return begun is not None and begun != current and bool(begun or current)
+
+
+def _lost(upload: Upload) -> UploadConflictError:
+    return UploadConflictError(
+        f"dataset `{upload.dataset}` was overwritten or deleted, and the rows of upload "
+        f"{plain_id(upload.upload_id)!r} are gone; send the whole upload again",
+        field="upload_id",
+    )

@@ -1,0 +1,111 @@
+"""Begin of an upload, and its continuation on another connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from fletcher.delivery.journal.settled_groups import SettledGroups
+from fletcher.delivery.sink import DatasetSink
+from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadTerms
+from fletcher.delivery.upload_registry import UploadRegistry
+from fletcher.errors import StoreUnavailableError
+from fletcher.stores.base import Store, WriteMode
+from fletcher.stores.schemas import check_one_row_each
+
+
+class UploadOpener:
+    """Prepares datasets for uploads, and asks stores for their rows. Thread-safe.
+
+    Args:
+        uploads: The server's uploads.
+        timeout_s: How long a connection waits for the dataset to be prepared.
+        journal_folder: Returns the journal's folder of a store's dataset; None without a journal.
+    """
+
+    def __init__(
+        self,
+        uploads: UploadRegistry,
+        timeout_s: float,
+        journal_folder: Callable[[Store, str], Path | None],
+    ) -> None:
+        self._uploads = uploads
+        self._timeout_s = timeout_s
+        self._journal_folder = journal_folder
+
+    def resume(
+        self, upload: Upload, sink: DatasetSink, schema: pa.Schema, terms: UploadTerms
+    ) -> None:
+        """Prepare the dataset for another connection of an upload in progress."""
+        if upload.terms.fingerprint is None:
+            store = sink.committer.destination.store
+            upload.settle_found(self.settled(store, upload.stored_as, upload.upload_id))
+            upload.adopt_terms(terms)
+        self._open_dataset(sink, schema, _write_mode(terms))
+        if terms.dedupe_by is not None:
+            sink.dedupe_index.load_kind(terms.dedupe_by)
+
+    def begin(
+        self,
+        key: UploadKey,
+        sink: DatasetSink,
+        schema: pa.Schema,
+        terms: UploadTerms,
+        *,
+        named: bool,
+    ) -> Upload:
+        """Begin an upload that is not in progress.
+
+        `named`: the client chose the upload id, so the store may have rows of that upload already.
+        """
+        _, dataset, upload_id = key
+        store = sink.committer.destination.store
+        settled = SettledRanges([], [])
+        failed = self._uploads.find_upload(*key)
+        if failed is not None:
+            # These two steps wait until the failed upload's pending rows are journaled, stored or
+            # dropped. Only then is the store asked which rows it has.
+            if not sink.wait_written(self._timeout_s):
+                raise StoreUnavailableError("the journal does not answer; try again later")
+            self._open_dataset(sink, schema, "append")
+        if named:
+            place = sink.committer.destination.dataset
+            settled = self.settled(store, place, upload_id)
+        self._open_dataset(sink, schema, _write_mode(terms))
+        if terms.dedupe_by is not None:
+            sink.dedupe_index.load_kind(terms.dedupe_by)
+        new = Upload(dataset, upload_id, terms, settled)
+        if failed is not None:
+            failed.hand_over_to(new)
+        return self._uploads.join_upload(key, terms, new) or new
+
+    def _open_dataset(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
+        ready = sink.committer.request_opening(schema, mode)
+        try:
+            ready.result(self._timeout_s)
+        except TimeoutError:
+            ready.cancel()
+            raise StoreUnavailableError("the store does not answer; try again later") from None
+        destination = sink.committer.destination
+        info = destination.store.dataset(destination.dataset) if mode == "upsert" else None
+        if info is not None:
+            check_one_row_each(info.name, info.schema, schema)
+
+    def settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
+        """Rows of an upload that need not be sent again, by the store and the journal."""
+        incarnation = store.incarnation(dataset)
+        if incarnation is None:
+            return SettledRanges([], [])
+        stored = store.stored_ranges(dataset, upload_id)
+        folder = self._journal_folder(store, dataset)
+        if folder is None:
+            return SettledRanges(stored, [])
+        settled_groups = SettledGroups(folder)
+        return SettledRanges(stored, settled_groups.ranges_of(upload_id, incarnation))
+
+
+def _write_mode(terms: UploadTerms) -> WriteMode:
+    """Mode of the writer: an overwrite appends to its staged dataset."""
+    return "append" if terms.mode == "overwrite" else terms.mode
