@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
 from fletcher.errors import FletcherError, InternalError
+from fletcher.util.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,9 @@ class BackgroundTask:
         on_failure: Called on the thread with the error that `join` raises.
         expected: Errors that `join` raises as they are. Any other error is logged and becomes an
             InternalError.
+
+    Raises:
+        OverloadedError: The thread cannot start.
     """
 
     def __init__(
@@ -33,8 +36,8 @@ class BackgroundTask:
         self._work = work
         self._on_failure = on_failure
         self._expected = expected
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._name = name
+        self._thread = start_thread(name, self._run)
 
     def wait(self) -> None:
         """Wait for the thread's end; its error, if any, is then in `error`."""
@@ -52,7 +55,7 @@ class BackgroundTask:
         except self._expected as error:
             self.error = error
         except Exception:
-            log.exception("%s failed", self._thread.name)
+            log.exception("%s failed", self._name)
             self.error = InternalError("the server failed on this call; its log has more")
         if self.error is not None:
             self._on_failure(self.error)

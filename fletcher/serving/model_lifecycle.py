@@ -8,14 +8,17 @@ memory is limited, the least recently used versions are retired to make room. Th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fletcher.errors import DrainingError, FletcherError, OverloadedError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
+from fletcher.util.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +108,8 @@ class ModelLifecycle:
                 recent = not retry_failed and self.clock() < version.failed_until
                 if version.failure is not None and (recent or version is seen_loading):
                     raise version.failure
-                _mark_loading(version)
                 self._start_thread("load", self._load_on_demand, version)
+                _mark_loading(version)
             if version.state == "loading":
                 seen_loading = version
             if is_cancelled() or self.clock() >= deadline:
@@ -146,12 +149,13 @@ class ModelLifecycle:
     def close_unused(self, version: ModelVersion, *, force: bool = False) -> None:
         """Close a retiring version that no call holds.
 
-        With `force`, close it even if calls hold it. The caller holds `changed`.
+        With `force`, close it even if calls hold it. The caller holds `changed`. Raises
+        OverloadedError if no thread can start; the version can then be used or closed later.
         """
         unused = force or not version.num_calls
         if version.state == "retiring" and unused and not version.closing:
-            version.closing = True
             self._start_thread("close", self._close_processes, version)
+            version.closing = True
         self.changed.notify_all()
 
     def measure_memory(self) -> None:
@@ -172,7 +176,8 @@ class ModelLifecycle:
             idle = sorted((one for one in ready if one.idle), key=lambda one: one.last_used)
             for one in idle if len(idle) < len(ready) else idle[:-1]:
                 if self._used_bytes(closing=False) > self._limit_bytes:
-                    self.retire(one, returns=True)
+                    with contextlib.suppress(OverloadedError):  # tried again later
+                        self.retire(one, returns=True)
 
     def close(self) -> None:
         """Close all models. Idempotent."""
@@ -191,7 +196,7 @@ class ModelLifecycle:
         self, verb: str, work: Callable[[ModelVersion], None], version: ModelVersion
     ) -> None:
         name = f"{verb} {version.name}"
-        threading.Thread(target=work, args=(version,), name=name, daemon=True).start()
+        start_thread(name, partial(work, version))  # it waits for `changed`, which the caller holds
 
     def _load_on_demand(self, version: ModelVersion) -> None:
         self._load(version)

@@ -8,6 +8,7 @@ keeps the version that it began with.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fletcher.config.model_alias import ANY_MODEL, Alias
-from fletcher.errors import InvalidCommandError, UnknownModelError
+from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_lifecycle import IsCancelled, ModelLifecycle, ModelTiming
 from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
@@ -120,7 +121,8 @@ class ModelManager:
             with self._changed:
                 version.num_calls -= 1
                 version.last_used = self._lifecycle.clock()
-                self._lifecycle.close_unused(version)
+                with contextlib.suppress(OverloadedError):  # closed after a later call
+                    self._lifecycle.close_unused(version)
 
     def is_divided(self, name: str | None) -> bool:
         """Whether a command's `model` is an alias of several models."""

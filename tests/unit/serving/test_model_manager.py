@@ -497,3 +497,28 @@ def test_vectors_are_float16_from_the_graph_on_where_nothing_else_is_done_to_the
     model = ServedModel(bundle, embedder, {}, None)  # type: ignore[arg-type]
     spec = VectorSpec("m@1", 8, "float16", 1, "mean", normalized=True)
     assert model.gives_float16(dataclasses.replace(spec, **asked)) == half
+
+
+@pytest.mark.parametrize("verb", ["load", "close"])
+def test_a_thread_that_cannot_start_once_leaves_the_model_usable(
+    start: Start, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    # The model stayed `loading`, or was never closed.
+    models = start("a", loadable=["b"])
+    begin, failed = threading.Thread.start, []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(f"{verb} ") and not failed:
+            failed.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(OverloadedError, match="thread"):
+        models.load_model("b")
+        models.unload_model("b")
+    assert failed
+    models.load_model("b")
+    assert leased(models, "b") == "b@1"
+    models.unload_model("b")
+    eventually(lambda: states(models) == {"a@1": "ready"}, "it is gone")
