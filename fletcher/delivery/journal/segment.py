@@ -247,8 +247,10 @@ def group_metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]
 def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
     """Read with the first schema in `schemas` that finds a group, else with the last.
 
-    None in `schemas` means the file's own schema.
+    None in `schemas` means the file's own schema. The notes are read before the groups, because
+    a server may delete both files meanwhile; without its notes, a segment would look unsettled.
     """
+    ends = set(read_notes(path.with_suffix(SETTLED)))
     try:
         data = pa.py_buffer(path.read_bytes())
     except FileNotFoundError:
@@ -269,7 +271,6 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
         found = Segment(path, schema)
         _scan(found, data, start)
         if found.groups:
-            ends = set(read_notes(found.notes))
             found.num_notes = len(ends)  # these notes may not be synced
             for group in found.groups:
                 group.settled = group.end in ends

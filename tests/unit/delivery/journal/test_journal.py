@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fletcher.delivery.journal import segment as segments
 from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.root import JournalSpace
 from fletcher.delivery.journal.segment import Damage, GroupInfo, Segment, read_segment
@@ -546,3 +547,24 @@ def test_nothing_stays_of_an_append_that_failed_in_any_way(tmp_path: Path) -> No
 
 
 OTHER = pa.record_batch({"other": [1]})
+
+
+def test_a_segment_that_is_deleted_while_it_is_read_is_not_taken_for_unsettled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = fill(tmp_path, 2)
+    segment = one._segments[0]
+    for group in segment.groups:
+        segment.note_settled(group)
+    segment.write_notes()
+    scan = segments._scan
+
+    def scan_while_deleted(*arguments: Any) -> None:
+        segment.path.unlink(missing_ok=True)
+        segment.notes.unlink(missing_ok=True)
+        scan(*arguments)
+
+    monkeypatch.setattr(segments, "_scan", scan_while_deleted)
+    found = read_segment(segment.path)
+    assert isinstance(found, Segment)
+    assert all(group.settled for group in found.groups)
