@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fletcher.core.command import EmbedCommand
     from fletcher.errors import (
         BatchTooLargeError,
+        CancelledError,
         ColumnTypeError,
         DeadlineExceededError,
         DimensionMismatchError,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ack",
     "BatchTooLargeError",
+    "CancelledError",
     "Chunk",
     "Client",
     "ColumnTypeError",

@@ -74,8 +74,15 @@ def replay_rows(flags: ConfigFlags) -> int:
     "fletcher journal rejected resend all",
     "fletcher journal rejected drop lance-1a2b/notes/000000000004-nightly-0-999.rejected",
 )
-@click.argument("action", type=Choice(("list", "resend", "drop")), metavar="list|resend|drop")
-@click.argument("files", nargs=-1, metavar="[FILE|all]...")
+@click.argument(
+    "action",
+    type=Choice(("list", "resend", "drop")),
+    metavar="list|resend|drop",
+    help="What to do with the rows.",
+)
+@click.argument(
+    "files", nargs=-1, metavar="[FILE|all]...", help="Files as `list` names them, or `all`."
+)
 @json_option()
 @config_options("home")
 def handle_rejected(flags: ConfigFlags, action: str, files: tuple[str, ...], as_json: bool) -> int:

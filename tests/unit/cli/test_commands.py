@@ -150,7 +150,8 @@ def test_ingest_into_a_server(
     assert ingested["complete"] is True
     assert (ingested["rows_received"], ingested["rows_stored"]) == (300, 300)
     assert (ingested["rows_failed"], ingested["errors"]) == (0, [])
-    assert (ingested["dataset"], ingested["model"]) == ("rows", tiny_bundle.qualified_name)
+    assert ingested["dataset"] == "rows"
+    assert ingested["model"] == f"null-{tiny_bundle.qualified_name}"
 
 
 def test_the_same_again_stores_nothing_twice(

@@ -457,6 +457,7 @@ def test_the_public_names():
     assert fletcher.__all__ == [
         "Ack",
         "BatchTooLargeError",
+        "CancelledError",
         "Chunk",
         "Client",
         "ColumnTypeError",
@@ -472,6 +473,7 @@ def test_the_public_names():
         "InvalidUtf8Error",
         "JournalFullError",
         "ModelMismatchError",
+        "NotFiniteError",
         "OverloadedError",
         "PutSummary",
         "RequestError",
