@@ -266,7 +266,7 @@ def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) ->
     New calls cannot use the model. Its memory is freed when the last running call has ended.
 
     Args:
-        force: End the calls that use the model now. Their clients get a retryable error.
+        force: End the calls that use the model now. Clients of these calls get a retryable error.
     """
     with server.connect() as client:
         model = client.unload_model(name, force=force)

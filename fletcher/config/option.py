@@ -266,7 +266,7 @@ class OptionGroup:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Raise ConfigError for options that contradict each other, in subclasses."""
+        """Hook for subclasses: raise ConfigError if options contradict each other."""
 
 
 def nearest(word: str, known: Collection[str]) -> str:

@@ -80,7 +80,7 @@ class GroupSender:
             self._journal.settled_groups.incarnation = incarnation or ""
 
     def append_groups(self, groups: Sequence[Group]) -> bool:
-        """Store groups of one kind. Returns whether the store asks for a rest.
+        """Store groups of one kind. Returns whether the store asks for a pause.
 
         A refusal counts only if it comes from a writer that was just opened: somebody may have
         altered the dataset since an older one was opened.

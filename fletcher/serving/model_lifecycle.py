@@ -91,7 +91,8 @@ class ModelLifecycle:
 
         Raises:
             OverloadedError: The version is not loaded in time, or cannot be loaded now.
-            UnknownModelError: The version needs more memory than `max_bytes`.
+            UnknownModelError: The version can never be loaded: it needs more memory than
+                `max_bytes`.
             DrainingError: The server is shutting down.
         """
         deadline = self.clock() + timeout_s

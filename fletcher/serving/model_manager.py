@@ -252,7 +252,7 @@ class ModelManager:
         return sum(model.embedder.queued(stage) for model in self.running().values())
 
     def queued_windows(self) -> float:
-        """Tokens that wait to be planned, over all models, counted in batch windows."""
+        """Backlog of all models: tokens that are in no micro-batch yet, in batch windows."""
         return sum(model.embedder.queued_windows() for model in self.running().values())
 
     def describe(self) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ class ModelVersion:
         return self.state == "retiring" and not self.returns
 
     def is_outdated(self, installed: ModelBundle) -> bool:
-        """Whether the running version has other exits or int8 ranges than `installed`."""
+        """Whether exits or int8 ranges of the running version differ from `installed`."""
         running = self.model
         return (
             running is not None
