@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from fletcher.config.network import NetworkConfig
@@ -43,12 +44,20 @@ class Runtime:
     """A server in this process, from `start` to `close`.
 
     `progress` is called with messages for people about long work, such as a download. None: these
-    messages are logged.
+    messages are logged. `own_token` is a bearer token that only callers in this process know. With
+    it, the server refuses calls without a token, and uploads are anonymous, so that a later process
+    can resume them with another token.
     """
 
-    def __init__(self, config: ServeConfig, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        progress: Callable[[str], None] | None = None,
+        own_token: str = "",
+    ) -> None:
         self.config = config
         self.address = ""
+        self._own_token = own_token
         self._progress = progress or log.info
         self._closed = threading.Event()
         # Closes all started parts, in reverse order.
@@ -125,7 +134,7 @@ class Runtime:
 
     def _start(self) -> None:
         config = self.config
-        credentials = Credentials.from_config(config.network)
+        credentials = replace(Credentials.from_config(config.network), own_token=self._own_token)
         check_port(config.network.host, config.network.port)
         telemetry = configure(config.telemetry.otlp_endpoint)
         self._started.callback(telemetry.close)

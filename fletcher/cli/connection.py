@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import secrets
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,25 +133,21 @@ class EmbedTarget:
         leave_in_time()
         # Any program on this machine can reach the port; only this process knows the token.
         token = secrets.token_urlsafe()
-        with tempfile.NamedTemporaryFile("w", prefix="fletcher-", encoding="utf-8") as file:
-            file.write(token + "\n")
-            file.flush()
-            private = config.with_options(
-                host="127.0.0.1",
-                port=0,
-                token_file=Path(file.name),
-                max_journal=0,  # no journal: rows are acknowledged when stored
-                # An engine in the server's own process would speed up only single short texts.
-                isolate_engine=True,
-            )
-            with (
-                Runtime(private, progress=say) as runtime,
-                # The server retries a failing store itself, for --store-retry.
-                connect(
-                    runtime.address, token=token, transfer=TransferOptions(max_retries=0)
-                ) as client,
-            ):
-                yield client
+        private = config.with_options(
+            host="127.0.0.1",
+            port=0,
+            max_journal=0,  # no journal: rows are acknowledged when stored
+            # An engine in the server's own process would speed up only single short texts.
+            isolate_engine=True,
+        )
+        with (
+            Runtime(private, progress=say, own_token=token) as runtime,
+            # The server retries a failing store itself, for --store-retry.
+            connect(
+                runtime.address, token=token, transfer=TransferOptions(max_retries=0)
+            ) as client,
+        ):
+            yield client
 
     def refuse_local_flags(self) -> None:
         """Raise ConfigError for a given flag that a remote server sets itself."""

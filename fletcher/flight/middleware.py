@@ -26,6 +26,7 @@ class Credentials:
     tokens: tuple[str, ...] = ()  # accepted bearer tokens; empty: every caller is accepted
     tls: tuple[bytes, bytes] | None = None  # PEM certificate and key
     client_ca: bytes | None = None  # PEM CA of callers' certificates; if set, callers need one
+    own_token: str = ""  # accepted from the server's own process, whose uploads are anonymous
 
     @classmethod
     def from_config(cls, config: NetworkConfig) -> Credentials:
@@ -60,12 +61,14 @@ def _read_tokens(path: Path) -> tuple[str, ...]:
 class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
     """Middleware that refuses calls without an accepted bearer token.
 
-    It tells the handler whose token it is.
+    It tells the handler whose token it is. A caller with `own_token` is anonymous.
     """
 
-    def __init__(self, tokens: tuple[str, ...]) -> None:
+    def __init__(self, tokens: tuple[str, ...], own_token: str = "") -> None:
         super().__init__()
-        self._tokens = [token.encode() for token in tokens]
+        self._owners = [(one.encode(), token_owner(one.encode())) for one in tokens]
+        if own_token:
+            self._owners.append((own_token.encode(), ""))
 
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Owner:
         """Check one call's token, in constant time. Raises FlightUnauthenticatedError."""
@@ -78,11 +81,12 @@ class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
             )
             raise to_flight_error(error)
         # Every token is compared, so that the time taken reveals nothing.
-        matches = [hmac.compare_digest(token.strip().encode(), one) for one in self._tokens]
-        if not any(matches):
+        given = token.strip().encode()
+        found = [owner for one, owner in self._owners if hmac.compare_digest(given, one)]
+        if not found:
             error = UnauthenticatedError("the token is not valid", field="authorization")
             raise to_flight_error(error)
-        return _Owner(token_owner(token.strip().encode()))
+        return _Owner(found[-1])
 
 
 class _Owner(flight.ServerMiddleware):  # type: ignore[misc]

@@ -58,8 +58,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         host, encrypted = network.host.strip("[]"), credentials.tls is not None
         address = FlightAddress(host, network.port, encrypted)
         middleware: dict[str, Any] = {"trace": TraceFactory(service.telemetry)}
-        if credentials.tokens:
-            middleware["token"] = TokenFactory(credentials.tokens)
+        if credentials.tokens or credentials.own_token:
+            middleware["token"] = TokenFactory(credentials.tokens, credentials.own_token)
         super().__init__(
             location=address.uri,
             tls_certificates=[credentials.tls] if credentials.tls else None,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 import fletcher
+from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 from tests.integration.conftest import StartServer
 
@@ -99,3 +103,31 @@ def test_rows_without_ids_get_the_id_that_the_caller_knows(
     assert server.service.delivery.flush(30)
     _, store = server.service.delivery.store(None)
     assert store.scan(dataset, columns=["id"]).read_all()["id"].to_pylist() == ["plain:0"]
+
+
+@pytest.mark.parametrize("mode", ["append", "upsert", "overwrite"])
+def test_a_server_with_its_own_token_resumes_uploads_of_the_server_before_it(
+    mode: Any, tiny_home: Path, tiny_bundle: ModelBundle, tmp_path: Path
+) -> None:
+    # Each run of a command without --server has a token of its own.
+    config = ServeConfig.from_options(
+        home=tiny_home,
+        model=tiny_bundle.name,
+        backend="null",
+        port=0,
+        store=(f"lance:{tmp_path}",),
+        max_journal=0,
+    )
+    options = fletcher.EmbedCommand(dataset="d", upload_id="u", mode=mode, durability="store")
+    for token, num_rows, durable, end in [("one", 5, 0, False), ("two", 8, 5, True)]:
+        with (
+            Runtime(config, own_token=token) as runtime,
+            fletcher.connect(runtime.address, token=token) as client,
+        ):
+            assert client.upload_status("u", "d")["rows_durable"] == durable
+            client.put(rows("one", 0, num_rows), options, end=end, resume=True)
+            _, store = runtime.service.delivery.store(None)
+            if end:
+                stored = store.scan("d", columns=["id", "batch_key"]).read_all()
+    assert sorted(stored["id"].to_pylist()) == [f"one-{row}" for row in range(8)]
+    assert {key.partition(":")[0] for key in stored["batch_key"].to_pylist()} == {"u"}
