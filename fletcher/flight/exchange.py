@@ -184,9 +184,9 @@ class _Answers:
         self._parts.append(batch)
         self._parts_bytes += batch.nbytes
         is_last = row_slice.last or (self._chunk_rows and batch.num_rows > 0)
+        if self._parts_bytes > self._max_bytes:
+            raise _too_large(sum(part.num_rows for part in self._parts), self._max_bytes)
         if len(self._parts) > 1 or not is_last:
-            if self._parts_bytes > self._max_bytes:
-                raise _too_large(sum(part.num_rows for part in self._parts), self._max_bytes)
             # The parts and their copy, which is the answer.
             self._session.keep_bytes(2 * self._parts_bytes)
         if is_last:

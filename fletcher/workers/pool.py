@@ -55,6 +55,7 @@ class WorkerPool:
         self._events = events or PoolEvents()
         self._roster = Roster(config, self, self._events)
         self._retries: deque[Job] = deque()
+        self._urgent_jobs: deque[Job] = deque()  # taken from the source, and not sent yet
         self._dispatching_urgent = threading.Lock()
         self._urgent_asked = False  # since the holder of the lock last looked
         self._dispatcher = threading.Thread(
@@ -105,9 +106,10 @@ class WorkerPool:
         for thread in [self._dispatcher, self._watcher, *(handle.thread for handle in handles)]:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(5.0)
-        for job in self._retries:
-            self.finish_job(job, None, InternalError("the server is shutting down"))
-        self._retries.clear()
+        for jobs in (self._retries, self._urgent_jobs):
+            for job in jobs:
+                self.finish_job(job, None, InternalError("the server is shutting down"))
+            jobs.clear()
 
     def statistics(self) -> list[dict[str, Any]]:
         """State, rate and number of jobs of each worker now."""
@@ -191,13 +193,12 @@ class WorkerPool:
                 gone = handle is None and self.gone
             if handle is None and not gone:
                 return
-            job = self._source.schedule(urgent=True)
-            if job is None:
-                return
-            if handle is None:
-                self.finish_job(job, None, self.error())
-            else:
-                self._send(handle, job)
+            if not self._urgent_jobs:
+                job = self._source.schedule(urgent=True)
+                if job is None:
+                    return
+                self._urgent_jobs.append(job)  # so that no failure below loses it
+            self._send_first(self._urgent_jobs, handle)
 
     def _dispatch_bulk(self) -> None:
         """Sends bulk jobs: waits for a worker with room, then asks the source for a job."""
@@ -221,12 +222,8 @@ class WorkerPool:
         gone = self.gone
         if not gone and (handle is None or not handle.usable):
             return
-        error = self.error() if gone else None
-        self._retries.remove(job)
-        if error is not None:
-            self.finish_job(job, None, error)
-        elif handle is not None:
-            self._send(handle, job)
+        self._send_first(self._retries, None if gone else handle)
+        if not gone:
             self.dispatch_urgent()  # for jobs that found no room while this one was sent
 
     def _free_worker(self) -> tuple[WorkerHandle | None, bool]:
@@ -247,7 +244,16 @@ class WorkerPool:
                 self.changed.wait()
             return None, False
 
-    def _send(self, handle: WorkerHandle, job: Job) -> None:
+    def _send_first(self, jobs: deque[Job], handle: WorkerHandle | None) -> None:
+        """Sends the first job to a worker, or fails it if there is no worker.
+
+        The job stays in `jobs` until nothing can lose it.
+        """
+        if handle is None:
+            self.finish_job(jobs[0], None, self.error())
+            jobs.popleft()
+            return
+        job = jobs.popleft()
         try:
             handle.send_job(job)
         except BaseException as error:

@@ -223,7 +223,7 @@ class WorkerHandle:
                     self.health.record_restart()
                     self._owner.review(self)
                 self.settled.set()
-                self._owner.dispatch_urgent()
+                insist(self._owner.dispatch_urgent, f"{self.spec.name}: urgent jobs")
                 self._failures += 1  # until it answers
                 started = time.monotonic()
                 self._read(connection)
@@ -294,7 +294,7 @@ class WorkerHandle:
             name = self.spec.name
             insist(functools.partial(self._note_answer, job, message, failed), f"{name}: health")
             insist(functools.partial(self._take_answer, job, message, failed), f"{name}: a result")
-            self._owner.dispatch_urgent()
+            insist(self._owner.dispatch_urgent, f"{name}: urgent jobs")
             insist(self._send_probe, f"{name}: a probe")
 
     def _note_answer(self, job: Job, message: Response | Failure, failed: bool) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.stores.staging import INCARNATION, incarnation_of
 from tests.integration.flight_calls import action, exchange, put
 
 MAX_ROW_BYTES = 4096
@@ -165,7 +166,15 @@ class Server:
         order = [("batch_key", "ascending")] + [
             (name, "ascending") for name in ("id", "text", "chunk") if name in table.column_names
         ]
-        return _without_time(table.sort_by(order)).drop_columns(["batch_key"])
+        return _without_chance(_without_time(table.sort_by(order)).drop_columns(["batch_key"]))
+
+
+def _without_chance(table: pa.Table) -> pa.Table:
+    """The table without the random part of the name of its incarnation."""
+    upload, _, chance = incarnation_of(table.schema).rpartition("-")
+    assert chance, "every dataset has an incarnation"
+    kept = {**(table.schema.metadata or {}), INCARNATION: upload.encode()}
+    return table.replace_schema_metadata(kept)
 
 
 def _without_time(table: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.util.insist import insist
 from tests.faults import callsites
 from tests.faults.campaign import Campaign
 
@@ -60,5 +61,5 @@ def test_which_calls_may_fail() -> None:
             number = callsites.kind_of(function)
             expected = -1 if kind == "own" else callsites.KINDS.index(kind)
             assert number == expected, function
-    for function in (len, threading.Lock().acquire, threading.Event().set, [].append):
+    for function in (len, threading.Lock().acquire, threading.Event().set, [].append, insist):
         assert callsites.kind_of(function) == -1, function

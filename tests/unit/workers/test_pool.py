@@ -382,3 +382,48 @@ def test_a_pool_does_not_start_if_what_loads_meanwhile_fails() -> None:
     with pytest.raises(BackendError, match="no such model"):
         pool.start(broken)
     assert pool.process_ids() == []
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_a_job_is_not_lost_when_the_step_that_sends_it_fails(
+    monkeypatch: pytest.MonkeyPatch, urgent: bool
+) -> None:
+    # The job had left its queue before it was sent, so nobody heard of it again.
+    send = WorkerPool._send_first
+    failed: list[bool] = []
+
+    def fail_once(pool: WorkerPool, *args: Any) -> None:
+        if not failed:
+            failed.append(True)
+            raise MemoryError
+        send(pool, *args)
+
+    monkeypatch.setattr(WorkerPool, "_send_first", fail_once)
+    with running_both() as (_, submit):
+        answer = submit("work", urgent=urgent)
+        assert answer.wait() == "work"
+        assert answer.calls == 1
+    assert failed
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_worker_goes_on_when_urgent_jobs_cannot_be_sent_after_its_answer(
+    monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    # The thread that reads the worker's answers ended, and its next job was waited for for ever.
+    dispatch = WorkerPool.dispatch_urgent
+    failed: list[bool] = []
+
+    def fail_once(pool: WorkerPool) -> None:
+        if threading.current_thread().name == "echo-0-reader" and not failed:
+            failed.append(True)
+            raise MemoryError
+        dispatch(pool)
+
+    with running_both() as (pool, submit):
+        assert submit(0).wait() == 0
+        monkeypatch.setattr(WorkerPool, "dispatch_urgent", fail_once)
+        if restarted:
+            os.kill(pool.process_ids()[0], signal.SIGKILL)
+        assert [submit(n).wait() for n in range(1, 4)] == [1, 2, 3]
+    assert failed
