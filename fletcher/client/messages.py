@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -105,6 +105,13 @@ class Message:
     @property
     def row_last(self) -> int:
         return self.row_first + int(self.batch.num_rows) - 1
+
+    def cut(self, first: int, last: int, batch_id: int) -> Message:
+        """The rows `first` to `last` of an upload's message, as a message of that number."""
+        if (first, last) == (self.row_first, self.row_last):
+            return replace(self, batch_id=batch_id)
+        batch = self.batch.slice(first - self.row_first, last - first + 1)
+        return Message(batch, batch_id, first, wire_bytes(batch), self.last)
 
     def metadata(self) -> bytes:
         """The message's `app_metadata`."""

@@ -29,6 +29,7 @@ from fletcher.client.messages import (
     parse_reply,
 )
 from fletcher.core.command import EmbedCommand
+from fletcher.core.ranges import RangeSet
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -69,6 +70,7 @@ class UploadSession:
         self._unread: Iterator[Message] = messages(
             batches, max_bytes=self._transfer.message_bytes, row_offset=row_offset
         )
+        self._batch_ids = itertools.count()
         self._unacknowledged: deque[Message] = deque()
         self._row_offset = self._next_row = row_offset
         self._acknowledged = row_offset  # rows before this one are no longer kept
@@ -144,14 +146,18 @@ class UploadSession:
             call.abandon()
 
     def _new_messages(self) -> Iterator[Message]:
-        """Messages that were never sent, except those that the server has already."""
+        """Messages of the rows that were never sent and that the server does not have."""
         for message in self._unread:
             self._next_row = message.row_last + 1
-            if _covered(self._stored, message.row_first, message.row_last):
-                self._rows_skipped += message.batch.num_rows
-            else:
-                self._unacknowledged.append(message)
-                yield message
+            parts = [
+                message.cut(first, last, next(self._batch_ids))
+                for first, last in RangeSet(self._stored).missing(
+                    message.row_first, message.row_last
+                )
+            ]
+            self._rows_skipped += message.batch.num_rows - sum(one.batch.num_rows for one in parts)
+            self._unacknowledged.extend(parts)  # before one of them can fail
+            yield from parts
 
     def _first_batch(self) -> pa.RecordBatch | None:
         """The call's first batch, if the choice of compression depends on it."""
