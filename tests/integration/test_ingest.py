@@ -144,7 +144,12 @@ def test_a_killed_ingest_sends_only_the_rest(place: Place) -> None:
             eventually(lambda: durable() > 0, "some rows are in the store")
             killed.kill()
             killed.wait(30)
-            eventually(lambda: action(client, "stats")["fletcher.streams.open"] == 0, "it is gone")
+
+            def is_gone() -> bool:
+                stats = action(client, "stats")
+                return not (stats["fletcher.streams.open"] or stats["memory"]["used_bytes"])
+
+            eventually(is_gone, "it is gone, and none of its rows is being journaled")
             before = durable()
         done = subprocess.run(
             argv,
