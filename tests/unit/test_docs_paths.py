@@ -112,7 +112,7 @@ def _is_command(line: str) -> bool:
         if found is None:
             return False
         command = found
-    known = {
-        option for param in command.get_params(click.Context(command)) for option in param.opts
-    }
+    # With the settings of the root, as a command keeps the help option of its first context.
+    context = click.Context(command, **root.context_settings)
+    known = {option for param in command.get_params(context) for option in param.opts}
     return {word for word in words if word.startswith("--")} <= known
