@@ -15,23 +15,12 @@ from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference import budget
 from fletcher.inference.backend import Backend, BackendConfig
-from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning import self_check
 from fletcher.tuning.decision import Decision
 from fletcher.tuning.self_check import SelfCheck, check_rows, lowest_cosine
+from tests.doubles.hosts import BFLOAT16_HOST
 
-HOST = HostInfo(
-    cores=2,
-    memory_bytes=1 << 33,
-    cpu="a cpu",
-    isa=frozenset(("avx512_bf16",)),
-    num_numa_nodes=1,
-    num_cuda_devices=0,
-    cuda_provider=False,
-    openvino=True,
-    onnxruntime=True,
-)
 AUTO = EngineConfig()
 
 
@@ -77,7 +66,7 @@ def decision(bundle: ModelBundle, precision: str, backend: str = "openvino") -> 
 def test_what_differs_from_float32_falls_back_to_it_and_says_so(
     tiny_bundle: ModelBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    check = SelfCheck(tmp_path, HOST)
+    check = SelfCheck(tmp_path, BFLOAT16_HOST)
     with caplog.at_level(logging.WARNING):
         checked = check.checked(decision(tiny_bundle, "bfloat16"), AUTO, tiny_bundle)
     assert checked.configs[0].precision == "float32"
@@ -91,7 +80,7 @@ def test_what_differs_from_float32_falls_back_to_it_and_says_so(
 
 
 def test_what_was_asked_for_by_name_is_refused(tiny_bundle: ModelBundle, tmp_path: Path) -> None:
-    check = SelfCheck(tmp_path, HOST)
+    check = SelfCheck(tmp_path, BFLOAT16_HOST)
     asked = EngineConfig(precision="bfloat16")
     with pytest.raises(BackendError, match=r"wrong vectors for tiny: the lowest cosine") as info:
         check.checked(decision(tiny_bundle, "bfloat16"), asked, tiny_bundle)
@@ -102,7 +91,7 @@ def test_float32_that_differs_is_refused(
     tiny_bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "faulty", ("float32",))
-    check = SelfCheck(tmp_path, HOST)
+    check = SelfCheck(tmp_path, BFLOAT16_HOST)
     wrong = dataclasses.replace(decision(tiny_bundle, "float32").configs[0])
     # The reference has the same fault, but it runs each text alone.
     with pytest.raises(BackendError, match="openvino float32 on cpu gives wrong vectors"):
@@ -112,7 +101,7 @@ def test_float32_that_differs_is_refused(
 def test_a_result_is_kept_for_this_engine_precision_bundle_and_host(
     tiny_bundle: ModelBundle, tmp_path: Path
 ) -> None:
-    check = SelfCheck(tmp_path, HOST)
+    check = SelfCheck(tmp_path, BFLOAT16_HOST)
     (config,) = decision(tiny_bundle, "float32").configs
     first = check.check_engine(config, tiny_bundle)
     assert Engine.loads == ["onnxruntime float32", "openvino float32"]
@@ -121,7 +110,7 @@ def test_a_result_is_kept_for_this_engine_precision_bundle_and_host(
     (path,) = (tmp_path / "tune" / "checks").iterdir()
     assert json.loads(path.read_text())["lowest_cosine"] > 0.99999
     check.check_engine(dataclasses.replace(config, precision="bfloat16"), tiny_bundle)
-    other = dataclasses.replace(HOST, cpu="another cpu")
+    other = dataclasses.replace(BFLOAT16_HOST, cpu="another cpu")
     SelfCheck(tmp_path, other).check_engine(config, tiny_bundle)
     assert len(Engine.loads) == 6
     path.write_text("{")  # a damaged file is made anew
@@ -132,7 +121,7 @@ def test_a_result_is_kept_for_this_engine_precision_bundle_and_host(
 def test_there_is_nothing_to_compare_for_the_reference_and_for_no_model(
     tiny_bundle: ModelBundle, tmp_path: Path
 ) -> None:
-    check = SelfCheck(tmp_path, HOST)
+    check = SelfCheck(tmp_path, BFLOAT16_HOST)
     for one in (decision(tiny_bundle, "float32", "onnxruntime"), decision(tiny_bundle, "", "null")):
         assert check.checked(one, AUTO, tiny_bundle) == one
     assert Engine.loads == []

@@ -21,7 +21,6 @@ from fletcher.errors import BackendError
 from fletcher.inference import openvino
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import resolve_replicas
-from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle, write_manifest
 from fletcher.models.bundle.calibration import Calibration, Cut
 from fletcher.models.bundle.registry import Registry
@@ -31,6 +30,7 @@ from fletcher.models.onnx.float_indices import FLOATS, element_types, float_indi
 from fletcher.models.onnx.graph import ONNX_FLOAT, read_model
 from fletcher.models.onnx.onnx_pb2 import GraphProto
 from fletcher.models.onnx.packed import can_pack, write_packed
+from tests.doubles.hosts import BFLOAT16_HOST
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 CHECKPOINTS = sorted(
@@ -182,22 +182,11 @@ def add_mpnet(folder: Path) -> ModelBundle:
 
 def test_bfloat16_is_refused_for_a_graph_of_before_and_auto_takes_float32(tmp_path: Path) -> None:
     new = add_mpnet(tmp_path)
-    host = HostInfo(
-        cores=2,
-        memory_bytes=1 << 33,
-        cpu="a cpu",
-        isa=frozenset(("avx512_bf16",)),
-        num_numa_nodes=1,
-        num_cuda_devices=0,
-        cuda_provider=False,
-        openvino=True,
-        onnxruntime=True,
-    )
-    chosen = resolve_replicas(EngineConfig(), host, new)
+    chosen = resolve_replicas(EngineConfig(), BFLOAT16_HOST, new)
     assert chosen.configs[0].precision == "bfloat16"
     old = as_it_was_written_once(new)
     assert old.hash == new.hash
-    chosen = resolve_replicas(EngineConfig(), host, old)
+    chosen = resolve_replicas(EngineConfig(), BFLOAT16_HOST, old)
     assert chosen.configs[0].precision == "float32"
     assert "older Fletcher" in chosen.reason
     config = BackendConfig("openvino", "cpu", str(old.folder), precision="bfloat16", threads=1)
