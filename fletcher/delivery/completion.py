@@ -40,22 +40,30 @@ class UploadCompletion:
         self._timeout_s = timeout_s
         self._end_sink = end_sink
 
-    def check_rows(self, store_name: str, store: Store, upload: Upload) -> None:
-        """End uploads whose dataset was dropped or replaced since they began.
+    def check_rows(
+        self, store_name: str, store: Store, stored_as: str, incarnation: str | None
+    ) -> bool:
+        """End uploads whose dataset was dropped or replaced; return whether any was.
+
+        A client is told that its rows are gone. It may send the whole upload again.
+
+        Args:
+            incarnation: The dataset's incarnation, as the store has just named it.
 
         Raises:
             StoreUnavailableError: The store does not answer.
         """
-        self.note_incarnation(store_name, upload.stored_as, store.incarnation(upload.stored_as))
 
-    def note_incarnation(self, store_name: str, stored_as: str, current: str | None) -> bool:
-        """End uploads that began with another incarnation of a dataset; return if any.
+        def is_lost(one: Upload, current: str | None) -> bool:
+            return one.stored_as == stored_as and _is_other(one.incarnation, current)
 
-        A client is told that its rows are gone. It may send the whole upload again.
-        """
+        found = self._uploads.find_uploads(store_name, lambda one: is_lost(one, incarnation))
+        if not found:
+            return False
+        # The store is asked again: such an upload may have made the dataset since it was asked.
+        current = store.incarnation(stored_as)
         lost = self._uploads.remove_uploads(
-            store_name,
-            lambda one: one.stored_as == stored_as and _is_other(one.incarnation, current),
+            store_name, lambda one: one in found and is_lost(one, current)
         )
         for one in lost:
             one.lose_rows(_lost(one))

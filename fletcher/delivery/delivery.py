@@ -129,24 +129,27 @@ class Delivery:
         terms = self._terms(options, schema)
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
             self._breakers[name].require_ready(None)  # Fail now instead of at a deadline.
-            if terms.mode == "overwrite" and is_replaced_by(store.incarnation(key[1]), key[2]):
+            incarnations = {key[1]: store.incarnation(key[1])}
+            if terms.mode == "overwrite" and is_replaced_by(incarnations[key[1]], key[2]):
                 terms = replace(terms, mode="append")  # all its rows are in effect already
             place = staged_name(key[1], key[2]) if terms.mode == "overwrite" else key[1]
+            if place not in incarnations:
+                incarnations[place] = store.incarnation(place)
             sink = self._enter_sink((name, place, key[2]), store)
             upload = None
             try:
-                for one in {key[1], place}:
-                    if self._completion.note_incarnation(name, one, store.incarnation(one)):
+                for dataset, incarnation in incarnations.items():
+                    if self._completion.check_rows(name, store, dataset, incarnation):
                         sink.dedupe_index.invalidate()
                 upload = self._uploads.join_upload(key, terms)
                 if upload is not None:
                     self._opener.resume(upload, sink, schema, terms)
                 else:
-                    upload = self._opener.begin(
-                        key, sink, schema, terms, named=options.upload_id is not None
-                    )
+                    named = options.upload_id is not None
+                    upload = self._opener.begin(key, sink, schema, terms, named=named)
                 if upload.incarnation is None:
-                    upload.incarnation = store.incarnation(place)
+                    made = incarnations[place] is None
+                    upload.incarnation = store.incarnation(place) if made else incarnations[place]
             except BaseException:
                 self._leave_sink(sink, upload)
                 raise
@@ -172,7 +175,8 @@ class Delivery:
                     self._leave_sink(live)
         elif self._breakers[name].unavailable_since is None and upload.incarnation:
             with contextlib.suppress(FletcherError):  # the rows are journaled or stored
-                self._completion.check_rows(name, store, upload)
+                place = upload.stored_as
+                self._completion.check_rows(name, store, place, store.incarnation(place))
 
     def leave_upload(self, upload: Upload, error: FletcherError) -> None:
         """End a connection early, and fail the upload with `error` if it was the last one."""
@@ -201,7 +205,8 @@ class Delivery:
                 upload.settle_found(self._opener.settled(store, upload.stored_as, upload.upload_id))
             elif self._breakers[name].unavailable_since is None and upload.incarnation:
                 with contextlib.suppress(FletcherError):
-                    self._completion.check_rows(name, store, upload)
+                    place = upload.stored_as
+                    self._completion.check_rows(name, store, place, store.incarnation(place))
             if upload.failure is None or upload.status()["ranges"]:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.

@@ -108,6 +108,10 @@ class UploadRegistry:
                 (store, dataset, upload_id), Upload(dataset, upload_id, terms)
             )
 
+    def find_uploads(self, store: str, is_wanted: Callable[[Upload], bool]) -> list[Upload]:
+        with self._lock:
+            return [one for key, one in self._all.items() if key[0] == store and is_wanted(one)]
+
     def remove_uploads(self, store: str, is_removed: Callable[[Upload], bool]) -> list[Upload]:
         """Remove uploads to a store, even with connections, and return them."""
         with self._lock:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fletcher.core.batches import BoolArray, Int64Array
 from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError, UnavailableError
-from fletcher.pipeline.input.arrays import null_mask
+from fletcher.pipeline.input.arrays import large_utf8, null_mask, text_offsets
 
 
 def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError | None:
@@ -80,6 +79,4 @@ def _no_id(ids: pa.Array) -> BoolArray:
     missing = null_mask(ids)
     if pa.types.is_integer(ids.type):
         return missing
-    empty = pc.fill_null(pc.equal(pc.binary_length(ids), 0), False)
-    no_id: BoolArray = missing | empty.to_numpy(zero_copy_only=False)
-    return no_id
+    return np.asarray(missing | (np.diff(text_offsets(large_utf8(ids))) == 0))

@@ -477,6 +477,26 @@ def test_an_upload_is_told_that_its_rows_are_gone(change: str, connected: bool) 
         assert again.claim_rows(0, 2) == [(0, 2)]
 
 
+def test_two_uploads_that_make_one_dataset_do_not_end_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        first: list[Upload] = []
+        read = store.incarnation
+
+        def read_before_another_upload(name: str) -> str | None:
+            missing = read(name)
+            monkeypatch.setattr(store, "incarnation", read)
+            first.append(delivery.open_upload(options(upload_id="a"), SCHEMA)[0])
+            return missing
+
+        monkeypatch.setattr(store, "incarnation", read_before_another_upload)
+        second, _ = delivery.open_upload(options(upload_id="b"), SCHEMA)
+        assert first[0].failure is None
+        assert first[0].incarnation == second.incarnation == read("d")
+
+
 def test_one_upload_id_cannot_mean_two_things() -> None:
     with delivering(MemoryStore()) as delivery:
         delivery.open_upload(options(), SCHEMA)
