@@ -101,16 +101,18 @@ class ParquetStore(EmbeddedStore):
         if schema is None:
             return None
         files = self._files(name)
-        num_rows = sum(pq.read_metadata(path).num_rows for path in files)
+        with self._named_damage(name):
+            num_rows = sum(pq.read_metadata(path).num_rows for path in files)
         num_bytes = sum(path.stat().st_size for path in files)
         return DatasetInfo(name, schema, num_rows, num_bytes)
 
     def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)
-        try:
-            return pq.read_schema(self._current(name) / _SCHEMA_FILE)
-        except FileNotFoundError:
-            return None
+        with self._named_damage(name):
+            try:
+                return pq.read_schema(self._current(name) / _SCHEMA_FILE)
+            except FileNotFoundError:
+                return None
 
     def replace_dataset(self, name: str, staged: str) -> None:
         """See `Store.replace_dataset`.
@@ -142,7 +144,12 @@ class ParquetStore(EmbeddedStore):
             columns=wanted, filter=condition, batch_size=8192
         )
         out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
-        return pa.RecordBatchReader.from_batches(out, limit_rows(rows.to_batches(), out, limit))
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            with self._named_damage(name):
+                yield from limit_rows(rows.to_batches(), out, limit)
+
+        return pa.RecordBatchReader.from_batches(out, batches())
 
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
@@ -161,6 +168,23 @@ class ParquetStore(EmbeddedStore):
             self._schema(name)
             shutil.rmtree(self.folder / name)
             sync_path(self.folder)
+
+    @contextmanager
+    def _named_damage(self, dataset: str) -> Iterator[None]:
+        """Context of reads; an unreadable file's error becomes one that names the file.
+
+        Raises:
+            StoreUnavailableError: A file is damaged, or cannot be read now.
+        """
+        try:
+            yield
+        except (pa.ArrowInvalid, OSError) as error:
+            paths = [self._current(dataset) / _SCHEMA_FILE, *self._files(dataset)]
+            name = next((path.name for path in paths if not _is_readable(path)), "a file")
+            reason = f"dataset `{dataset}` is damaged: {name} cannot be read"
+            raise StoreUnavailableError(
+                f"{reason}; put that file back, or delete the dataset", field="dataset"
+            ) from error
 
     def _files(self, dataset: str) -> list[Path]:
         return sorted(self._current(dataset).glob(f"*{_SUFFIX}"))
@@ -245,6 +269,16 @@ class ParquetWriter(EmbeddedWriter):
                 field="batch_key",
             )
         return self._folder / f"{key}{_SUFFIX}"
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with pq.ParquetFile(path) as file:
+            for _ in file.iter_batches(8192):
+                pass
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return True
 
 
 @lru_cache

@@ -290,6 +290,7 @@ class GroupCommitter:
     def _prepare_writer(self, group: SubmittedRows) -> None:
         """Open a writer if needed, check the group's schema, and add new columns."""
         schema = group.batches[0].schema
+        self._close_lost_writer()
         if self._writer is None:
             self._open_writer(schema, "append")
         assert self._writer is not None
@@ -303,10 +304,16 @@ class GroupCommitter:
         self._ledger = KeyLedger(self._writer.stored_keys())
 
     def _open_existing(self) -> None:
+        self._close_lost_writer()
         if self._writer is None:
             info = self._store.dataset(self._dataset)
             if info is not None:
                 self._open_writer(info.schema, "append")
+
+    def _close_lost_writer(self) -> None:
+        """Close the writer of a table that another program deleted, and forget the table's keys."""
+        if self._writer is not None and not self._writer.holds_table:
+            self._close_writer_logged()
 
     def _new_rows(self, group: SubmittedRows, taken: set[str]) -> list[pa.RecordBatch]:
         """The group's rows without those whose key is stored or in `taken`.

@@ -302,7 +302,13 @@ class FlightStore(Store):
             _log.debug("%s has no capabilities: %s", self.address, error)
         except (UnauthenticatedError, UnauthorizedError):
             raise
-        except (msgspec.MsgspecError, FletcherError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            # A Longbow refuses the question. This may be a store of Fletcher.
+            raise StoreUnavailableError(
+                f"the answer of the store {self.address} to capabilities cannot be read: {error}",
+                field="store",
+            ) from error
+        except FletcherError as error:
             if address.profile == "fletcher":
                 raise RequestError(
                     f"`profile` is fletcher, and the store at {self.address} does not answer "
@@ -337,6 +343,12 @@ def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _info(one: flight.FlightInfo) -> DatasetInfo:
     name = one.descriptor.path[0].decode() if one.descriptor.path else ""
+    if name and "vector" not in one.schema.names:
+        raise StoreUnavailableError(
+            f"the store's answer about dataset `{name[:128]}` cannot be read: it has no column "
+            "`vector`",
+            field="store",
+        )
     size = one.total_bytes if one.total_bytes and one.total_bytes > 0 else None
     return DatasetInfo(name, one.schema, max(one.total_records, 0), size)
 

@@ -258,11 +258,14 @@ class LanceStore(EmbeddedStore):
             self._earlier.close()
 
     def _repair(self, name: str) -> None:
-        """Set incomplete versions aside; the caller holds the lock."""
-        if name not in self._repaired:
-            with lance_errors(name):
-                set_torn_versions_aside(self.folder / f"{name}.lance")
-            self._repaired.add(name)
+        """Set incomplete versions aside; the caller holds the lock.
+
+        Looks at the files each time: somebody may have deleted some, or made the table anew.
+        """
+        self._repaired.discard(name)
+        with lance_errors(name):
+            set_torn_versions_aside(self.folder / f"{name}.lance")
+        self._repaired.add(name)
 
     def _open_table(self, name: str) -> Any | None:
         """A table at its newest complete version; None if it does not exist.

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ _OWN_COLUMNS = frozenset(
         *("_indices", "_fragid", "_row_created_at_version", "_row_last_updated_at_version"),
     ]
 )
+_DATA_FILE = re.compile(r"\bdata/\w+\.lance\b")
 KEEP_FOREVER = dt.timedelta(days=36500)
 
 
@@ -123,6 +125,7 @@ class LanceWriter(EmbeddedWriter):
                 self._merge(last_of_each_id(table), "id")
             else:
                 self._add(table)
+            self._check_folder()  # before a version that lacks its files counts as synced
             self._files.sync_new_files(settled=not self._compacting)
         self._rows += table.num_rows
         self._rows_since += table.num_rows
@@ -179,14 +182,17 @@ class LanceWriter(EmbeddedWriter):
     def _compacting(self) -> bool:
         return self._compaction is not None and self._compaction.is_alive()
 
-    def _check_folder(self) -> None:
-        """Refuse to write to a table that somebody deleted, or deleted and made anew.
+    @property
+    def holds_table(self) -> bool:
+        """Whether the table is still there, and was not made anew."""
+        try:
+            return os.path.samestat(os.fstat(self._folder), self._path.stat())
+        except FileNotFoundError:
+            return False
 
-        Lance would write to the new table, whatever rows it has.
-        """
-        if not self._path.exists() or not os.path.samestat(
-            os.fstat(self._folder), self._path.stat()
-        ):
+    def _check_folder(self) -> None:
+        """Refuse to write to another table: Lance would write to it, whatever rows it has."""
+        if not self.holds_table:
             raise StoreUnavailableError(
                 f"dataset `{self.dataset}` was deleted by another program; its rows are gone",
                 field="dataset",
@@ -360,7 +366,9 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if "No space left" in text or "StorageFull" in text:  # concerns all datasets
             reason, field = "the disk is full; free some space", "store"
         else:
-            reason, field = "LanceDB failed; see the log", "dataset"
+            at = _DATA_FILE.search(text)
+            reason = f"LanceDB failed{f' on {at[0]}' if at else ''}; see the log"
+            field = "dataset"
             _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
         raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field=field) from error
 

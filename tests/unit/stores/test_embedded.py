@@ -33,6 +33,7 @@ from fletcher.errors import (
 )
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Combination, Comparison, Store
+from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.staging import is_replaced_by, staged_name
 from tests.doubles import store_rows as rows
 
@@ -598,6 +599,57 @@ def test_a_writer_notices_that_its_table_is_gone(tmp_path, anew):
     writer.append([rows.batch(5, 5)])
     assert store.dataset("d").num_rows == 5
     assert store.incarnation("d") != old
+
+
+def test_a_commit_into_a_table_that_was_deleted_meanwhile_is_in_doubt(tmp_path, monkeypatch):
+    """Lance wrote a version without its rows, which counted as synced: a damaged dataset."""
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 5)])
+    versions = tmp_path / "d.lance" / "_versions"
+    add = LanceWriter._add
+
+    def deleted_meanwhile(self, table):
+        before = set(versions.glob("*.manifest"))
+        add(self, table)
+        (committed,) = set(versions.glob("*.manifest")) - before
+        manifest = committed.read_bytes()
+        shutil.rmtree(tmp_path / "d.lance")
+        versions.mkdir(parents=True)
+        committed.write_bytes(manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanceWriter, "_add", deleted_meanwhile)
+        with pytest.raises(StoreUnavailableError, match="deleted by another program"):
+            writer.append([rows.batch(5, 5)])
+    writer.close()
+    writer = store.open_writer("d", rows.schema(), "append")
+    assert writer.missing_keys(["u:5-9"]) == ["u:5-9"]
+    writer.append([rows.batch(5, 5)])
+    assert store.dataset("d").num_rows == 5
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_damaged_parquet_file_is_named_and_harms_no_other_dataset(tmp_path, lost):
+    """Arrow's own error ended the listing of all datasets."""
+    store = open_store(f"parquet:{tmp_path}")
+    for name in ("cut", "whole"):
+        with contextlib.closing(store.open_writer(name, rows.schema(), "append")) as writer:
+            writer.append([rows.batch(0, 5)])
+    (path,) = (tmp_path / "cut").glob("*.parquet")
+    whole = path.read_bytes()
+    path.write_bytes(b"" if lost else whole[:-20])
+    assert [info.name for info in store.datasets()] == ["whole"]
+    vector = np.ones(rows.schema().field("vector").type.list_size, np.float32)
+    for read in (
+        lambda: store.dataset("cut"),
+        lambda: store.scan("cut").read_all(),
+        lambda: store.search("cut", vector, k=1),
+    ):
+        with pytest.raises(StoreUnavailableError, match=r"u:0-4\.parquet"):
+            read()
+    path.write_bytes(whole)
+    assert store.scan("cut").read_all().num_rows == 5
 
 
 def chunks(*texts: tuple[str, int | None], version: str, key: str) -> pa.RecordBatch:

@@ -10,6 +10,7 @@ from pyarrow import flight
 
 from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores import protocol
+from fletcher.stores.address import FlightStoreAddress
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.store import FlightStore
 from fletcher.stores.flight.writers import FletcherWriter
@@ -51,6 +52,38 @@ def test_ranges_that_are_no_rows_are_no_answer(
     store._connection = connection(b'{"ranges": %b}' % ranges)
     with pytest.raises(StoreUnavailableError, match="no rows"):
         store.stored_ranges("d", "u")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_capabilities_that_cannot_be_read_are_not_those_of_a_longbow(answer: bytes) -> None:
+    # The store was taken for a Longbow from then on: groups were stored twice, upserts refused.
+    one = connection(answer)
+    one.address = FlightStoreAddress.from_text("grpc://127.0.0.1:1")
+    store = FlightStore(one)
+    with pytest.raises(StoreUnavailableError, match="cannot be read"):
+        assert store.capabilities
+    can = b'{"dtypes": ["float32"], "null_vectors": true, "upsert": true, "durable": true, '
+    one.run_action = lambda *_: can + b'"drops_repeated_keys": true}'
+    assert store.capabilities.upsert
+
+
+@pytest.mark.parametrize("schema", [pa.schema([]), pa.schema({"id": pa.int64()})])
+def test_a_dataset_without_vectors_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, schema: pa.Schema
+) -> None:
+    # It had no incarnation, so that uploads were told that somebody had dropped their rows.
+    monkeypatch.setattr(FlightStore, "_is_fletcher", True)
+
+    class Meta:
+        def get_flight_info(self, asked: Any, _: object) -> flight.FlightInfo:
+            return flight.FlightInfo(schema, asked, [], -1, -1)
+
+    store = object.__new__(FlightStore)
+    store._connection = connection(b"")
+    monkeypatch.setattr(FlightConnection, "meta_client", Meta())
+    monkeypatch.setattr(FlightConnection, "call_options", lambda _: None)
+    with pytest.raises(StoreUnavailableError, match="no column `vector`"):
+        store.incarnation("d")
 
 
 class _Refusing(flight.FlightServerBase):  # type: ignore[misc]

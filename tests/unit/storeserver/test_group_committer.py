@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -151,3 +152,19 @@ def test_a_group_is_known_again_after_its_neighbours_rows_were_refused(
         refused.result(30)
     assert send().result(30) == 0
     assert num_rows(store) == 20
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_groups_of_a_dataset_that_another_program_dropped_are_no_repeats(
+    store: LanceStore, ingest: Ingest, anew: bool
+) -> None:
+    # They were acknowledged and dropped, as the keys in memory were those of the lost table.
+    shutil.rmtree(store.folder / "d.lance")
+    if anew:
+        store._connect(store.folder).create_table("d", schema=rows.schema())
+    keys = rows.batch(0, 10).column("batch_key").unique().to_pylist()
+    assert ingest.call_committer("d", lambda one: one.missing_keys(keys)) == keys
+    assert ingest.call_committer("d", lambda one: one.stored_ranges("up")) == []
+    assert submit(ingest, rows.batch(0, 10)).result(30) == 10
+    assert submit(ingest, rows.batch(0, 10)).result(30) == 0
+    assert num_rows(store) == 10
