@@ -20,6 +20,9 @@ MISSING_KEYS = "missing-keys"
 STORED_RANGES = "stored-ranges"
 REPLACE_DATASET = "replace-dataset"
 
+# Answer of the action `replace-dataset`.
+REPLACED = b"replaced"
+
 # Criteria of a ListFlights call that asks for staged datasets.
 STAGED = b"staged"
 

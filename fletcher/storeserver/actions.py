@@ -186,7 +186,7 @@ class Actions:
             )
         self.ingest.end_committer(request.staged)
         self.ingest.call_committer(request.dataset, lambda one: one.replace_dataset(request.staged))
-        return [b"replaced"]
+        return [protocol.REPLACED]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
         """Whether a dataset can be searched, and its number of rows."""

@@ -254,8 +254,9 @@ def _fork_on_request(descriptor: int) -> None:
     import fletcher.storeserver.server
     import fletcher.tokenization.worker
     import fletcher.workers.child  # noqa: F401
-    from tests.faults import roles
+    from tests.faults import poison, roles
 
+    poison.install()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     requests = socket.socket(fileno=descriptor)

@@ -8,6 +8,7 @@ are sent, and acknowledgements when they arrive.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +17,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fletcher.delivery.journal.root import journal_folders
 from fletcher.delivery.journal.segment import REJECTED, WAITING, Segment, read_segments
 from fletcher.delivery.journal.settled_groups import SettledGroups
-from tests.faults.rewrites import DATASET, SCHEMA, Rewritten
+from tests.faults import poison
+from tests.faults.overwrites import Overwritten
+from tests.faults.rewrites import SCHEMA, Rewritten
 
 MAX_ROW_BYTES = 1024
-_MOST_ROWS = 1 << 32
+MOST_ROWS = 1 << 32
+POINT = pa.field("point", pa.list_(pa.float32(), 2))
+FOREIGN = 1 << 20  # in place of an upload's number in rows of another program
 _WORDS = "debian packages hold programs that people use every day and night".split()
 
 
@@ -38,6 +44,8 @@ class Upload:
         batch_rows: Rows of a batch.
         durability: As in the command.
         flawed: Some rows have no text, no id, or too much text.
+        poisoned: The model gives no finite vector for some rows.
+        points: A carried column has points, some of which are not finite.
     """
 
     number: int
@@ -46,6 +54,17 @@ class Upload:
     batch_rows: int
     durability: str
     flawed: bool
+    poisoned: bool = False
+    points: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The carried columns."""
+        return ("n", "point") if self.points else ("n",)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return SCHEMA.append(POINT) if self.points else SCHEMA
 
     @property
     def upload_id(self) -> str:
@@ -56,7 +75,13 @@ class Upload:
 
     def is_flawed(self, row: int) -> bool:
         """Whether the row gets an error and no vector."""
-        return self.flawed and row % 31 in (7, 19, 23)
+        flaw = self.flawed and row % 31 in (7, 19, 23)
+        return flaw or (self.poisoned and row % 29 == 11)
+
+    def point_of(self, row: int) -> list[float] | None:
+        if not self.points or row % 5 == 3:
+            return None
+        return [math.nan if row % 37 == 5 else float(row), float(self.number)]
 
     @property
     def num_flawed(self) -> int:
@@ -70,9 +95,13 @@ class Upload:
             flaw = row % 31 if self.flawed else 0
             ids.append(None if flaw == 19 else row)
             long = "x" * (MAX_ROW_BYTES + 1) if flaw == 23 else self.text_of(row)
-            texts.append(None if flaw == 7 else long)
-        numbers = np.arange(first, last) + self.number * _MOST_ROWS
-        return pa.record_batch({"id": ids, "text": texts, "n": numbers}, SCHEMA)
+            good = poison.TEXT if self.poisoned and row % 29 == 11 else long
+            texts.append(None if flaw == 7 else good)
+        numbers = np.arange(first, last) + self.number * MOST_ROWS
+        columns = {"id": ids, "text": texts, "n": numbers}
+        if self.points:
+            columns["point"] = [self.point_of(row) for row in range(first, last)]
+        return pa.record_batch(columns, self.schema)
 
     def batches(self, first: int) -> Iterator[pa.RecordBatch]:
         """All rows from `first` on."""
@@ -81,6 +110,10 @@ class Upload:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class UnreadableError(Exception):
+    """A dataset cannot be read because of a damaged file, as the error says."""
 
 
 class Diary:
@@ -100,11 +133,13 @@ class Holdings:
     Attributes:
         durable: By upload: whether each row was acknowledged as durable.
         journaled: By upload: whether each row is in the journal.
+        refused: By upload: whether each row is in a file of refused rows.
         stored: By upload: how often each row is in the store.
     """
 
     durable: dict[int, np.ndarray]
     journaled: dict[int, np.ndarray]
+    refused: dict[int, np.ndarray]
     stored: dict[int, np.ndarray]
 
 
@@ -118,6 +153,7 @@ class Ledger:
         read_store: Returns a dataset's rows in the store; None: there is no dataset.
         null_vectors: The store takes rows without a vector.
         rewritten: Rows of another dataset that are replaced again and again.
+        overwritten: Another dataset that is replaced as a whole again and again.
 
     Attributes:
         may_give_up: Workers died more than once, so that rows that may have killed them fail.
@@ -126,6 +162,8 @@ class Ledger:
         may_double: The store appends whatever comes, and may still have been appending when it was
             asked for its rows.
         num_doubled: Rows that are stored more than once at the last check.
+        unreadable: Datasets with a damaged file, at the last look.
+        foreign: Number of rows of another program, by dataset.
     """
 
     def __init__(
@@ -137,6 +175,7 @@ class Ledger:
         read_store: Callable[[str], pa.Table | None],
         null_vectors: bool,
         rewritten: Rewritten | None = None,
+        overwritten: Overwritten | None = None,
     ) -> None:
         self.uploads = {upload.number: upload for upload in uploads}
         self._folder = folder
@@ -144,6 +183,12 @@ class Ledger:
         self._read_store = read_store
         self._null_vectors = null_vectors
         self.rewritten = rewritten
+        self.overwritten = overwritten
+        self.unreadable: set[str] = set()
+        self.foreign: dict[str, int] = {}
+        # By upload: rows that somebody may have dropped, and the number of diaries at that time.
+        self._dropped: dict[int, np.ndarray] = {}
+        self._told_since: dict[int, int] = {}
         self._num_diaries = 0
         self.may_give_up = False
         self.num_given_up = 0
@@ -169,15 +214,46 @@ class Ledger:
         return rows
 
     def durable(self, upload: Upload) -> np.ndarray:
-        """Rows that were acknowledged as durable."""
+        """Rows that were acknowledged as durable, and that nobody has dropped since.
+
+        A client that began after a dataset was dropped is told so.
+        """
+        since = self._told_since.get(upload.number, 0)
+        earlier = self._durable(upload, lambda number: number <= since)
+        if upload.number in self._dropped:
+            earlier &= ~self._dropped[upload.number]
+        return earlier | self._durable(upload, lambda number: number > since)
+
+    def _durable(self, upload: Upload, is_wanted: Callable[[int], bool]) -> np.ndarray:
         rows = np.zeros(upload.num_rows, bool)
-        if upload.durability != "memory":
-            for entry in self.entries(upload):
+        for path in self._folder.glob(f"{upload.number}-*.diary"):
+            if upload.durability == "memory" or not is_wanted(int(path.stem.partition("-")[2])):
+                continue
+            for entry in entries(path):
                 if "prefix" in entry:
                     rows[: entry["prefix"]] = True
                 if "range" in entry:
                     rows[slice(*entry["range"])] = True
         return rows
+
+    def note_dropped(self, dataset: str, *, racing: bool) -> None:
+        """Note that somebody drops a dataset, whose rows are gone.
+
+        `racing`: the server may be storing rows meanwhile, so that any row that was sent until now
+        may be gone; else those that are stored now.
+        """
+        stored = {} if racing else self._stored(dataset)
+        for number, upload in self.uploads.items():
+            if upload.dataset == dataset:
+                since = self._told_since.get(number, 0)
+                told = self._durable(upload, lambda one, since=since: one > since)
+                gone = self._dropped.get(number, np.zeros(upload.num_rows, bool)) & ~told
+                self._dropped[number] = gone | (self.sent(upload) if racing else stored[number] > 0)
+                self._told_since[number] = self._num_diaries
+        self.foreign[dataset] = 0
+
+    def was_dropped(self, dataset: str) -> bool:
+        return dataset in self.foreign
 
     def look(self) -> Holdings:
         """The state of all rows now.
@@ -187,15 +263,34 @@ class Ledger:
         self.num_given_up = 0
         uploads = self.uploads.values()
         durable = {upload.number: self.durable(upload) for upload in uploads}
-        journaled = self._journaled()
-        stored = {upload.number: np.zeros(upload.num_rows, np.int64) for upload in uploads}
+        journaled = self._journaled(WAITING)
+        refused = self._journaled(REJECTED)
+        self.unreadable = set()
+        stored: dict[int, np.ndarray] = {}
         for dataset in sorted({upload.dataset for upload in uploads}):
-            table = self._read_store(dataset)
-            if table is not None:
-                self._count(dataset, table, stored)
+            stored |= self._stored(dataset)
         for upload in uploads:
             self.num_given_up += int(self._given_up(upload, stored[upload.number]).sum())
-        return Holdings(durable, journaled, stored)
+        return Holdings(durable, journaled, refused, stored)
+
+    def _stored(self, dataset: str) -> dict[int, np.ndarray]:
+        """By upload to a dataset: how often each row is stored."""
+        stored = {
+            number: np.zeros(upload.num_rows, np.int64)
+            for number, upload in self.uploads.items()
+            if upload.dataset == dataset
+        }
+        try:
+            table = self._read_store(dataset)
+        except UnreadableError:
+            self.unreadable.add(dataset)
+            return stored
+        num_foreign = 0
+        if table is not None:
+            num_foreign = self._count(dataset, table, stored)
+        expected = self.foreign.get(dataset, 0)
+        assert num_foreign == expected, f"{num_foreign} of {expected} rows of another program"
+        return stored
 
     def check(self) -> Holdings:
         """Check what must hold at any moment.
@@ -205,14 +300,19 @@ class Ledger:
         """
         if self.rewritten is not None:
             self.rewritten.check()
+        if self.overwritten is not None:
+            self.overwritten.check()
         now = self.look()
         for number, upload in self.uploads.items():
+            if upload.dataset in self.unreadable:
+                continue
             stored, journaled = now.stored[number], now.journaled[number]
             if self.may_double:
                 self.num_doubled = sum(int((rows > 1).sum()) for rows in now.stored.values())
             else:
                 self._assert_none(upload, stored > 1, "are stored more than once")
-            lost = now.durable[number] & ~journaled & self._missing(upload, stored)
+            refused = now.refused[number]
+            lost = now.durable[number] & ~journaled & ~refused & self._missing(upload, stored)
             self._assert_none(upload, lost, "were acknowledged as durable and are nowhere")
             not_sent = (journaled | (stored > 0)) & ~self.sent(upload)
             self._assert_none(upload, not_sent, "are there and were never sent")
@@ -236,33 +336,49 @@ class Ledger:
         """Whether no row is missing in the store."""
         if self.rewritten is not None and not self.rewritten.is_done:
             return False
+        if self.overwritten is not None and not self.overwritten.is_done:
+            return False
         stored = self.look().stored
         return not any(
             self._missing(upload, stored[number]).any() for number, upload in self.uploads.items()
         )
 
-    def _journaled(self) -> dict[int, np.ndarray]:
+    def _journaled(self, suffix: str) -> dict[int, np.ndarray]:
         found = {number: np.zeros(upload.num_rows, bool) for number, upload in self.uploads.items()}
+        datasets = {upload.dataset for upload in self.uploads.values()}
         for _, dataset, folder in journal_folders(self._home / "journal"):
+            if dataset not in datasets:
+                continue
             # Segments that vanish meanwhile are left out: their rows are stored.
-            for _, segment in read_segments(folder.glob(f"*{WAITING}")):
+            for _, segment in read_segments(folder.glob(f"*{suffix}")):
                 for group in segment.groups if isinstance(segment, Segment) else ():
-                    if group.settled or dataset == DATASET:
+                    if group.settled:
                         continue
                     number = int(group.info.upload_id.rpartition("-")[2])
                     assert self.uploads[number].dataset == dataset
                     found[number][group.info.first : group.info.last + 1] = True
         return found
 
-    def _count(self, dataset: str, table: pa.Table, stored: dict[int, np.ndarray]) -> None:
-        """Count a dataset's rows, and check the content of each."""
+    def _count(self, dataset: str, table: pa.Table, stored: dict[int, np.ndarray]) -> int:
+        """Count a dataset's rows, and check the content of each.
+
+        Returns the number of rows of another program.
+        """
+        foreign = pc.greater_equal(table.column("n"), FOREIGN * MOST_ROWS)
+        kept = sorted(table.filter(foreign).column("n").to_pylist())
+        expected = [FOREIGN * MOST_ROWS + row for row in range(len(kept))]
+        assert kept == expected, f"rows of another program in {dataset}: {kept}"
+        table = table.filter(pc.invert(foreign))
         numbers = table.column("n").to_numpy()
         texts = table.column("text").to_pylist()
         ids = table.column("id").to_pylist()
         without = table.column("vector").is_null().to_pylist()
-        rows_of = zip(numbers.tolist(), texts, ids, without, strict=True)
-        for n, text, row_id, no_vector in rows_of:
-            number, row = divmod(n, _MOST_ROWS)
+        points: list[Any] = [None] * table.num_rows
+        if "point" in table.schema.names:
+            points = table.column("point").to_pylist()
+        rows_of = zip(numbers.tolist(), texts, ids, without, points, strict=True)
+        for n, text, row_id, no_vector, point in rows_of:
+            number, row = divmod(n, MOST_ROWS)
             upload = self.uploads[number]
             where = f"row {row} of {upload}"
             assert upload.dataset == dataset, f"{where} is in {dataset}"
@@ -272,7 +388,10 @@ class Ledger:
             assert no_vector == flawed or self.may_give_up, f"{where} has no vector"
             if not flawed:
                 assert (text, row_id) == (upload.text_of(row), row), f"{where}: {text!r}, {row_id}"
+            # NaN is written like itself, though it does not equal itself.
+            assert repr(point) == repr(upload.point_of(row)), f"{where}: {point}"
             stored[number][row] += 1
+        return len(kept)
 
     def _missing(self, upload: Upload, stored: np.ndarray) -> np.ndarray:
         """Rows that the store could hold and lacks."""

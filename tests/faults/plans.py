@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.faults.ledger import Upload
+from tests.faults.overwrites import Overwrites
 from tests.faults.rewrites import Rewrites
 
-STORES = ("lance", "fletcher", "longbow")
+STORES = ("lance", "fletcher", "longbow", "parquet")
 _FAULTS = {
     "kill the server": 4,
     "end the server": 1,
@@ -23,7 +24,27 @@ _STORE_FAULTS = {
     "lance": {},
     "fletcher": {"kill the store": 3, "stop the store": 2},
     "longbow": {"break the store's call": 4, "stall the store": 2},
+    "parquet": {},
 }
+# Further kinds of faults: the share of schedules that have some, and how many at most. Each kind is
+# drawn by itself, so that another kind leaves plans as they are.
+_MORE_FAULTS = {
+    "drop a dataset": (0.25, 2),
+    "make a dataset anew": (0.25, 2),
+    "damage a file": (0.25, 1),
+    "leave a call": (0.5, 4),
+    "kill the overwriter": (0.3, 3),
+    "drop the overwrite": (0.2, 1),
+    "answer nonsense": (0.4, 3),
+}
+_NOT_FOR = {
+    "lance": {"answer nonsense"},
+    "fletcher": set(),
+    "longbow": set(_MORE_FAULTS) - {"leave a call"},
+    "parquet": {"answer nonsense"},
+}
+# What somebody else does to files is not synced, and would come back after a power cut.
+_NOT_WITH_POWER = {"make a dataset anew", "damage a file"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +72,16 @@ class Schedule:
     model: str = "tiny"
     backend: str = "null"
     rewrites: Rewrites | None = None
+    overwrites: Overwrites | None = None
+
+    def has(self, kind: str) -> bool:
+        return any(event.kind == kind for event in self.events)
 
 
 def with_model(schedule: Schedule, model: str) -> Schedule:
-    """The schedule with a real model and default sizes."""
-    return replace(schedule, model=model, backend="auto", constants={})
+    """The schedule with a real model, which fails for no text, and default sizes."""
+    uploads = tuple(replace(upload, poisoned=False) for upload in schedule.uploads)
+    return replace(schedule, uploads=uploads, model=model, backend="auto", constants={})
 
 
 def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
@@ -86,11 +112,11 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
         if "kill the store" in faults:
             faults["cut the store's power"] = faults.pop("kill the store")
     kinds = chance.choices(list(faults), list(faults.values()), k=chance.randint(2, 6))
-    return Schedule(
+    schedule = Schedule(
         seed,
         store,
         power,
-        uploads,
+        _poisoned(seed, store, uploads),
         options={
             "group-rows": str(_some(most_rows, chance)),
             "group-delay-ms": str(chance.choice([1, 20, 100, 500])),
@@ -116,8 +142,48 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
             Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
             for kind in kinds
         ),
-        # Longbow replaces no rows.
-        rewrites=None if store == "longbow" else _rewrites(chance),
+        # Longbow and Parquet files replace no rows.
+        rewrites=None if store in ("longbow", "parquet") else _rewrites(chance),
+    )
+    return _with_more_faults(schedule)
+
+
+def _with_more_faults(schedule: Schedule) -> Schedule:
+    """The schedule with more kinds of faults in between."""
+    events = list(schedule.events)
+    for kind, (share, most) in _MORE_FAULTS.items():
+        chance = random.Random(f"{schedule.seed} {schedule.store} {schedule.power} {kind}")
+        if chance.random() >= share or kind in _NOT_FOR[schedule.store]:
+            continue
+        if schedule.power and kind in _NOT_WITH_POWER:
+            continue
+        for _ in range(chance.randint(1, most)):
+            event = Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
+            events.insert(chance.randint(0, len(events)), event)
+    schedule = replace(schedule, events=tuple(events))
+    if schedule.has("kill the overwriter") or schedule.has("drop the overwrite"):
+        chance = random.Random(f"{schedule.seed} {schedule.store} overwrites")
+        sizes = tuple(round(10 ** chance.uniform(0.5, 2.3)) for _ in range(chance.randint(2, 5)))
+        overwrites = Overwrites(
+            sizes,
+            tuple(chance.choice(["journal", "journal", "store"]) for _ in sizes),
+            batch_rows=max(1, max(sizes) // chance.choice([3, 10, 30])),
+            pause_s=chance.choice([0.0, 0.02, 0.1]),
+        )
+        schedule = replace(schedule, overwrites=overwrites)
+    return schedule
+
+
+def _poisoned(seed: int, store: str, uploads: tuple[Upload, ...]) -> tuple[Upload, ...]:
+    """The uploads, some with rows that the model fails on or that stores may refuse."""
+    chance = random.Random(f"{seed} {store} poison")
+    return tuple(
+        replace(
+            upload,
+            poisoned=chance.random() < 0.25,
+            points=chance.random() < 0.25 and store != "longbow",
+        )
+        for upload in uploads
     )
 
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,14 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
+from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from tests.doubles.longbow import LongbowDouble
+from tests.faults.intruder import Intruder, foreign_rows, stopped
 from tests.faults.launching import Launcher, Process
-from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries
+from tests.faults.ledger import MAX_ROW_BYTES, Ledger, UnreadableError, Upload, entries
+from tests.faults.nonsense import NonsenseStore
+from tests.faults.overwrites import Overwritten
 from tests.faults.plans import Event, Schedule
 from tests.faults.powerloss import lose_power
 from tests.faults.rewrites import Rewritten
@@ -33,11 +37,11 @@ from tests.integration.processes import eventually
 _READY = "listening on "
 _START_S = 60.0
 _SETTLE_S = 60.0
-_COLUMNS = ["n", "id", "text", "vector"]
+_COLUMNS = ("n", "id", "text", "vector", "point")
 # No fault explains these errors.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
-# Errors after which a client may try again later.
-_LATER = {"store_unavailable", "overloaded"}
+# Errors after which a client may try again later; `not_finite` is what the proxy refuses rows by.
+_LATER = {"store_unavailable", "overloaded", "unavailable", "not_finite"}
 _MOST_RESUMES = 10
 # After these a store that only appends may still be appending when it is asked for its rows.
 _DOUBLING = {"kill the server", "cut the power", "stall the store"}
@@ -132,6 +136,10 @@ class Play:
         self._store_ports = (free_port(), free_port())
         self._double = FaultyLongbow() if schedule.store == "longbow" else None
         self._store: Process | None = None
+        self._nonsense: NonsenseStore | None = None
+        self._intruder = Intruder(
+            "parquet" if schedule.store == "parquet" else "lance", self._vectors, folder / "hidden"
+        )
         self.ledger = Ledger(
             schedule.uploads,
             diaries,
@@ -145,8 +153,16 @@ class Play:
                 home=self._home,
                 read_store=self._read_store,
             ),
+            overwritten=schedule.overwrites
+            and Overwritten(
+                schedule.overwrites,
+                diaries / "overwrites",
+                home=self._home,
+                read_store=self._read_store,
+            ),
         )
         self._rewriter: Process | None = None
+        self._overwriter: Process | None = None
         self.clients: dict[int, list[Process]] = {one.number: [] for one in schedule.uploads}
 
     def __enter__(self) -> Play:
@@ -155,6 +171,11 @@ class Play:
             if self._double is not None:
                 stack.enter_context(self._double)
             self._store_address = self._start_store()
+            if self._plan.has("answer nonsense"):
+                data, meta = (f"grpc://127.0.0.1:{port}" for port in self._store_ports)
+                self._nonsense = NonsenseStore(data, meta, self._may_refuse)
+                stack.callback(self._nonsense.close)
+                self._store_address = self._nonsense.address
             self.server = self._start_server()
             self._stack = stack.pop_all()
         return self
@@ -166,13 +187,14 @@ class Play:
         for upload in self._plan.uploads:
             self.upload(upload)
         self._rewrite()
+        self._overwrite()
         for event in self._plan.events:
             time.sleep(event.pause_s)
             upload = self._plan.uploads[event.number % len(self._plan.uploads)]
             self._tell(f"{event.kind} ({event.number})")
             self._report.faults[event.kind] += 1
             self.happen(event, upload)
-            self.ledger.check()
+            self._check()
         self._bring_up()
         self._resume_all()
         self._assert_no_wrong_error()
@@ -189,8 +211,14 @@ class Play:
         self.server.send(signal.SIGTERM)
         assert self.server.wait(30), "the server does not end"
         self.ledger.check_end()
+        overwritten = self.ledger.overwritten
+        if overwritten is not None:
+            assert not self._staged(), f"staged datasets are left: {self._staged()}"
+            wrong = [one for one in entries(overwritten.diary) if one.get("error") in _WRONG_ERRORS]
+            assert not wrong, f"an overwrite fails: {wrong}"
         log = self.server.output()
-        assert "Traceback" not in log, "a traceback in the server's log"
+        # Of an answer that cannot be read the cause is logged.
+        assert "Traceback" not in log or self._nonsense, "a traceback in the server's log"
 
     def happen(self, event: Event, upload: Upload) -> None:
         """Carry out a fault; of client faults, `upload` is the victim."""
@@ -199,19 +227,19 @@ class Play:
         match event.kind:
             case "kill the server":
                 self.server.kill()
-                self.ledger.check()
+                self._check()
                 self.server = self._start_server()
             case "cut the power":
                 self.server.kill()
                 self._cut_power(
                     self._notes, [self._home, *([] if self._store else [self._vectors])]
                 )
-                self.ledger.check()
+                self._check()
                 self.server = self._start_server()
             case "end the server":
                 self.server.send(signal.SIGTERM)
                 assert self.server.wait(60), "the server does not end"
-                self.ledger.check()
+                self._check()
                 self.server = self._start_server()
             case "kill a worker":
                 self._kill_worker(event.number)
@@ -228,7 +256,7 @@ class Play:
                 self._store.kill()
                 if event.kind == "cut the store's power":
                     self._cut_power(self._store_notes, [self._vectors])
-                self.ledger.check()
+                self._check()
                 self._start_store()
             case "stop the store":
                 assert self._store is not None
@@ -241,6 +269,19 @@ class Play:
             case "stall the store":
                 assert self._double is not None
                 self._double.pause_s = 0.3
+            case "drop a dataset" | "make a dataset anew":
+                self._drop(event)
+            case "damage a file":
+                self._damage(event)
+            case "leave a call":
+                self._leave(event, upload)
+            case "kill the overwriter":
+                self._overwrite()
+            case "drop the overwrite":
+                self._drop_overwrite()
+            case "answer nonsense":
+                assert self._nonsense is not None
+                self._nonsense.begin(event.number)
             case "check":
                 pass
             case _:
@@ -255,6 +296,8 @@ class Play:
                     raise AssertionError(f"a client of {upload} does not end")
         if self._rewriter is not None:
             assert self._rewriter.wait(_SETTLE_S), "not all versions are acknowledged"
+        if self._overwriter is not None:
+            assert self._overwriter.wait(_SETTLE_S), "not all overwrites are complete"
         for upload in self._plan.uploads:
             summary = self._resume(upload)
             self._check_summary(upload, summary)
@@ -266,9 +309,12 @@ class Play:
             client = self.clients[upload.number][-1]
             assert client.wait(_SETTLE_S), f"the last client of {upload} does not end"
             last = list(entries(diary))[-1]
-            if "summary" in last:
+            dropped = self.ledger.was_dropped(upload.dataset)
+            if "summary" in last and (last["summary"]["complete"] or not dropped):
                 return dict(last["summary"])
-            assert last.get("error") in _LATER, f"{upload} does not come to its end: {last}"
+            later = _LATER | ({"upload_conflict"} if dropped else set())
+            told = "summary" in last or last.get("error") in later
+            assert told, f"{upload} does not come to its end: {last}"
             time.sleep(0.5)
         raise AssertionError(f"{upload} does not come to its end: {last}")
 
@@ -283,7 +329,14 @@ class Play:
             for entry in self.ledger.entries(upload):
                 if "error" in entry:
                     self._report.errors[entry["error"]] += 1
-                    assert entry["error"] not in _WRONG_ERRORS, f"{upload}: {entry}"
+                    self._assert_right_error(upload, entry)
+
+    def _assert_right_error(self, upload: Upload, entry: dict[str, Any]) -> None:
+        if entry["error"] == "upload_conflict" and self.ledger.was_dropped(upload.dataset):
+            for name in (upload.dataset, upload.upload_id, "gone"):
+                assert name in entry["message"], f"{upload}: {entry} does not name {name}"
+            return
+        assert entry["error"] not in _WRONG_ERRORS, f"{upload}: {entry}"
 
     def upload(
         self, upload: Upload, *, first: int = 0, resume: bool = False, **transfer: Any
@@ -321,6 +374,134 @@ class Play:
             transfer=self._plan.transfer,
         )
 
+    def _overwrite(self) -> None:
+        """Start the client that overwrites a dataset, after killing the last one."""
+        overwritten = self.ledger.overwritten
+        if overwritten is None:
+            return
+        if self._overwriter is not None:
+            self._overwriter.kill()
+        overwritten.diary.touch()
+        self._overwriter = self._launcher.start(
+            "overwrite",
+            self._folder / "clients.log",
+            address=self.address,
+            diary=str(overwritten.diary),
+            plan=overwritten.plan.as_dict(),
+            transfer=self._plan.transfer,
+        )
+
+    def _drop_overwrite(self) -> None:
+        """Drop the unfinished version by `fletcher overwrite`; the dataset keeps its rows."""
+        overwritten = self.ledger.overwritten
+        assert overwritten is not None
+        assert self._overwriter is not None
+        self._overwriter.kill()
+        if self._nonsense is not None:
+            self._nonsense.end()
+        self.server.send(signal.SIGTERM)
+        assert self.server.wait(60), "the server does not end"
+        self._check()
+        staged = self._staged()
+        where = ("--home", str(self._home), "--store", self._store_address)
+        listed = self._command("overwrite", "list", *where)
+        for name in staged:
+            assert name in listed, f"{name} is not listed: {listed}"
+        for name in {*staged, *overwritten.staged_in_journal()}:
+            self._tell(f"drops {name}")
+            told = self._command("overwrite", "drop", name, *where)
+            assert f"dropped {name}" in told, told
+            self._report.faults["overwrites dropped"] += 1
+        assert not self._staged()
+        assert not overwritten.staged_in_journal()
+        self._check()
+        self.server = self._start_server()
+        self._overwrite()
+
+    def _staged(self) -> list[str]:
+        """Names of the staged datasets."""
+        with closing(open_store(self._embedded)) as store:
+            return [info.name for info in store.staged_datasets()]
+
+    def _command(self, *argv: str) -> str:
+        """Run a command of Fletcher; returns what it printed."""
+        log = self._folder / "commands.log"
+        log.touch()
+        before = len(log.read_text())
+        process = self._launcher.start("command", log, argv=list(argv))
+        assert process.wait(_SETTLE_S), f"{argv} does not end"
+        return process.output()[before:]
+
+    def _drop(self, event: Event) -> None:
+        """Drop a dataset behind the server's back; perhaps another program makes it anew."""
+        chance = random.Random(event.number)
+        dataset = chance.choice(sorted({one.dataset for one in self._plan.uploads}))
+        schema = None
+        if self._intruder.damage is None or self._intruder.damage.dataset != dataset:
+            schema = self._intruder.schema_of(dataset)
+        anew = chance.randint(1, 5) if event.kind == "make a dataset anew" else 0
+        if schema is None:
+            self._tell(f"{dataset} is not there")
+            return
+        if self._store is not None and chance.random() < 0.6:
+            self._drop_by_action(dataset, schema, anew)
+        else:
+            writer = self._store or self.server
+            with stopped(writer):
+                if self._intruder.schema_of(dataset) is None:
+                    return
+                self.ledger.note_dropped(dataset, racing=False)
+                self._intruder.drop(dataset)
+                self.ledger.foreign[dataset] = anew
+                if anew:
+                    named = chance.random() < 0.7
+                    self._intruder.make_anew(dataset, schema, anew, named=named)
+        self._tell(f"{dataset} was dropped, {anew} rows are new")
+
+    def _drop_by_action(self, dataset: str, schema: pa.Schema, anew: int) -> None:
+        data, meta = self._store_ports
+        with closing(open_store(f"grpc://127.0.0.1:{data}?meta={meta}")) as store:
+            store.delete_dataset(dataset)
+            self.ledger.note_dropped(dataset, racing=True)
+            if anew:
+                rows = foreign_rows(schema, anew)
+                writer = store.open_writer(dataset, schema, "append")
+                writer.append([rows])
+                self.ledger.foreign[dataset] = anew
+
+    def _damage(self, event: Event) -> None:
+        """Lose or cut a data file of a dataset, until all events have happened."""
+        datasets = sorted({one.dataset for one in self._plan.uploads})
+        dataset = datasets[event.number % len(datasets)]
+        with stopped(self._store or self.server):
+            if not self._intruder.damage_file(dataset, event.number):
+                self._tell(f"{dataset} has no files")
+                return
+        damage = self._intruder.damage
+        assert damage is not None
+        self._tell(f"{damage.path} is {'cut' if damage.cut else 'lost'}")
+
+    def _leave(self, event: Event, upload: Upload) -> None:
+        """Let a client send some rows and leave."""
+        diary = self.ledger.new_diary(upload)
+        diary.touch()
+        client = self._launcher.start(
+            "leave",
+            self._folder / "clients.log",
+            address=self.address,
+            diary=str(diary),
+            plan=upload.as_dict(),
+            number=event.number,
+        )
+        self.clients[upload.number].append(client)
+
+    def _may_refuse(self, dataset: str) -> bool:
+        return any(upload.dataset == dataset for upload in self._plan.uploads)
+
+    def _check(self) -> None:
+        self.ledger.check()
+        self._intruder.check()
+
     def _start_server(self) -> Process:
         argv = [
             *("--home", str(self._home), "--model", self._plan.model),
@@ -336,8 +517,8 @@ class Play:
 
     def _start_store(self) -> str:
         """Start the store, if it is a process; returns its address."""
-        if self._plan.store == "lance":
-            return f"lance:{self._vectors}"
+        if self._plan.store in ("lance", "parquet"):
+            return self._embedded
         if self._double is not None:
             return f"{self._double.address}&profile=longbow"
         data, meta = self._store_ports
@@ -365,8 +546,17 @@ class Play:
         self._tell(f"{role} listens as {process.pid}")
         return process
 
+    @property
+    def _embedded(self) -> str:
+        """Address of the folder of vectors."""
+        return f"{'parquet' if self._plan.store == 'parquet' else 'lance'}:{self._vectors}"
+
     def _bring_up(self) -> None:
         """End faults that last."""
+        self._intruder.repair()
+        if self._nonsense is not None:
+            self._nonsense.end()
+            self._report.faults.update(self._nonsense.told)
         if self._double is not None:
             self._double.fail_after = None
 
@@ -396,13 +586,22 @@ class Play:
         """The store's rows, also if its process was killed."""
         if self._double is not None:
             return self._double.table(dataset) if dataset in self._double.tables else None
-        store = open_store(f"lance:{self._vectors}")
-        try:
-            if store.dataset(dataset) is None:
-                return None
-            return store.scan(dataset, columns=_COLUMNS).read_all()
-        finally:
-            store.close()
+        damage = self._intruder.damage
+        if damage is not None and damage.dataset == dataset and damage.is_silent:
+            raise UnreadableError
+        with closing(open_store(self._embedded)) as store:
+            try:
+                info = store.dataset(dataset)
+                if info is None:
+                    return None
+                columns = [name for name in _COLUMNS if name in info.schema.names]
+                return store.scan(dataset, columns=columns).read_all()
+            except StoreUnavailableError as error:
+                if damage is None or damage.dataset != dataset:
+                    raise
+                if damage.path.name not in error.message:
+                    raise AssertionError(f"{damage.path.name} is not named") from error
+                raise UnreadableError from error
 
     def _tell(self, what: str) -> None:
         self._story.append(f"{time.monotonic() - self._began:.3f} s: {what}")

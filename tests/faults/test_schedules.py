@@ -22,10 +22,12 @@ def launcher() -> Iterator[Launcher]:
 @pytest.mark.parametrize(
     ("store", "power", "seed"),
     [
-        *(("lance", False, seed) for seed in (17, 20, 23)),
-        *(("lance", True, seed) for seed in (4, 18, 36)),
-        *(("fletcher", False, seed) for seed in (4, 20)),
+        # Seeds with few rows and many kinds of faults.
+        *(("lance", False, seed) for seed in (60, 123)),
+        *(("lance", True, seed) for seed in (4, 18)),
+        *(("fletcher", False, seed) for seed in (326, 373)),
         *(("fletcher", True, seed) for seed in (4,)),
+        *(("parquet", False, seed) for seed in (96, 198)),
         *(("longbow", False, seed) for seed in (22,)),
     ],
 )

@@ -142,7 +142,11 @@ class FlightStore(Store):
         check_stored(name)
         if self._is_fletcher:
             request = protocol.ReplaceDatasetRequest(name, staged)
-            self._connection.run_action(protocol.REPLACE_DATASET, request)
+            if self._connection.run_action(protocol.REPLACE_DATASET, request) != protocol.REPLACED:
+                raise StoreUnavailableError(
+                    f"the store's answer to {protocol.REPLACE_DATASET} cannot be read",
+                    field="store",
+                )
             return
         info = self.dataset(staged)
         if info is None:

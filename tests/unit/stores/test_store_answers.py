@@ -43,6 +43,20 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(answer: bytes) -> None
         connection(answer).ask(protocol.STORED_RANGES, {}, protocol.StoredRangesAnswer)
 
 
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_dataset_is_replaced_only_if_the_store_says_so(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    # The client was told that its overwrite was complete, and the dataset had its old rows.
+    monkeypatch.setattr(FlightStore, "_is_fletcher", True)
+    store = object.__new__(FlightStore)
+    store._connection = connection(answer)
+    with pytest.raises(StoreUnavailableError, match="cannot be read"):
+        store.replace_dataset("d", "d.staged-0123456789abcdef")
+    store._connection = connection(b"replaced")
+    store.replace_dataset("d", "d.staged-0123456789abcdef")
+
+
 @pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]"])
 def test_ranges_that_are_no_rows_are_no_answer(
     monkeypatch: pytest.MonkeyPatch, ranges: bytes
