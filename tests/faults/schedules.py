@@ -36,7 +36,7 @@ from tests.integration.processes import eventually
 
 _READY = "listening on "
 _START_S = 60.0
-_SETTLE_S = 60.0
+_SETTLE_S = 240.0
 _COLUMNS = ("n", "id", "text", "vector", "point")
 # No fault explains these errors.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
@@ -209,7 +209,7 @@ class Play:
         eventually(self.ledger.all_stored, "all rows are stored", _SETTLE_S)
         self._tell("all is there")
         self.server.send(signal.SIGTERM)
-        assert self.server.wait(30), "the server does not end"
+        assert self.server.wait(60), "the server does not end"
         self.ledger.check_end()
         overwritten = self.ledger.overwritten
         if overwritten is not None:
