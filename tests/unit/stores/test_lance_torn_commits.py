@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from fletcher.errors import StoreUnavailableError
@@ -58,7 +57,7 @@ def test_rows_of_a_torn_commit_are_not_stored(
     step = getattr(lancedb_table.LanceTable, name)
     with monkeypatch.context() as patch:
         patch.setattr(lancedb_table.LanceTable, name, truncating(tmp_path / "d.lance", step))
-        with pytest.raises(StoreUnavailableError, match="`d`: data/.* is truncated"):
+        with pytest.raises(StoreUnavailableError, match=r"`d`: data/.* is truncated"):
             writer.append([rows.batch(100, 50)])
         assert texts(store) == before  # readers get the version before
         writer.close()
@@ -105,7 +104,7 @@ def test_a_torn_replacement_replaces_nothing(
     with monkeypatch.context() as patch:
         step = truncating(tmp_path / "d.lance", database.create_table)
         patch.setattr(database, "create_table", step)
-        with pytest.raises(StoreUnavailableError, match="`d`: data/.* is truncated"):
+        with pytest.raises(StoreUnavailableError, match=r"`d`: data/.* is truncated"):
             store.replace_dataset("d", staged)
     assert texts(store) == before
     store.replace_dataset("d", staged)
