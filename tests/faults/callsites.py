@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import ctypes
 import functools
 import importlib.abc
@@ -319,8 +320,11 @@ class _FailingExit:
         return self._manager.__enter__()
 
     def __exit__(self, *failure: Any) -> None:
+        idle = isinstance(self._manager, contextlib.ExitStack) and not self._manager._exit_callbacks
         self._manager.__exit__(*failure)
         fault = self._fault
+        if idle:  # nothing is left to do, and so nothing can fail
+            return
         raise error_for(str(sites[fault.site]), fault.index, fault.how, KINDS[self._kind])
 
 

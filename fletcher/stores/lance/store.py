@@ -115,24 +115,25 @@ class LanceStore(EmbeddedStore):
                 field="mode",
             )
         check_new_columns(schema)
-        with ExitStack() as undo, lance_errors(dataset):
-            lock = undo.enter_context(self.lock_dataset(dataset))
-            self._repair(dataset)
-            table = self._open_table(dataset)
-            if table is not None:
-                check_compatible(dataset, table.schema, schema)
-                added = new_fields(table.schema, schema)
-                if added:
-                    table.add_columns(pa.schema(added))
-            else:
-                fields = [field.with_nullable(True) for field in schema]
-                stored = pa.schema(fields, metadata=schema.metadata)
-                stored = with_incarnation(dataset, stored)
-                table = self._database.create_table(dataset, schema=stored)
-            writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
-            if dataset in self._replaced:
-                self._replaced.discard(dataset)
-                writer.old_versions_left = True
+        with ExitStack() as undo:
+            with lance_errors(dataset):
+                lock = undo.enter_context(self.lock_dataset(dataset))
+                self._repair(dataset)
+                table = self._open_table(dataset)
+                if table is not None:
+                    check_compatible(dataset, table.schema, schema)
+                    added = new_fields(table.schema, schema)
+                    if added:
+                        table.add_columns(pa.schema(added))
+                else:
+                    fields = [field.with_nullable(True) for field in schema]
+                    stored = pa.schema(fields, metadata=schema.metadata)
+                    stored = with_incarnation(dataset, stored)
+                    table = self._database.create_table(dataset, schema=stored)
+                writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+                undo.callback(writer.close)
+                writer.old_versions_left = dataset in self._replaced
+            self._replaced.discard(dataset)
             undo.pop_all()
         return writer
 

@@ -1,4 +1,4 @@
-"""Folder of a LanceDB table whose new files are synced and checked after each commit."""
+"""A LanceDB table's folder: sync and check of the files of a commit."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_a_step_between_two_lives_of_a_worker_may_fail(
             raise MemoryError
         return step(*args)
 
-    with running() as (_, submit):
+    with running(max_attempts=3) as (_, submit):
         assert submit(0).wait() == 0
         monkeypatch.setattr(owner, name, fail_once)
         assert submit(("die once", str(tmp_path / "flag"))).wait() == "survived"
