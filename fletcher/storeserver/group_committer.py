@@ -324,7 +324,7 @@ class GroupCommitter:
                 self._open_writer(info.schema, "append")
 
     def _close_lost_writer(self) -> None:
-        """Close the writer of a table that another program deleted, and forget the table's keys."""
+        """Close the writer, and forget its keys, if its table was deleted."""
         if self._writer is not None and not self._writer.holds_table:
             self._close_writer_logged()
 
