@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def close_for_good(close: Callable[[], None], what: str) -> None:
         try:
             close()
         except BaseException:
-            log.exception("%s cannot be closed", what)
+            with contextlib.suppress(BaseException):  # there may be no memory for the log, either
+                log.exception("%s cannot be closed", what)
         else:
             return
