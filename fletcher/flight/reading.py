@@ -147,7 +147,9 @@ def read_schema(reader: Any) -> pa.Schema:
 
 
 def _check_text(field: pa.Field) -> None:
-    """Decode names and time zones, also nested ones: Arrow does not check that they are UTF-8.
+    """Decode a field's names and time zone, also nested ones.
+
+    Arrow does not check that they are UTF-8.
 
     Raises:
         UnicodeDecodeError: One is not.
