@@ -199,13 +199,13 @@ def test_rows_in_memory_are_given_up_though_rows_of_the_journal_wait_before_them
 def test_rows_are_tried_before_they_are_given_up_however_short_the_patience() -> None:
     store = MemoryStore()
     with delivering(store, store_retry_s=0.0) as delivery:
+        store.down = outage()
         for number in range(5):
-            store.faults.append(("before", outage()))
             upload, sink = _patiently(delivery, f"u{number}")
             send(sink, upload, 0, 5)
             assert wait(upload, lambda one=upload: one.failure is not None)
             delivery.close_upload(upload, sink)
-        store.faults.clear()
+        store.down = None
         upload, sink = _patiently(delivery, "last")
         send(sink, upload, 0, 5)
         wait(upload, lambda: not upload.in_flight or upload.failure is not None)
