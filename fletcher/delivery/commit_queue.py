@@ -7,8 +7,11 @@ state is the set of waiting rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.actions import (
@@ -32,6 +35,7 @@ from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.groups import Group, Rows
 from fletcher.delivery.waiting_rows import WaitingRows
 from fletcher.errors import FletcherError
+from fletcher.util.insist import insist
 
 Action = Wait | Open | Append | Settle | GiveUp | Release | Rest | Stop
 Outcome = Stored | Unavailable | Failed | Refused | list[Group] | bool | None
@@ -41,6 +45,8 @@ Outcome = Stored | Unavailable | Failed | Refused | list[Group] | bool | None
 _COMMIT_BYTES = 32 << 20
 # Pause before groups are settled once more.
 _SETTLE_PAUSE_S = 1.0
+
+_Made = TypeVar("_Made", Append, GiveUp, Release)
 
 
 class CommitQueue:
@@ -195,7 +201,9 @@ class CommitQueue:
         if self._settling and self._settle_at <= now:
             return self._settling.popleft()
         if self._can_open():
-            return Open(self._openings.popleft())
+            action = Open(self._openings[0])
+            self._openings.popleft()
+            return action
         if (overdue := self._take_overdue(now)) is not None:
             return overdue
         due_at = self._due_at(now)
@@ -204,22 +212,23 @@ class CommitQueue:
     def _stop(self) -> Stop:
         groups = [group for one in self._settling for group in one.groups]
         unsettled = [rows for group in groups for rows in group.rows]
-        openings = tuple(self._openings)
+        stop = Stop(unsettled, tuple(self._openings))
+        stop.rows.extend(self.waiting.remove_all())
         self._settling.clear()
         self._openings.clear()
-        return Stop([*unsettled, *self.waiting.remove_all()], openings)
+        return stop
 
     def _append_due(self, now: float) -> Append | Release:
         abandoned, in_doubt = self.remove_abandoned()
         if abandoned:
-            return Release(abandoned, in_doubt)
+            return _made(Release, abandoned, in_doubt)
         groups = self.waiting.take_groups(
             now,
             max_rows=self._append_size.limit(self._config.commit_rows),
             max_bytes=self._append_size.limit(_COMMIT_BYTES),
             group_rows=self._config.group_rows,
         )
-        return Append(groups, full=self.waiting.in_order)
+        return _made(Append, groups, full=self.waiting.in_order)
 
     def _wait(self, due_at: float, now: float) -> Wait | Rest:
         if self._settling:
@@ -293,7 +302,7 @@ class CommitQueue:
         since, retry_s = self._failing_since(), self._config.store_retry_s
         if hopeless := self.waiting.take_hopeless(now - retry_s):
             error = self.failing[1] if self.failing else unexpected_failure()
-            return GiveUp(hopeless, error, in_doubt=True)
+            return _made(GiveUp, hopeless, error, in_doubt=True)
         if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
             return None
         error = self.failing[1] if self.failing else self._breaker.error_for(self._dataset)
@@ -304,7 +313,7 @@ class CommitQueue:
             # Let later rows be sent without a pause: only a new append can end the failing state.
             self.failing = None
             self._append_size.resume(now)
-        return GiveUp(overdue, error, in_doubt)
+        return _made(GiveUp, overdue, error, in_doubt)
 
     def _failing_since(self) -> float | None:
         """Time since which the breaker holds this dataset back, or appends to it fail.
@@ -317,3 +326,8 @@ class CommitQueue:
     @property
     def _held_since(self) -> float | None:
         return self._breaker.held_since(self._dataset)
+
+
+def _made(kind: Callable[..., _Made], *fields: Any, **more: Any) -> _Made:
+    """An action with rows that were removed from the queue: nothing else holds them."""
+    return insist(functools.partial(kind, *fields, **more), "the committer's next action")

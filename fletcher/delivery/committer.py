@@ -174,16 +174,26 @@ class Committer:
     def _run(self) -> None:
         what = f"`{self.destination.dataset}`: the committer"
         while not isinstance(action := insist(self._next_action, what), actions.Stop):
-            outcome = self._carry_out(action)
+            try:
+                outcome = self._carry_out(action)
+            except BaseException:
+                log.exception("%s failed", what)
+                outcome = insist(functools.partial(self._fail, action), what)
             insist(functools.partial(self._note_outcome, action, outcome), what)
-        self.destination.breaker.remove_listener(self._wake)
-        for opening in action.openings:
-            if opening.ready.set_running_or_notify_cancel():
+        for step in (
+            functools.partial(self.destination.breaker.remove_listener, self._wake),
+            functools.partial(self._refuse_openings, action.openings),
+            functools.partial(self._give_up, action.rows, actions.shutting_down()),
+            self._dedupe_index.invalidate,
+            self._release_decision,
+            self._sender.close_writer,
+        ):
+            insist(step, what)
+
+    def _refuse_openings(self, openings: Sequence[actions.Opening]) -> None:
+        for opening in openings:
+            if not opening.ready.done():
                 opening.ready.set_exception(actions.shutting_down())
-        self._give_up(action.rows, actions.shutting_down())
-        self._dedupe_index.invalidate()
-        self._release_decision()
-        self._sender.close_writer()
 
     def _note_outcome(self, action: Action, outcome: Outcome) -> None:
         with self._changed:
@@ -206,7 +216,7 @@ class Committer:
             self._may_decide = False
 
     def _carry_out(self, action: Action) -> Outcome:
-        """The outcome of an action. Never raises."""
+        """The outcome of an action."""
         match action:
             case actions.Open(opening):
                 self._open(opening)
@@ -227,6 +237,20 @@ class Committer:
                     insist(one.on_released, f"`{self.destination.dataset}`: releasing rows")
             case actions.Rest():
                 return self._rest()
+        return None
+
+    def _fail(self, action: Action) -> Outcome:
+        """The outcome of an action that raised an error, and may have been carried out."""
+        match action:
+            case actions.Open(opening):
+                if not opening.ready.done():
+                    opening.ready.set_exception(actions.unexpected_failure())
+            case actions.Append(groups):
+                return actions.Failed(len(groups), 0.0, actions.unexpected_failure())
+            case actions.Settle(groups):
+                return groups
+            case actions.GiveUp() | actions.Release():
+                return self._carry_out(action)
         return None
 
     def _rest(self) -> bool:

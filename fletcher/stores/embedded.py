@@ -28,6 +28,10 @@ _STORE_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, err
 class EmbeddedStore(Store):
     """Store of datasets in a folder, which is created if missing. Thread-safe.
 
+    Attributes:
+        known_whole: Datasets whose newest version is known to be complete. Other datasets are
+            checked before they are read or written.
+
     Raises:
         StoreError: The folder cannot be created.
     """
@@ -46,6 +50,7 @@ class EmbeddedStore(Store):
         self.address = f"{self.scheme}:{folder}"
         self.folder = folder
         self.writers: set[EmbeddedWriter] = set()
+        self.known_whole: set[str] = set()
         self._left_out: set[str] = set()  # datasets that the log named
         try:
             make_folder(folder)
