@@ -22,9 +22,9 @@ from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
+from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
-    SyncedFolder,
     check_new_columns,
     distinct_keys,
     lance_errors,
@@ -101,7 +101,6 @@ class LanceStore(EmbeddedStore):
 
         self._connect = connect
         self._database = connect(folder)
-        self._repaired: set[str] = set()  # datasets whose newest version was complete
         self._replaced: set[str] = set()  # datasets whose old version is to be deleted later
         self._reading = threading.Lock()
         self._earlier = EarlierVersions()
@@ -116,24 +115,25 @@ class LanceStore(EmbeddedStore):
                 field="mode",
             )
         check_new_columns(schema)
-        with ExitStack() as undo, lance_errors(dataset):
-            lock = undo.enter_context(self.lock_dataset(dataset))
-            self._repair(dataset)
-            table = self._open_table(dataset)
-            if table is not None:
-                check_compatible(dataset, table.schema, schema)
-                added = new_fields(table.schema, schema)
-                if added:
-                    table.add_columns(pa.schema(added))
-            else:
-                fields = [field.with_nullable(True) for field in schema]
-                stored = pa.schema(fields, metadata=schema.metadata)
-                stored = with_incarnation(dataset, stored)
-                table = self._database.create_table(dataset, schema=stored)
-            writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
-            if dataset in self._replaced:
-                self._replaced.discard(dataset)
-                writer.old_versions_left = True
+        with ExitStack() as undo:
+            with lance_errors(dataset):
+                lock = undo.enter_context(self.lock_dataset(dataset))
+                self._repair(dataset)
+                table = self._open_table(dataset)
+                if table is not None:
+                    check_compatible(dataset, table.schema, schema)
+                    added = new_fields(table.schema, schema)
+                    if added:
+                        table.add_columns(pa.schema(added))
+                else:
+                    fields = [field.with_nullable(True) for field in schema]
+                    stored = pa.schema(fields, metadata=schema.metadata)
+                    stored = with_incarnation(dataset, stored)
+                    table = self._database.create_table(dataset, schema=stored)
+                writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+                undo.callback(writer.close)
+                writer.old_versions_left = dataset in self._replaced
+            self._replaced.discard(dataset)
             undo.pop_all()
         return writer
 
@@ -172,7 +172,7 @@ class LanceStore(EmbeddedStore):
                 old = self.incarnation(name)
             folder = self.folder / f"{name}.lance"
             if not folder.exists():
-                SyncedFolder(self.folder / f"{staged}.lance").sync_new_files(settled=True)
+                self._synced(staged).sync_new_files(settled=True)
                 (self.folder / f"{staged}.lance").rename(folder)
                 sync_path(self.folder)
                 return
@@ -187,11 +187,11 @@ class LanceStore(EmbeddedStore):
                     mode=mode,
                     on_bad_vectors="null",
                 )
-                SyncedFolder(folder).sync_new_files(settled=True)
-                self._repaired.add(name)
+                self._synced(name).sync_new_files(settled=True)
+                self.known_whole.add(name)
                 self._replaced.add(name)
             self._database.drop_table(staged)
-            self._repaired.discard(staged)
+            self.known_whole.discard(staged)
             sync_path(self.folder)
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
@@ -253,7 +253,7 @@ class LanceStore(EmbeddedStore):
             if not known:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
-            self._repaired.discard(name)
+            self.known_whole.discard(name)
             sync_path(self.folder)
 
     def close(self) -> None:
@@ -263,10 +263,13 @@ class LanceStore(EmbeddedStore):
 
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock."""
-        if name not in self._repaired:
+        if name not in self.known_whole:
             with lance_errors(name):
                 set_torn_versions_aside(self.folder / f"{name}.lance")
-            self._repaired.add(name)
+            self.known_whole.add(name)
+
+    def _synced(self, name: str) -> SyncedFolder:
+        return SyncedFolder(self.folder / f"{name}.lance", self.known_whole)
 
     def _open_table(self, name: str) -> Any | None:
         """A table at its newest complete version; None if it does not exist.
@@ -281,7 +284,7 @@ class LanceStore(EmbeddedStore):
             return None
         database = self._database
         with lance_errors(name):
-            if name not in self._repaired:
+            if name not in self.known_whole:
                 manifest, torn = find_whole_version(folder)
                 if manifest is None:
                     return None
@@ -290,7 +293,7 @@ class LanceStore(EmbeddedStore):
                     with self._reading:
                         database = self._connect(self._earlier.folder_of(manifest))
                 else:
-                    self._repaired.add(name)
+                    self.known_whole.add(name)
             table = database.open_table(name)
             if not _is_dataset(table.schema):
                 raise InvalidCommandError(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -542,6 +545,31 @@ def test_a_second_writer_is_refused_in_this_process_and_in_another(store):
     assert "being written" in answer.stdout
     writer.close()
     store.open_writer("d", rows.schema(), "append").close()
+
+
+@pytest.mark.parametrize("file", ["_common_metadata", "u~0-9.parquet", "u:0-9.parquet"])
+def test_a_damaged_parquet_dataset_is_left_out_and_breaks_no_list(tmp_path, file):
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 10))
+    shutil.copytree(tmp_path / "d", tmp_path / "bad")
+    (tmp_path / "bad" / file).write_bytes(b"PAR1 and no more")
+    with pytest.raises(StoreUnavailableError, match="`bad` cannot be read") as caught:
+        store.dataset("bad")
+    assert caught.value.field == "dataset"
+    assert str(tmp_path) not in caught.value.message
+    assert [info.name for info in store.datasets()] == ["d"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ENOTDIR])
+def test_only_a_full_or_read_only_disk_concerns_the_whole_store(store, code, monkeypatch):
+    writer = store.open_writer("d", rows.schema(), "append")
+    fault = OSError(code, os.strerror(code))
+    monkeypatch.setattr("pyarrow.parquet.write_table", Mock(side_effect=fault))
+    monkeypatch.setattr(type(writer), "_add", Mock(side_effect=fault), raising=False)
+    with pytest.raises(StoreUnavailableError) as caught:
+        writer.append([rows.batch(0, 10)])
+    assert caught.value.field == ("store" if code in (errno.ENOSPC, errno.EROFS) else "dataset")
+    writer.close()
 
 
 def test_columns_may_be_added_and_left_out_in_lance(tmp_path):
