@@ -56,11 +56,17 @@ class CommitQueue:
     `time.monotonic`.
 
     Args:
+        dataset: Name of the dataset, as the breaker knows it.
         linger_s: Idle time after which the committer offers to end.
     """
 
     def __init__(
-        self, config: DeliveryConfig, breaker: Breaker, append_size: AppendSize, linger_s: float
+        self,
+        config: DeliveryConfig,
+        dataset: str,
+        breaker: Breaker,
+        append_size: AppendSize,
+        linger_s: float,
     ) -> None:
         self.waiting = WaitingRows()
         self.stopped = False  # if True, rows and openings are no longer accepted
@@ -68,6 +74,7 @@ class CommitQueue:
         # not fail.
         self.failing: tuple[float, FletcherError] | None = None
         self._config = config
+        self._dataset = dataset
         self._breaker = breaker
         self._append_size = append_size
         self._linger_s = linger_s
@@ -270,9 +277,9 @@ class CommitQueue:
 
     def _ready_at(self, now: float) -> float:
         """Earliest start of the next append that breaker and append size allow."""
-        if self._breaker.unavailable_since is not None:
+        if self._held_since is not None:
             self._was_unavailable = True
-            return self._breaker.ready_at(self)
+            return self._breaker.ready_at(self._dataset)
         if self._was_unavailable:
             self._was_unavailable = False
             self._append_size.resume(now)
@@ -298,7 +305,7 @@ class CommitQueue:
             return _made(GiveUp, hopeless, error, in_doubt=True)
         if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
             return None
-        error = self.failing[1] if self.failing else self._breaker.error_for(self)
+        error = self.failing[1] if self.failing else self._breaker.error_for(self._dataset)
         overdue, in_doubt = self.waiting.remove_in_memory(
             lambda rows: max(since, rows.arrived) + retry_s <= now
         )
@@ -309,12 +316,16 @@ class CommitQueue:
         return _made(GiveUp, overdue, error, in_doubt)
 
     def _failing_since(self) -> float | None:
-        """Time since which the store is unavailable, or appends to this dataset fail.
+        """Time since which the breaker holds this dataset back, or appends to it fail.
 
         None if neither is the case.
         """
-        since = [self._breaker.unavailable_since, self.failing[0] if self.failing else None]
+        since = [self._held_since, self.failing[0] if self.failing else None]
         return min((one for one in since if one is not None), default=None)
+
+    @property
+    def _held_since(self) -> float | None:
+        return self._breaker.held_since(self._dataset)
 
 
 def _made(kind: Callable[..., _Made], *fields: Any, **more: Any) -> _Made:

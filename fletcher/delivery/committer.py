@@ -21,6 +21,7 @@ lock.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -77,7 +78,11 @@ class Committer:
         self._on_idle = on_idle
         self._changed = threading.Condition()
         self._queue = CommitQueue(
-            config, destination.breaker, self.append_size, timing.committer_linger_s
+            config,
+            destination.dataset,
+            destination.breaker,
+            self.append_size,
+            timing.committer_linger_s,
         )
         # Used on the committer's thread only:
         self._may_decide = False  # whether it holds the right to decide which rows are duplicates
@@ -173,7 +178,8 @@ class Committer:
             try:
                 outcome = self._carry_out(action)
             except BaseException:
-                log.exception("%s failed", what)
+                with contextlib.suppress(BaseException):
+                    log.exception("%s failed", what)
                 outcome = insist(functools.partial(self._fail, action), what)
             insist(functools.partial(self._note_outcome, action, outcome), what)
         for step in (
@@ -257,12 +263,12 @@ class Committer:
             return False
 
     def _open(self, opening: actions.Opening) -> None:
-        ready, breaker = opening.ready, self.destination.breaker
+        ready, breaker, dataset = opening.ready, self.destination.breaker, self.destination.dataset
         if not ready.set_running_or_notify_cancel():
             return
         try:
-            breaker.require_ready(self._queue)
-            with breaker.guard_call(self._queue, proof=False):
+            breaker.require_ready(dataset)
+            with breaker.guard_call(dataset, proof=False):
                 if opening.staged is not None:
                     self._sender.replace_dataset(opening.staged)
                 elif opening.schema is not None:
@@ -270,7 +276,7 @@ class Committer:
         except FletcherError as error:
             ready.set_exception(error)
         except BaseException:
-            log.exception("cannot open `%s`", self.destination.dataset)
+            log.exception("cannot open `%s`", dataset)
             ready.set_exception(actions.unexpected_failure())
         else:
             ready.set_result(None)
@@ -286,7 +292,7 @@ class Committer:
                 if not self._may_decide:
                     error = self._dedupe_index.pending_error()
                     return actions.Unavailable(0, time.monotonic() - started, error)
-            with self.destination.breaker.guard_call(self._queue):
+            with self.destination.breaker.guard_call(self.destination.dataset):
                 if decides:
                     num_groups = self._dedupe_index.decide_groups(groups)
                 slow_down = self._sender.append_groups(groups[:num_groups])
@@ -309,7 +315,7 @@ class Committer:
         # Log only the first failure in a row. Log a refusal as too much only if the append had full
         # size, because a store with a low limit refuses again and again.
         news = self.append_size.share == 1 or not isinstance(error, OverloadedError)
-        available = self.destination.breaker.unavailable_since is None
+        available = self.destination.breaker.held_since(self.destination.dataset) is None
         if news and available and self._queue.failing is None:
             log.warning("`%s`: %s; trying again", self.destination.dataset, error)
 

@@ -14,6 +14,7 @@ from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
 from fletcher.delivery.journal.journal import Journal
 from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, WriteMode
+from fletcher.util.closing import close_for_good
 
 log = logging.getLogger(__name__)
 
@@ -147,19 +148,14 @@ class GroupSender:
             return wanted
         missing = set(writer.missing_keys(sorted(in_doubt)))
         if not missing <= in_doubt:
-            raise StoreUnavailableError(
-                "the store names groups that it was not asked about", field="store"
-            )
+            raise StoreUnavailableError("the store names groups that it was not asked about")
         return {key: one for key, one in wanted.items() if key in missing or key not in in_doubt}
 
     def close_writer(self) -> None:
         """Close the dataset's writer; the next append or opening opens another one."""
         writer, self._writer, self._kind = self._writer, None, None
         if writer is not None:
-            try:
-                writer.close()
-            except BaseException:
-                log.exception("closing `%s`", self._destination.dataset)
+            close_for_good(writer.close, f"`{self._destination.dataset}`: its writer")
 
 
 @contextlib.contextmanager
@@ -178,4 +174,6 @@ def _journal_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None
+        raise StoreUnavailableError(
+            f"the journal's disk fails: {error.strerror}", field="journal"
+        ) from None

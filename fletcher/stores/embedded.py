@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +20,9 @@ from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
 
 log = logging.getLogger(__name__)
+
+# Errors of a disk that all datasets of a store get. Lance reports them as part of a message.
+_STORE_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 
 
 class EmbeddedStore(Store):
@@ -144,3 +149,8 @@ class EmbeddedWriter(DatasetWriter):
 
     def finish(self) -> None:
         """Finish the writer's work, before `close` releases the lock."""
+
+
+def concerns_store(error: Exception) -> bool:
+    """Whether an error of the disk concerns all datasets of a store, not one alone."""
+    return any(reason in str(error) for reason in _STORE_REASONS)

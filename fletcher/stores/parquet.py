@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
-from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
+from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.exact_search import check_query, nearest, unknown_dataset
 from fletcher.stores.schemas import (
     check_compatible,
@@ -65,28 +66,31 @@ class ParquetStore(EmbeddedStore):
         check_storable(schema)
         schema = _as_stored(schema)
         folder = self.folder / dataset
-        with ExitStack() as undo, _disk_errors(dataset):
-            lock = undo.enter_context(self.lock_dataset(dataset))
-            self._finish_replacement(dataset)
-            folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(".*.tmp"):  # of a killed writer
-                leftover.unlink()
-            if (folder / _SCHEMA_FILE).exists():
-                stored = pq.read_schema(folder / _SCHEMA_FILE)
-                check_compatible(dataset, stored, schema)
-                added = new_fields(stored, schema)
-                if added:
-                    stored = pa.schema([*stored, *added], metadata=stored.metadata)
+        with ExitStack() as undo:
+            with _disk_errors(dataset):
+                lock = undo.enter_context(self.lock_dataset(dataset))
+                self._finish_replacement(dataset)
+                folder.mkdir(exist_ok=True)
+                for leftover in folder.glob(".*.tmp"):  # of a killed writer
+                    leftover.unlink()
+                if (folder / _SCHEMA_FILE).exists():
+                    stored = pq.read_schema(folder / _SCHEMA_FILE)
+                    check_compatible(dataset, stored, schema)
+                    added = new_fields(stored, schema)
+                    if added:
+                        stored = pa.schema([*stored, *added], metadata=stored.metadata)
+                        _write_schema(folder, stored)
+                else:
+                    stored = with_incarnation(dataset, schema)
                     _write_schema(folder, stored)
-            else:
-                stored = with_incarnation(dataset, schema)
-                _write_schema(folder, stored)
-            # Sync the files found here, as they count as stored: their writer may have died before
-            # its sync.
-            sync_path(folder)
-            sync_path(self.folder)
+                # Sync the files found here, as they count as stored: their writer may have died
+                # before its sync.
+                sync_path(folder)
+                sync_path(self.folder)
+                writer = ParquetWriter(self, dataset, lock, schema=stored)
+                undo.callback(writer.close)
             undo.pop_all()
-        return ParquetWriter(self, dataset, lock, schema=stored)
+        return writer
 
     def dataset_names(self) -> Iterator[str]:
         # While a dataset is replaced, only its pointer may be there.
@@ -100,10 +104,10 @@ class ParquetStore(EmbeddedStore):
         schema = self.read_schema(name)
         if schema is None:
             return None
-        files = self._files(name)
         with self._named_damage(name):
+            files = self._files(name)
             num_rows = sum(pq.read_metadata(path).num_rows for path in files)
-        num_bytes = sum(path.stat().st_size for path in files)
+            num_bytes = sum(path.stat().st_size for path in files)
         return DatasetInfo(name, schema, num_rows, num_bytes)
 
     def read_schema(self, name: str) -> pa.Schema | None:
@@ -171,20 +175,22 @@ class ParquetStore(EmbeddedStore):
 
     @contextmanager
     def _named_damage(self, dataset: str) -> Iterator[None]:
-        """Context of reads; an unreadable file's error becomes one that names the file.
+        """Context of reads; the error about a damaged file names the file.
 
         Raises:
             StoreUnavailableError: A file is damaged, or cannot be read now.
         """
-        try:
-            yield
-        except (pa.ArrowInvalid, OSError) as error:
-            paths = [self._current(dataset) / _SCHEMA_FILE, *self._files(dataset)]
-            name = next((path.name for path in paths if not _is_readable(path)), "a file")
-            reason = f"dataset `{dataset}` is damaged: {name} cannot be read"
-            raise StoreUnavailableError(
-                f"{reason}; put that file back, or delete the dataset", field="dataset"
-            ) from error
+        with _disk_errors(dataset):
+            try:
+                yield
+            except pa.ArrowInvalid as error:
+                paths = [self._current(dataset) / _SCHEMA_FILE, *self._files(dataset)]
+                name = next((path.name for path in paths if not _is_whole(path)), "a file")
+                raise StoreUnavailableError(
+                    f"dataset `{dataset}` is damaged: {name} cannot be read; put that file back, or "
+                    "delete the dataset",
+                    field="dataset",
+                ) from error
 
     def _files(self, dataset: str) -> list[Path]:
         return sorted(self._current(dataset).glob(f"*{_SUFFIX}"))
@@ -271,12 +277,12 @@ class ParquetWriter(EmbeddedWriter):
         return self._folder / f"{key}{_SUFFIX}"
 
 
-def _is_readable(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     try:
         with pq.ParquetFile(path) as file:
             for _ in file.iter_batches(8192):
                 pass
-    except (pa.ArrowInvalid, OSError):
+    except pa.ArrowInvalid:
         return False
     return True
 
@@ -313,8 +319,10 @@ def _write_schema(folder: Path, schema: pa.Schema) -> None:
 def _disk_errors(dataset: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, pa.ArrowInvalid) as error:
+        code = getattr(error, "errno", None)
+        cause = os.strerror(code) if code else "a file of it is not a whole Parquet file"
         raise StoreUnavailableError(
-            f"dataset `{dataset}` cannot be written: {error.strerror or type(error).__name__}",
-            field="store",
+            f"dataset `{dataset}` cannot be read or written: {cause}",
+            field="store" if concerns_store(error) else "dataset",
         ) from error

@@ -22,7 +22,7 @@ from fletcher.errors import (
     StoreUnavailableError,
 )
 from fletcher.stores.base import WriteMode
-from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
+from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.filters import quoted
 from fletcher.stores.lance.probe import is_readable
 from fletcher.stores.lance.synced_folder import SyncedFolder
@@ -321,8 +321,8 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Invalid input" in text:
             reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
             raise RequestError(reason) from error
-        if "No space left" in text or "StorageFull" in text:  # concerns all datasets
-            reason, field = "the disk is full; free some space", "store"
+        if concerns_store(error) or "StorageFull" in text:
+            reason, field = "the disk is full or read-only; free some space", "store"
         else:
             at = _DATA_FILE.search(text)
             reason = f"LanceDB failed{f' on {at[0]}' if at else ''}; see the log"
