@@ -187,8 +187,8 @@ class ParquetStore(EmbeddedStore):
                 paths = [self._current(dataset) / _SCHEMA_FILE, *self._files(dataset)]
                 name = next((path.name for path in paths if not _is_whole(path)), "a file")
                 raise StoreUnavailableError(
-                    f"dataset `{dataset}` is damaged: {name} cannot be read; put that file back, or "
-                    "delete the dataset",
+                    f"dataset `{dataset}` is damaged: {name} cannot be read; put that file back, "
+                    "or delete the dataset",
                     field="dataset",
                 ) from error
 
