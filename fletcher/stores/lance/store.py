@@ -142,17 +142,18 @@ class LanceStore(EmbeddedStore):
 
     def dataset(self, name: str) -> DatasetInfo | None:
         check_stored(name)
-        table = self._open_table(name)
-        if table is None:
-            return None
         with lance_errors(name):
+            table = self._open_table(name)
+            if table is None:
+                return None
             size = table.stats()["total_bytes"]
             return DatasetInfo(name, table.schema, table.count_rows(), int(size))
 
     def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)
-        table = self._open_table(name)
-        return None if table is None else table.schema
+        with lance_errors(name):
+            table = self._open_table(name)
+            return None if table is None else table.schema
 
     def replace_dataset(self, name: str, staged: str) -> None:
         """See `Store.replace_dataset`. Copies the rows, in one commit.
@@ -195,40 +196,43 @@ class LanceStore(EmbeddedStore):
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
-        table = self._open_table(dataset)
-        if table is None or "batch_key" not in table.schema.names:
-            return []
-        prefix = conditions.quoted(f"{upload_id}:")
-        keys = distinct_keys(dataset, table, f"starts_with(batch_key, {prefix})")
+        with lance_errors(dataset):
+            table = self._open_table(dataset)
+            if table is None or "batch_key" not in table.schema.names:
+                return []
+            prefix = conditions.quoted(f"{upload_id}:")
+            keys = distinct_keys(dataset, table, f"starts_with(batch_key, {prefix})")
         return upload_ranges(keys, upload_id)
 
     def scan(
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
-        table = self._table(name)
-        wanted = wanted_columns(name, table.schema, columns)
-        query = _filtered(name, table, table.search(), filters).select(wanted)
-        if limit is not None:
-            query = query.limit(limit)
-        return query.to_batches(_scan_rows(table.schema))
+        with lance_errors(name):
+            table = self._table(name)
+            wanted = wanted_columns(name, table.schema, columns)
+            query = _filtered(name, table, table.search(), filters).select(wanted)
+            if limit is not None:
+                query = query.limit(limit)
+            rows = query.to_batches(_scan_rows(table.schema))
+        return pa.RecordBatchReader.from_batches(rows.schema, _read_batches(name, rows))
 
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        table = self._table(dataset)
-        scores = check_query(dataset, table.schema, vector, k)
-        wanted = wanted_columns(dataset, table.schema, columns)
-        read = list(dict.fromkeys([*wanted, *scores.columns]))
-        similarity = scores.similarity
-        metric = None  # of LanceDB, if it can search such vectors
-        if similarity.output == "dense" and similarity.reader is not None:
-            dtype = similarity.reader.dtype
-            metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
-            metric = None if dtype == "int8" else metric
-        if metric is None:
-            rows = self.scan(dataset, columns=read, filters=filters)
-            return nearest(rows, scores, k=k, columns=wanted)
         with lance_errors(dataset):
+            table = self._table(dataset)
+            scores = check_query(dataset, table.schema, vector, k)
+            wanted = wanted_columns(dataset, table.schema, columns)
+            read = list(dict.fromkeys([*wanted, *scores.columns]))
+            similarity = scores.similarity
+            metric = None  # of LanceDB, if it can search such vectors
+            if similarity.output == "dense" and similarity.reader is not None:
+                dtype = similarity.reader.dtype
+                metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
+                metric = None if dtype == "int8" else metric
+            if metric is None:
+                rows = self.scan(dataset, columns=read, filters=filters)
+                return nearest(rows, scores, k=k, columns=wanted)
             is_exact = metric != "hamming" and not _has_vector_index(table)
             query = pack_signs(scores.query) if metric == "hamming" else scores.query
             limit = k if is_exact else max(k, min(k * CANDIDATES, MAX_CANDIDATES))
@@ -291,12 +295,12 @@ class LanceStore(EmbeddedStore):
                 else:
                     self.known_whole.add(name)
             table = database.open_table(name)
-        if not _is_dataset(table.schema):
-            raise InvalidCommandError(
-                f"`{name}` is a LanceDB table that Fletcher did not write; choose another name",
-                field="dataset",
-            )
-        return table
+            if not _is_dataset(table.schema):
+                raise InvalidCommandError(
+                    f"`{name}` is a LanceDB table that Fletcher did not write; choose another name",
+                    field="dataset",
+                )
+            return table
 
     def _table(self, name: str) -> Any:
         check_stored(name)
@@ -310,6 +314,11 @@ def _is_dataset(schema: pa.Schema) -> bool:
     """Whether Fletcher wrote the table, or may write to it: it has ids and vectors."""
     written = any(key.startswith(b"fletcher.") for key in schema.metadata or ())
     return written or {"id", "vector"} <= set(schema.names)
+
+
+def _read_batches(dataset: str, rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    with lance_errors(dataset):
+        yield from rows
 
 
 def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:

@@ -628,6 +628,45 @@ def test_a_writer_notices_that_its_table_is_gone(tmp_path, anew):
     assert store.incarnation("d") != old
 
 
+READINGS = {
+    "dataset": lambda store: store.dataset("d"),
+    "incarnation": lambda store: store.incarnation("d"),
+    "stored_ranges": lambda store: store.stored_ranges("d", "u"),
+    "scan": lambda store: store.scan("d").read_all(),
+    "search": lambda store: store.search("d", np.ones(8, np.float32), k=3),
+    "delete_dataset": lambda store: store.delete_dataset("d"),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_table_that_goes_away_while_it_is_read_is_unavailable(tmp_path, monkeypatch, name):
+    """A call that met it was told of an internal failure, so its client gave up."""
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, rows.batch(0, 5))
+    open_table = store._database.open_table
+
+    def open_and_drop(dataset: str):
+        table = open_table(dataset)
+        shutil.rmtree(tmp_path / f"{dataset}.lance")
+        return table
+
+    monkeypatch.setattr(store._database, "open_table", open_and_drop)
+    with pytest.raises((StoreUnavailableError, UnknownDatasetError)):
+        READINGS[name](store)
+    store.close()
+
+
+def test_rows_that_go_away_while_they_are_scanned_are_unavailable(tmp_path):
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, *(rows.batch(5 * number, 5) for number in range(3)))
+    reader = store.scan("d")
+    for path in (tmp_path / "d.lance" / "data").iterdir():
+        path.unlink()
+    with pytest.raises(StoreUnavailableError, match="LanceDB failed"):
+        reader.read_all()
+    store.close()
+
+
 def chunks(*texts: tuple[str, int | None], version: str, key: str) -> pa.RecordBatch:
     """Rows of texts, given by id and number of chunks; None for a failed text."""
     made = []
@@ -780,6 +819,7 @@ _DEEP = pa.struct([("f", pa.list_(pa.list_(pa.int32())))])
         (pa.list_(_DEEP), False),
         (pa.list_(pa.struct([("b", pa.list_(pa.list_(pa.utf8())))])), False),
         (pa.struct([("g", pa.list_(_DEEP))]), False),
+        (functools.reduce(lambda kind, _: pa.list_(kind), range(60), pa.int8()), False),
         (_DEEP, True),
         (pa.list_(pa.struct([("f", pa.list_(pa.int32()))])), True),
         (pa.map_(pa.utf8(), pa.list_(pa.list_(pa.float64()))), True),
