@@ -123,6 +123,9 @@ def test_a_previous_dataset_is_read_resumed_and_searched(
     store = open_store(address)
     after = store.scan("before", columns=["id", "vector", "timestamp"]).read_all()
     store.close()
+    if kind == "parquet":  # the resumed upload did not store its group again under another name
+        names = [path.name for path in (tmp_path / kind / "before").glob("first*")]
+        assert names == ["first:0-3.parquet"]
     # New rows have the unit of the dataset, and say when they were received.
     assert after.schema.field("timestamp").type == pa.timestamp("ns", "UTC")
     times = after.column("timestamp").cast(pa.int64()).to_pylist()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from fletcher.core.schema import TIMESTAMP
+from fletcher.errors import ColumnTypeError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Comparison, Store, WriteMode
 from fletcher.stores.staging import staged_name
@@ -39,9 +41,8 @@ def times(rows: pa.RecordBatch | pa.Table) -> list[int]:
 def write(
     store: Store, *batches: pa.RecordBatch, to: str = "d", mode: WriteMode = "append"
 ) -> None:
-    writer = store.open_writer(to, batches[0].schema, mode)
-    writer.append(batches)
-    writer.close()
+    with closing(store.open_writer(to, batches[0].schema, mode)) as writer:
+        writer.append(batches)
 
 
 def test_new_rows_in_a_dataset_with_nanoseconds(store: Store) -> None:
@@ -87,3 +88,60 @@ def test_rows_that_replace_rows_with_nanoseconds(tmp_path: Path) -> None:
     store.close()
     assert found["text"].to_pylist() == ["text 0", "new 1", "text 2"]
     assert [time % 1000 for time in times(found)] == [123, 0, 123]
+
+
+def _earlier_names(folder: Path) -> None:
+    for path in folder.glob("*~*.parquet"):
+        path.rename(path.with_name(path.name.replace("~", ":")))
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.parquet"))
+
+
+def test_names_of_parquet_files_have_no_sign_that_other_programs_read(tmp_path: Path) -> None:
+    store = open_store(f"parquet:{tmp_path}")
+    write(store, store_rows.batch(0, 3, upload="A-b_1"), store_rows.batch(3, 1, upload="x.0f"))
+    assert _names(tmp_path / "d") == ["A-b_1~0-2.parquet", "x.0f~3-3.parquet"]
+    assert store.stored_ranges("d", "A-b_1") == [(0, 2)]
+    assert store.stored_ranges("d", "x.0f") == [(3, 3)]
+    assert store.stored_ranges("d", "x") == []
+    for key in ("a*b:0-0", "u~0-0", "a b:0-0", "u%3A:0-0", ".u:0-0", "", "x" * 201, "a\\b:0-0"):
+        with pytest.raises(ColumnTypeError, match=r"`batch_key` is .* file's name"):
+            write(store, _keyed(store_rows.batch(9, 1), key))
+
+
+def _keyed(rows: pa.RecordBatch, key: str) -> pa.RecordBatch:
+    index = rows.schema.get_field_index("batch_key")
+    return rows.set_column(index, rows.schema.field(index), pa.array([key] * rows.num_rows))
+
+
+def test_groups_with_names_of_earlier_releases_still_count(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    store = open_store(f"parquet:{tmp_path}")
+    write(store, store_rows.batch(0, 3), store_rows.batch(10, 2))
+    _earlier_names(folder)
+    earlier_names = ["u:0-2.parquet", "u:10-11.parquet"]
+    assert _names(folder) == earlier_names
+    writer = store.open_writer("d", store_rows.schema(), "append")
+    assert writer.missing_keys(["u:0-2", "u:3-9", "u:10-11"]) == ["u:3-9"]
+    writer.append([store_rows.batch(0, 3), store_rows.batch(3, 7), store_rows.batch(10, 2)])
+    writer.close()
+    assert _names(folder) == sorted([*earlier_names, "u~3-9.parquet"])
+    assert store.stored_ranges("d", "u") == [(0, 11)]
+    found = store.scan("d").read_all()
+    assert found["id"].to_pylist() == [f"id{row}" for row in (0, 1, 2, 10, 11, *range(3, 10))]
+
+
+def test_a_staged_dataset_of_an_earlier_release_replaces_the_dataset(tmp_path: Path) -> None:
+    store = open_store(f"parquet:{tmp_path}")
+    write(store, store_rows.batch(0, 3))
+    staged = staged_name("d", "u")
+    write(store, earlier(store_rows.batch(5, 2)), to=staged)
+    _earlier_names(tmp_path / "d")
+    _earlier_names(tmp_path / staged)
+    assert store.stored_ranges(staged, "u") == [(5, 6)]
+    store.replace_dataset("d", staged)
+    assert _names(tmp_path / "d") == ["u:5-6.parquet"]
+    assert store.scan("d").read_all()["id"].to_pylist() == ["id5", "id6"]
+    assert store.stored_ranges("d", "u") == [(5, 6)]

@@ -676,7 +676,7 @@ def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
     writer.close()
     assert store.dataset("d").num_rows == 10
     names = sorted(path.name for path in (tmp_path / "d").iterdir())
-    assert names == ["_common_metadata", "u:0-4.parquet", "u:5-9.parquet"]
+    assert names == ["_common_metadata", "u~0-4.parquet", "u~5-9.parquet"]
 
 
 @pytest.mark.parametrize("mode", ["append", "upsert"])
