@@ -40,6 +40,9 @@ _SUFFIX = ".parquet"
 # Batch keys that name files. Their `:` becomes `~`: Windows and Hadoop allow no `:` in names. Files
 # of earlier releases have the `:`.
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
+# File without rows that has all columns, once a column was added. Its name is the first in order,
+# so that programs which read the folder take the columns from it. Files before lack the column.
+_COLUMNS_FILE = f"+columns{_SUFFIX}"
 # File beside the datasets that names the folder of a dataset while it is replaced.
 _POINTER = ".current"
 
@@ -81,6 +84,8 @@ class ParquetStore(EmbeddedStore):
                 added = new_fields(stored, schema)
                 if added:
                     stored = pa.schema([*stored, *added], metadata=stored.metadata)
+                    with atomic_path(folder / _COLUMNS_FILE) as temporary:
+                        pq.write_table(stored.empty_table(), temporary)
                     _write_schema(folder, stored)
             else:
                 stored = with_incarnation(dataset, schema)
@@ -167,7 +172,8 @@ class ParquetStore(EmbeddedStore):
             sync_path(self.folder)
 
     def _files(self, dataset: str) -> list[Path]:
-        return sorted(self._current(dataset).glob(f"*{_SUFFIX}"), key=_key_of)
+        files = self._current(dataset).glob(f"*{_SUFFIX}")
+        return sorted((one for one in files if one.name != _COLUMNS_FILE), key=_key_of)
 
     def _schema(self, dataset: str) -> pa.Schema:
         schema = self.read_schema(dataset)
