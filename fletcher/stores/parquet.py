@@ -278,7 +278,7 @@ def _as_stored(schema: pa.Schema) -> pa.Schema:
         file = io.BytesIO()
         try:
             pq.write_metadata(pa.schema([field]), file)
-        except pa.ArrowException:
+        except (pa.ArrowException, OSError):
             raise ColumnTypeError(
                 f"`{field.name[:200]}` is {str(field.type)[:200]}, which Parquet files cannot "
                 "hold; send another type, or use a `lance:` store",
