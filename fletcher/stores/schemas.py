@@ -208,12 +208,13 @@ def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if field.name not in batch.schema.names:
             return pa.nulls(batch.num_rows, field.type)
         found = batch.column(field.name)
-        return found if found.type == field.type else _converted(found, field, batch.schema)
+        return found if found.type == field.type else converted(found, field, batch.schema)
 
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
 
-def _converted(values: pa.Array, field: pa.Field, offered: pa.Schema) -> pa.Array:
+def converted(values: pa.Array, field: pa.Field, offered: pa.Schema) -> pa.Array:
+    """The values of a column of `offered` in the type of `field`; see `conform_batch`."""
     try:
         return values.cast(field.type)
     except pa.ArrowInvalid as error:

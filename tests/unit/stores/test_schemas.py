@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
 from fletcher.core.schema import TIMESTAMP
 from fletcher.errors import ColumnTypeError, ModelMismatchError
+from fletcher.stores.address import open_store
+from fletcher.stores.flight.longbow import longbow_batch, longbow_schema
 from fletcher.stores.schemas import check_compatible, conform_batch
 from tests.doubles.store_rows import batch, schema
 
@@ -94,3 +98,28 @@ def test_other_columns_are_untouched_by_a_dataset_with_nanoseconds() -> None:
     assert found.schema.equals(dataset)
     for name in set(new.schema.names) - {"timestamp"}:
         assert found.column(name).equals(new.column(name)), name
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("s"), pa.timestamp("us", "UTC"), pa.timestamp("ms")])
+def test_a_time_that_a_longbow_cannot_hold_is_refused_by_name(kind: pa.DataType) -> None:
+    """Arrow's error counted as an unknown one, and the rows were sent again for ever."""
+    time = {"s": 253_402_300_799, "ms": 253_402_300_799_000, "us": 253_402_300_799_000_000}
+    rows = batch(0, 1, dtype="float32").append_column("until", pa.array([1], kind))
+    narrow = longbow_schema(rows.schema)
+    assert longbow_batch(rows, narrow).column("until").type == pa.timestamp("ns")
+    late = rows.drop_columns(["until"]).append_column("until", pa.array([time[kind.unit]], kind))
+    with pytest.raises(ColumnTypeError, match=r"`until` is .* does not fit"):
+        longbow_batch(late, narrow)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.decimal128(5, -2), pa.binary(0), pa.month_day_nano_interval(), pa.decimal32(5, 1)]
+)
+def test_a_type_that_parquet_cannot_hold_is_refused_by_name(
+    kind: pa.DataType, tmp_path: Path
+) -> None:
+    """Some of them raised an OSError of pyarrow."""
+    store = open_store(f"parquet:{tmp_path}")
+    with pytest.raises(ColumnTypeError, match="`odd` is"):
+        store.open_writer("d", schema().append(pa.field("odd", kind)), "append")
+    assert store.dataset("d") is None
