@@ -1,4 +1,4 @@
-"""Embedded store of Parquet files: `PATH/<dataset>/<batch_key>.parquet`, with `~` for `:`."""
+"""Embedded store of Parquet files: a folder per dataset, and a file per group."""
 
 from __future__ import annotations
 
