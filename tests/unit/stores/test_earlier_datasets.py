@@ -103,6 +103,9 @@ def test_names_of_parquet_files_have_no_sign_that_other_programs_read(tmp_path: 
     store = open_store(f"parquet:{tmp_path}")
     write(store, store_rows.batch(0, 3, upload="A-b_1"), store_rows.batch(3, 1, upload="x.0f"))
     assert _names(tmp_path / "d") == ["A-b_1~0-2.parquet", "x.0f~3-3.parquet"]
+    writer = store.open_writer("d", store_rows.schema(), "append")
+    assert writer.missing_keys(["x.0f:3-3", "x.0f~3-3", "it's:0-1"]) == ["x.0f~3-3", "it's:0-1"]
+    writer.close()
     assert store.stored_ranges("d", "A-b_1") == [(0, 2)]
     assert store.stored_ranges("d", "x.0f") == [(3, 3)]
     assert store.stored_ranges("d", "x") == []
