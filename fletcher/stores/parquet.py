@@ -73,30 +73,33 @@ class ParquetStore(EmbeddedStore):
         check_storable(schema)
         schema = _as_stored(schema)
         folder = self.folder / dataset
-        with ExitStack() as undo, _disk_errors(dataset):
-            lock = undo.enter_context(self.lock_dataset(dataset))
-            self._finish_replacement(dataset)
-            folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(".*.tmp"):  # of a killed writer
-                leftover.unlink()
-            if (folder / _SCHEMA_FILE).exists():
-                stored = pq.read_schema(folder / _SCHEMA_FILE)
-                check_compatible(dataset, stored, schema)
-                added = new_fields(stored, schema)
-                if added:
-                    stored = pa.schema([*stored, *added], metadata=stored.metadata)
-                    with atomic_path(folder / _COLUMNS_FILE) as temporary:
-                        pq.write_table(stored.empty_table(), temporary)
+        with ExitStack() as undo:
+            with _disk_errors(dataset):
+                lock = undo.enter_context(self.lock_dataset(dataset))
+                self._finish_replacement(dataset)
+                folder.mkdir(exist_ok=True)
+                for leftover in folder.glob(".*.tmp"):  # of a killed writer
+                    leftover.unlink()
+                if (folder / _SCHEMA_FILE).exists():
+                    stored = pq.read_schema(folder / _SCHEMA_FILE)
+                    check_compatible(dataset, stored, schema)
+                    added = new_fields(stored, schema)
+                    if added:
+                        stored = pa.schema([*stored, *added], metadata=stored.metadata)
+                        with atomic_path(folder / _COLUMNS_FILE) as temporary:
+                            pq.write_table(stored.empty_table(), temporary)
+                        _write_schema(folder, stored)
+                else:
+                    stored = with_incarnation(dataset, schema)
                     _write_schema(folder, stored)
-            else:
-                stored = with_incarnation(dataset, schema)
-                _write_schema(folder, stored)
-            # Sync the files found here, as they count as stored: their writer may have died before
-            # its sync.
-            sync_path(folder)
-            sync_path(self.folder)
+                # Sync the files found here, as they count as stored: their writer may have died
+                # before its sync.
+                sync_path(folder)
+                sync_path(self.folder)
+                writer = ParquetWriter(self, dataset, lock, schema=stored)
+                undo.callback(writer.close)
             undo.pop_all()
-        return ParquetWriter(self, dataset, lock, schema=stored)
+        return writer
 
     def dataset_names(self) -> Iterator[str]:
         # While a dataset is replaced, only its pointer may be there.

@@ -54,6 +54,26 @@ def fill(store: Store, *batches: pa.RecordBatch, mode="append") -> None:
     writer.close()
 
 
+def test_an_opening_that_fails_at_its_end_frees_the_dataset(store, monkeypatch):
+    # Its writer was never handed over, and held the dataset's lock until the process ended.
+    path = {
+        "lance": "fletcher.stores.lance.store.lance_errors",
+        "parquet": "fletcher.stores.parquet._disk_errors",
+    }[store.scheme]
+
+    @contextlib.contextmanager
+    def failing(_dataset):
+        yield
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(path, failing)
+        with pytest.raises(MemoryError):
+            store.open_writer("d", rows.schema(), "append")
+    fill(store, rows.batch(0, 10))
+    assert store.dataset("d").num_rows == 10
+
+
 def test_rows_come_back_as_they_were_sent(store):
     sent = [rows.batch(0, 100), rows.batch(100, 50, null_rows=(3,))]
     fill(store, *sent)
