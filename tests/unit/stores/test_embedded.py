@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lancedb.index import IvfPq
 
@@ -515,6 +516,9 @@ def test_a_parquet_store_adds_columns(tmp_path):
     fill(store, rows.batch(5, 1))
     found = store.scan("d").read_all()
     assert found.column("url").to_pylist() == [None, None, None, "a", None, None]
+    assert store.dataset("d").num_rows == 6
+    # Other programs take the columns from the first file: they left out the column.
+    assert pq.read_table(tmp_path / "d")["url"].to_pylist() == found.column("url").to_pylist()
     other = rows.batch(6, 1).append_column("url", pa.array([1]))
     with pytest.raises(ColumnTypeError, match="`url` is int64"):
         fill(store, other)
@@ -780,7 +784,7 @@ def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
     writer.close()
     assert store.dataset("d").num_rows == 10
     names = sorted(path.name for path in (tmp_path / "d").iterdir())
-    assert names == ["_common_metadata", "u:0-4.parquet", "u:5-9.parquet"]
+    assert names == ["_common_metadata", "u~0-4.parquet", "u~5-9.parquet"]
 
 
 @pytest.mark.parametrize("mode", ["append", "upsert"])
