@@ -16,8 +16,6 @@ from fletcher.stores.lance.repair import _torn, newest_version, note_synced
 from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
-pytest.importorskip("lancedb")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

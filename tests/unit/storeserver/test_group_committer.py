@@ -20,8 +20,6 @@ from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from tests.doubles import store_rows as rows
 
-pytest.importorskip("lancedb")
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[LanceStore]:
