@@ -219,6 +219,18 @@ def test_an_overwrite_waits_for_groups_that_were_sent_before(bench: Bench) -> No
     assert bench.decide() == Open(again)
 
 
+def test_an_overwrite_waits_for_a_group_that_was_set_aside(bench: Bench) -> None:
+    bench.submit(upload(), 0, 1, journaled=True)
+    for _ in range(2):
+        bench.note(bench.append(), Failed(1, 0.0, UNKNOWN))
+    assert bench.queue.waiting.aside
+    opening = bench.request()
+    action = bench.append()
+    assert keys(action) == ["u:0-0"]
+    bench.note(action, Stored(1, 0.0))
+    assert bench.decide() == Open(opening)
+
+
 def test_an_overwrite_that_was_cancelled_holds_nothing_up(bench: Bench) -> None:
     bench.submit(upload(), 0, 1)
     opening = bench.request()
