@@ -17,6 +17,7 @@ from fletcher.core.schema import ELEMENT_TYPES
 from fletcher.errors import FletcherError, StoreError, StoreUnavailableError
 from fletcher.stores.base import DatasetInfo, DatasetWriter, Store, StoreCapabilities
 from fletcher.stores.staging import incarnation_of, staged_for
+from fletcher.util.closing import close_for_good
 from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
 
@@ -153,7 +154,7 @@ class EmbeddedWriter(DatasetWriter):
             try:
                 self.finish()
             finally:
-                self._lock.release()
+                close_for_good(self._lock.release, f"dataset `{self.dataset}`: its lock")
 
     def finish(self) -> None:
         """Finish the writer's work, before `close` releases the lock."""

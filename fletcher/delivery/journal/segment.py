@@ -40,6 +40,8 @@ DAMAGED = ".damaged"
 TORN = ".torn"
 REJECTED = ".rejected"
 SETTLED = ".settled"
+# End of the name, without suffix, of a segment that a person had sent again.
+REVIVED = "-again"
 _KEY = b"fletcher.group"
 _MARKER = b"\xff\xff\xff\xff"
 _END = _MARKER + bytes(4)  # last bytes of an Arrow stream that was closed
@@ -118,7 +120,12 @@ class Damage:
 
 @dataclass(slots=True, eq=False)
 class JournaledGroup:
-    """A group on disk."""
+    """A group on disk.
+
+    Attributes:
+        revived: A person had groups of the upload sent again. A client may have sent some of their
+            rows in other groups meanwhile, so the store may have rows of this group by other keys.
+    """
 
     info: GroupInfo
     schema: pa.Schema
@@ -126,6 +133,7 @@ class JournaledGroup:
     offset: int
     num_bytes: int
     settled: bool = False
+    revived: bool = False
 
     @property
     def end(self) -> int:

@@ -38,6 +38,7 @@ from fletcher.errors import (
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Combination, Comparison, Store
 from fletcher.stores.staging import is_replaced_by, staged_name
+from fletcher.util.locks import FileLock
 from tests.doubles import store_rows as rows
 
 
@@ -70,6 +71,22 @@ def test_an_opening_that_fails_at_its_end_frees_the_dataset(store, monkeypatch):
         patched.setattr(path, failing)
         with pytest.raises(MemoryError):
             store.open_writer("d", rows.schema(), "append")
+    fill(store, rows.batch(0, 10))
+    assert store.dataset("d").num_rows == 10
+
+
+def test_a_lock_that_is_not_released_at_once_frees_the_dataset(store, monkeypatch):
+    errors, release = [MemoryError()], FileLock.release
+
+    def failing(lock):
+        if errors:
+            raise errors.pop()
+        release(lock)
+
+    writer = store.open_writer("d", rows.schema(), "append")
+    monkeypatch.setattr(FileLock, "release", failing)
+    writer.close()
+    assert not errors
     fill(store, rows.batch(0, 10))
     assert store.dataset("d").num_rows == 10
 

@@ -369,6 +369,16 @@ def test_rejected_groups_are_kept_apart(tmp_path: Path) -> None:
     assert found.groups[0].read_batch().equals(rows(0, 10))
 
 
+def test_refused_groups_of_an_upload_whose_id_ends_alike_are_kept(tmp_path: Path) -> None:
+    one = journal(tmp_path)
+    for name in ("u", "a-u"):
+        (group,) = one.append_groups([(GroupInfo(name, 0, 9), rows(0, 10))], SCHEMA)
+        one.rejected.add_group(group, "not this")
+    one.rejected.drop_replaced("u", lambda _first, _last: True)
+    (kept,) = tmp_path.glob("*.rejected")
+    assert kept.stem.endswith("-a-u-0-9")
+
+
 def test_room_comes_back_when_segments_go(tmp_path: Path) -> None:
     space = JournalSpace(500)
     one = Journal(tmp_path, space, segment_bytes=1, retention_s=lambda: 0.0)
