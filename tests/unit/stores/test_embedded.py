@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lancedb.index import IvfPq
 
@@ -38,6 +39,7 @@ from fletcher.stores.address import open_store
 from fletcher.stores.base import Combination, Comparison, Store
 from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.staging import is_replaced_by, staged_name
+from fletcher.util.locks import FileLock
 from tests.doubles import store_rows as rows
 
 
@@ -70,6 +72,22 @@ def test_an_opening_that_fails_at_its_end_frees_the_dataset(store, monkeypatch):
         patched.setattr(path, failing)
         with pytest.raises(MemoryError):
             store.open_writer("d", rows.schema(), "append")
+    fill(store, rows.batch(0, 10))
+    assert store.dataset("d").num_rows == 10
+
+
+def test_a_lock_that_is_not_released_at_once_frees_the_dataset(store, monkeypatch):
+    errors, release = [MemoryError()], FileLock.release
+
+    def failing(lock):
+        if errors:
+            raise errors.pop()
+        release(lock)
+
+    writer = store.open_writer("d", rows.schema(), "append")
+    monkeypatch.setattr(FileLock, "release", failing)
+    writer.close()
+    assert not errors
     fill(store, rows.batch(0, 10))
     assert store.dataset("d").num_rows == 10
 
@@ -499,6 +517,9 @@ def test_a_parquet_store_adds_columns(tmp_path):
     fill(store, rows.batch(5, 1))
     found = store.scan("d").read_all()
     assert found.column("url").to_pylist() == [None, None, None, "a", None, None]
+    assert store.dataset("d").num_rows == 6
+    # Other programs take the columns from the first file: they left out the column.
+    assert pq.read_table(tmp_path / "d")["url"].to_pylist() == found.column("url").to_pylist()
     other = rows.batch(6, 1).append_column("url", pa.array([1]))
     with pytest.raises(ColumnTypeError, match="`url` is int64"):
         fill(store, other)
@@ -815,7 +836,7 @@ def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
     writer.close()
     assert store.dataset("d").num_rows == 10
     names = sorted(path.name for path in (tmp_path / "d").iterdir())
-    assert names == ["_common_metadata", "u:0-4.parquet", "u:5-9.parquet"]
+    assert names == ["_common_metadata", "u~0-4.parquet", "u~5-9.parquet"]
 
 
 @pytest.mark.parametrize("mode", ["append", "upsert"])
@@ -988,6 +1009,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     for scheme in ("lance", "parquet"):
         with pytest.raises(StoreError, match="cannot be made"):
             open_store(f"{scheme}:{tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("scheme", ["lance", "parquet"])
+@pytest.mark.parametrize("name", ["a\nb", "tab\t", "\x7f", "\udcff\udcfe"])
+def test_a_folder_whose_name_cannot_be_used_is_refused(tmp_path, scheme, name):
+    """LanceDB failed with an error of its own, and bytes that are not UTF-8 with another."""
+    with pytest.raises(StoreError, match="give `store` or `home` another folder"):
+        open_store(f"{scheme}:{tmp_path / name}")
+    odd = "ünï c%20' $?*"
+    open_store(f"{scheme}:{tmp_path / odd}").close()
 
 
 def test_a_missing_lancedb_names_the_command(tmp_path, monkeypatch):
