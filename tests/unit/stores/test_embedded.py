@@ -715,7 +715,7 @@ def test_a_damaged_parquet_file_is_named_and_harms_no_other_dataset(tmp_path, lo
         lambda: store.scan("cut").read_all(),
         lambda: store.search("cut", vector, k=1),
     ):
-        with pytest.raises(StoreUnavailableError, match=r"u:0-4\.parquet"):
+        with pytest.raises(StoreUnavailableError, match=r"u~0-4\.parquet"):
             read()
     path.write_bytes(whole)
     assert store.scan("cut").read_all().num_rows == 5
