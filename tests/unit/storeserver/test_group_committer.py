@@ -30,8 +30,6 @@ from fletcher.storeserver.key_ledger import KeyLedger
 from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
 
-pytest.importorskip("lancedb")
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[LanceStore]:
