@@ -27,6 +27,7 @@ from fletcher.workers.messages import (
     WorkerRequest,
     WorkerSpec,
     encode,
+    is_answer,
     receive,
     send,
 )
@@ -294,7 +295,7 @@ class WorkerHandle:
                 log.exception("%s sent an answer that cannot be read", self.spec.name)
                 return
             with self._owner.changed:
-                known = _is_answer(message) and message.job_id in self._jobs
+                known = is_answer(message) and message.job_id in self._jobs
             if not known:
                 log.error("%s sent an answer that belongs to no request", self.spec.name)
                 return
@@ -396,13 +397,3 @@ class WorkerHandle:
             connection.close()
         if self.process is not None:
             self.process.wait()
-
-
-def _is_answer(message: Any) -> bool:
-    """Whether a message has the form of an answer to a request."""
-    match message:
-        case Response(job_id=int(), seconds=int() | float()):
-            return True
-        case Failure(job_id=int(), error=Exception(), traceback=str()):
-            return True
-    return False
