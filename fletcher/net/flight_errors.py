@@ -135,7 +135,7 @@ class RefusalError(ValueError):
 
 @contextmanager
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
-    """Convert any exception of a handler to a Flight error.
+    """Convert any exception of a handler to a Flight error, also a panic of a Rust library.
 
     Use it in a `with` statement or as a decorator.
     Do not decorate a generator, as the decorator does not cover the code that runs during its
@@ -143,7 +143,9 @@ def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as exc:  # noqa: BLE001 - only Flight errors may leave a handler
+    except GeneratorExit:  # the reader of a generator stopped early
+        raise
+    except BaseException as exc:  # noqa: BLE001 - only Flight errors may leave a handler
         raise to_flight_error(exc, log) from None
 
 
