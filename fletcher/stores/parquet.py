@@ -196,8 +196,8 @@ class ParquetStore(EmbeddedStore):
                 paths = [self._current(dataset) / _SCHEMA_FILE, *self._files(dataset)]
                 name = next((path.name for path in paths if not _is_whole(path)), "a file")
                 raise StoreUnavailableError(
-                    f"dataset `{dataset}` cannot be read: {name} is damaged; put that file back, or "
-                    "delete the dataset",
+                    f"dataset `{dataset}` cannot be read: {name} is damaged; put that file back, "
+                    "or delete the dataset",
                     field="dataset",
                 ) from error
 
