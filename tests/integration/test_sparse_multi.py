@@ -194,6 +194,24 @@ def test_stores_of_ones_own_take_them(
         assert scores[0] == pytest.approx(best, rel=1e-2)
 
 
+def test_delta_keeps_them_if_other_columns_change(client: Client, vectors: Path) -> None:
+    texts = list(expected(client.list_models()[0]["name"]))
+    found = []
+    for url in ("u", "v"):
+        urls = [url] * len(texts)
+        data = pa.table({"id": [str(n) for n in range(len(texts))], "text": texts, "url": urls})
+        command = EmbedCommand(
+            dataset=f"kept-{kind(client)}", mode="delta", columns=("url",), durability="store"
+        )
+        assert client.put(data, command).complete
+        stored = open_store(f"lance:{vectors}").scan(command.dataset or "").read_all()
+        assert set(stored["url"].to_pylist()) == {url}
+        found.append(stored.sort_by("id")["vector"].to_pylist())
+    # Which end of a cut text was cut is not stored, so that it is embedded again.
+    assert client.stats()["fletcher.rows.reused"] == 4
+    assert found[0] == found[1]
+
+
 def test_a_store_that_takes_dense_vectors_alone_says_so(client: Client) -> None:
     with pytest.raises(FletcherError, match="which this store does not take; `lance:`") as refused:
         client.put(pa.table({"text": ["vector"]}), EmbedCommand(dataset="d", store="far"))
