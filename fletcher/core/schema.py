@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fletcher.core.chunking import Chunking
 from fletcher.core.quantization import QUANTIZATION, ROW, Ranges, pack_signs, quantize_rows
-from fletcher.core.similarity import SIMILARITY
+from fletcher.core.similarity import OUTPUT, SIMILARITY
 from fletcher.errors import InvalidCommandError
 
 ELEMENT_TYPES: dict[str, pa.DataType] = {
@@ -106,7 +106,7 @@ class VectorSpec:
         if self.dtype == "int8":
             fields |= self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
         if self.output != "dense":
-            fields["fletcher.output"] = self.output
+            fields[OUTPUT] = self.output
         return fields
 
 

@@ -20,6 +20,7 @@ from fletcher.core.quantization import FloatArray, VectorReader
 from fletcher.errors import ColumnTypeError
 
 SIMILARITY = "fletcher.similarity"
+OUTPUT = "fletcher.output"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 OUTPUTS = ("dense", "sparse", "multi")
 
@@ -52,7 +53,7 @@ class Similarity:
                 names something unknown.
         """
         said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        metric, output = said.get(SIMILARITY, "cosine"), said.get("fletcher.output", "dense")
+        metric, output = said.get(SIMILARITY, "cosine"), said.get(OUTPUT, "dense")
         if metric not in SIMILARITIES or output not in OUTPUTS:
             raise ColumnTypeError(
                 f"the metadata names the similarity {metric[:100]!r} and the output "

@@ -94,7 +94,7 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
         raise InvalidCommandError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
     if not np.isfinite(vector).all() or not vector.any():
         raise InvalidCommandError(
-            "`vector` is zero or holds NaN or infinity; its cosine to anything is undefined",
+            f"`vector` is zero or holds NaN or infinity, which has no {similarity.name} to rank by",
             field="vector",
         )
     return RowScores(similarity, np.asarray(vector, np.float32))
