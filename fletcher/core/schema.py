@@ -24,6 +24,12 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
     "int8": pa.int8(),
     "ubinary": pa.uint8(),
 }
+# Element types of each kind of vectors, see VectorSpec.
+DTYPES = {
+    "dense": tuple(ELEMENT_TYPES),
+    "sparse": ("float32", "float16"),
+    "multi": ("float32", "float16", "int8"),
+}
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
 TIMESTAMP = pa.timestamp("ns", tz="UTC")
 # Extra columns of rows that are chunks: the chunk's index in its text, the first character of its

@@ -148,17 +148,16 @@ class Similarity:
         column = batch.column("vector")
         lengths, first = _extents(column)
         tokens = self._tokens(batch, first, int(lengths.sum()))
-        asked = np.concatenate(queries)
         if self.metric == "cosine":
-            asked, tokens = _unit(asked), _unit(tokens)
+            tokens = _unit(tokens)
         full = np.flatnonzero(lengths)
         found = np.full((len(queries), len(column)), -np.inf, np.float32)
-        if len(full):
-            best = np.maximum.reduceat(
-                asked @ tokens.T, np.cumsum(lengths)[full] - lengths[full], axis=1
-            )
-            starts = np.cumsum([0, *(len(one) for one in queries[:-1])])
-            found[:, full] = np.add.reduceat(best, starts, axis=0)
+        if not len(full):
+            return found
+        starts = np.cumsum(lengths)[full] - lengths[full]
+        for place, query in enumerate(queries):  # all products at once would take gigabytes
+            asked = _unit(query) if self.metric == "cosine" else query
+            found[place, full] = np.maximum.reduceat(asked @ tokens.T, starts, axis=1).sum(axis=0)
         return found
 
     def _tokens(self, batch: pa.RecordBatch, first: int, number: int) -> FloatArray:
