@@ -176,7 +176,10 @@ def evaluate(
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EmbedCommand for a variant. A model may have other defaults than all dimensions."""
+    """Fields of EmbedCommand for a variant.
+
+    All are given, because a model may have another default width than all dimensions.
+    """
     return {
         "model": f"{model['name']}@{model['hash']}",  # the name may be an alias
         "layers": variant.layers,

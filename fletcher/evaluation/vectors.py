@@ -57,7 +57,10 @@ class Embedded:
             yield self.batch.slice(first, num_rows)
 
     def rows(self) -> Iterator[FloatArray]:
-        """Each text's vectors: float32 [dims], or [num_vectors, dims] if a text has several."""
+        """Vectors of each text.
+
+        They are float32 [dims], or [num_vectors, dims] if a text has several vectors.
+        """
         for block in self.blocks():
             if self.similarity.output == "dense" and self.similarity.reader is not None:
                 yield from self.similarity.reader.vectors(block)

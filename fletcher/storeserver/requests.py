@@ -165,7 +165,7 @@ class SearchRequest(msgspec.Struct, kw_only=True):
 
     @property
     def query_vectors(self) -> list[npt.NDArray[np.float32]]:
-        """The queries, each float32 [dims], or float32 [num_vectors, dims] for `token_vectors`.
+        """The queries: each float32 [dims], or [num_vectors, dims] for `token_vectors`.
 
         Raises:
             InvalidCommandError: There are no query vectors, or their lengths differ.

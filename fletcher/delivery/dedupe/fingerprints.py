@@ -70,12 +70,12 @@ def compared_columns(kind: str) -> list[str]:
 
 
 def value_bytes(kind: str) -> int:
-    """Size of a value: fingerprints of the text and, if any are compared, of carried columns."""
+    """Size of a value: fingerprints of the text and of carried columns, if any."""
     return _SIZE * (1 + bool(compared_columns(kind))) if is_delta(kind) else len(_ANY)
 
 
 def has_same_text(value: bytes | None, indexed: bytes | None) -> bool:
-    """Whether two values of a delta upload have the same text, whatever their carried columns."""
+    """Whether two values of a delta upload stand for the same text."""
     return value is not None and indexed is not None and value[:_SIZE] == indexed[:_SIZE]
 
 

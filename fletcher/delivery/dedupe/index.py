@@ -153,7 +153,7 @@ class DedupeIndex:
         return index
 
     def find_values(self, kind: str, keys: Sequence[RowKey]) -> list[bytes | None]:
-        """The indexed value of each row's key; None if there is none. Raises as `load_kind`."""
+        """The indexed value of each row's key; None: there is none. Raises as `load_kind`."""
         wanted = [key for key, _ in keys]
         while True:
             index = self.load_kind(kind)

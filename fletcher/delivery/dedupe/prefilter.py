@@ -36,7 +36,7 @@ class DedupePrefilter:
     def check_rows(
         self, rows: pa.RecordBatch, row_first: int
     ) -> tuple[BoolArray, StoredVectors | None]:
-        """Whether each row is a duplicate, bool [num_rows], and vectors that the store has.
+        """Whether each row is a duplicate, bool [num_rows], and stored vectors.
 
         `rows` has the columns `id` and `text`, and `carried:NAME` for carried ones. `row_first` is
         the offset of its first row in the upload. For `delta`, a row whose text is stored under its
@@ -51,8 +51,8 @@ class DedupePrefilter:
         indexed = self._dedupe_index.find_values(self._kind, entries)
         duplicates = np.array(
             [
-                value is not None and value == known and key not in self._pending
-                for known, (key, value) in zip(indexed, entries, strict=True)
+                value is not None and value == found and key not in self._pending
+                for found, (key, value) in zip(indexed, entries, strict=True)
             ],
             np.bool_,
         )
@@ -69,8 +69,8 @@ class DedupePrefilter:
         if self._vectors is not None:
             same = [
                 place
-                for place, (known, (_, value)) in enumerate(zip(indexed, entries, strict=True))
-                if not duplicates[place] and has_same_text(value, known)
+                for place, (found, (_, value)) in enumerate(zip(indexed, entries, strict=True))
+                if not duplicates[place] and has_same_text(value, found)
             ]
             stored = self._vectors.read_vectors(rows, same)
         return duplicates, stored

@@ -48,8 +48,9 @@ class StoredVectorReader:
         self._usable = not has_chunks(output)
 
     def read_vectors(self, rows: pa.RecordBatch, places: Sequence[int]) -> StoredVectors | None:
-        """Vectors that the store has for rows at `places`; None if it has none. Never raises.
+        """Vectors that the store has for rows at `places`; None: it has none.
 
+        Never raises.
         `rows` has the columns `id` and `text`. A row gets the vector of a stored row with the same
         id and the same text.
         """
@@ -100,7 +101,7 @@ class StoredVectorReader:
         return StoredVectors(np.array(found_rows, np.int64)[order], columns)
 
     def _scan(self, ids: list[Any]) -> Iterator[pa.RecordBatch]:
-        """Rows with these ids, if the dataset's vectors are of the kind that is written now."""
+        """Rows with these ids; none if the dataset has vectors of another kind."""
         store, dataset = self._destination.store, self._destination.dataset
         columns = ["id", "text", *self._columns]
         same = [Comparison("id", "in", ids)]

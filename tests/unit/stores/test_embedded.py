@@ -93,6 +93,8 @@ def test_quantized_rows_are_searched_with_the_query_in_float32(store, dtype):
     only = [Comparison("id", "=", "id3")]
     assert store.search("d", vectors[42], k=5, filters=only).column("id").to_pylist() == ["id3"]
     assert store.search("d", vectors[0], k=1000, columns=["id"]).num_rows == 299
+    alone = store.search("d", vectors[42], k=2, columns=[])  # failed for want of a column
+    assert (alone.column_names, alone.num_rows) == (["score"], 2)
     with pytest.raises(DimensionMismatchError, match=r"8 dimensions.*has 64"):
         store.search("d", np.ones(8, np.float32), k=5)
 
