@@ -54,8 +54,8 @@ class StoredVectorReader:
         `rows` has the columns `id` and `text`. A row gets the vector of a stored row with the same
         id and the same text.
         """
-        down = self._destination.breaker.unavailable_since is not None
-        if not places or not self._usable or down:
+        held = self._destination.breaker.held_since(self._destination.dataset) is not None
+        if not places or not self._usable or held:
             return None
         chosen = rows.select(["id", "text"]).take(pa.array(places, pa.int64()))
         wanted: dict[tuple[Any, str], list[int]] = {}

@@ -232,7 +232,7 @@ def test_an_unavailable_store_is_not_asked(store: Store) -> None:
     write(store, schema_of(SPEC), {"id": "a", "text": "x", "vector": [1, 2]})
     breaker = Breaker("default", Backoff(60, 60))
     for _ in range(3):
-        with pytest.raises(StoreUnavailableError), breaker.guard_call(None):
+        with pytest.raises(StoreUnavailableError), breaker.guard_call("other"):
             raise StoreUnavailableError("away", field="store")
     assert reader_of(store, schema_of(SPEC), breaker).read_vectors(rows(("a", "x")), [0]) is None
 
