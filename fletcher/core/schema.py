@@ -31,7 +31,8 @@ DTYPES = {
     "multi": ("float32", "float16", "int8"),
 }
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
-TIMESTAMP = pa.timestamp("ns", tz="UTC")
+# Microseconds: pandas, Polars and DuckDB narrow or refuse nanoseconds with a zone.
+TIMESTAMP = pa.timestamp("us", tz="UTC")
 # Extra columns of rows that are chunks: the chunk's index in its text, the first character of its
 # range of the text, and the character after its range.
 CHUNK_FIELDS = (
