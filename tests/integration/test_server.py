@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.errors import ConfigError
+from fletcher.errors import ConfigError, StoreUnavailableError
 from fletcher.runtime import Runtime
+from fletcher.stores.lance.writer import LanceWriter
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import TIMEOUT, action, command, error_of, exchange, put
 
@@ -538,6 +539,31 @@ def test_delta_embeds_again_if_the_store_cannot_be_read(
     assert telemetry.rows_reused.values() == reused
     table = stored(server, name)
     assert (table["url"].to_pylist(), table["vector"].null_count) == (["v", "v"], 0)
+
+
+def test_delta_keeps_the_vector_if_the_store_fails_after_it_was_read(
+    server: Runtime, client: flight.FlightClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, telemetry = next(names), server.service.telemetry
+    fields = {"dataset": name, "mode": "delta", "columns": ["url"], "durability": "store"}
+    put(client, [linked([1, 2], ["a", "b"], ["u", "u"])], LINKED, end=2, **fields)
+    before, tokens = stored(server, name), telemetry.device_tokens.values()
+    append, failed = LanceWriter.append, []
+
+    def failing(writer: LanceWriter, batches: Any) -> bool:
+        if not failed:
+            failed.append(writer)
+            raise StoreUnavailableError("away for a moment", field="dataset")
+        return append(writer, batches)
+
+    monkeypatch.setattr(LanceWriter, "append", failing)
+    summary = put(client, [linked([2, 1], ["b", "a"], ["v", "w"])], LINKED, end=2, **fields)[-1]
+    assert failed
+    assert summary["complete"] is True
+    table = stored(server, name)
+    assert table["url"].to_pylist() == ["w", "v"]
+    assert table["vector"].equals(before["vector"])
+    assert telemetry.device_tokens.values() == tokens
 
 
 def test_delta_makes_a_vector_for_a_row_that_had_none(
