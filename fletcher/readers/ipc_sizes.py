@@ -12,7 +12,7 @@ import struct
 
 import pyarrow as pa
 
-from fletcher.errors import BatchTooLargeError
+from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.readers.streams import PieceStream
 
 # Most bytes of a compressed record batch after decompression.
@@ -88,11 +88,13 @@ def _u32(data: bytes, at: int) -> int:
 class CheckedStream(PieceStream):
     """An Arrow IPC stream whose messages are checked before they are decoded.
 
-    Raises the errors of `check_message` when it is read.
+    Raises the errors of `check_message` when it is read, and InvalidCommandError if anything comes
+    after the stream's end.
     """
 
     def __init__(self, stream: io.BufferedReader, name: str) -> None:
         self._messages = pa.ipc.MessageReader.open_stream(stream)
+        self._source = stream
         self._name = name
         self._number = 0
 
@@ -100,6 +102,11 @@ class CheckedStream(PieceStream):
         try:
             message = self._messages.read_next_message()
         except StopIteration:
+            if self._source.read1(1):
+                raise InvalidCommandError(
+                    f"{self._name} goes on after the end of its Arrow stream; give each stream as "
+                    "a file of its own"
+                ) from None
             return None
         check_message(message, f"{self._name}: message {self._number}")
         self._number += 1
