@@ -50,6 +50,19 @@ class InputFile:
     size: int | None
     format: Format | None
 
+    def stamp(self) -> tuple[int, int] | None:
+        """Size and time of the last change of a regular file; None for other inputs.
+
+        Raises InvalidCommandError if the file is gone.
+        """
+        if self.path is None or self.size is None:
+            return None
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise InvalidCommandError(f"cannot read {self.name}: {error.strerror}") from None
+        return status.st_size, status.st_mtime_ns
+
 
 def format_of(path: Path) -> Format | None:
     """Format for the suffix of a file's name; None if unknown.
