@@ -105,7 +105,8 @@ class TokenizerFiles:
         model = self._part("model")
         words = model.get("vocab")
         if isinstance(words, list):  # Unigram: pieces with their scores
-            words = {one[0]: index for index, one in enumerate(words) if isinstance(one, list)}
+            with damage_named(self.name):
+                words = {one[0]: index for index, one in enumerate(words) if isinstance(one, list)}
         if not isinstance(words, dict) or not all(type(one) is int for one in words.values()):
             raise ModelError(f"{self.name}: `model.vocab` has no ids of words; get the file again")
         return {**words, **{one["content"]: one["id"] for one in self._added()}}
