@@ -54,8 +54,8 @@ class CsvBody:
         """Whole rows, or nothing yet."""
         more = self._stream.read(size)
         data = self._carry + more
-        end = self._rows.match(data).end()  # type: ignore[union-attr] - it matches no bytes, too
-        whole = self._row.match(data, end).end()  # type: ignore[union-attr]
+        end = _end(self._rows, data, 0)
+        whole = _end(self._row, data, end)
         if whole < len(data) and data[whole : whole + 1] not in b'"\r\n':
             shown = data[end : whole + _SHOWN_BYTES].splitlines()[0].decode(errors="replace")
             self.problem = (
@@ -69,3 +69,9 @@ class CsvBody:
             self._ended = True
             return data[:end] if self.problem is not None else data + self._last_row
         return data[:end]
+
+
+def _end(pattern: re.Pattern[bytes], data: bytes, start: int) -> int:
+    match = pattern.match(data, start)
+    assert match is not None  # both patterns match no bytes, too
+    return match.end()

@@ -158,9 +158,14 @@ class TokenizerFiles:
         return min(length, MAX_STATIC_LENGTH)
 
     def write(self, path: Path) -> None:
-        """Write the tokenizer. An unchanged one keeps its bytes, and so its hash."""
+        """Write the tokenizer. An unchanged one keeps its bytes, and so its hash.
+
+        Raises:
+            ModelError: A word is not Unicode text.
+        """
         if self._is_changed:
-            path.write_text(json.dumps(self._content, ensure_ascii=False), encoding="utf-8")
+            with damage_named(self.name):  # half a surrogate pair
+                path.write_text(json.dumps(self._content, ensure_ascii=False), encoding="utf-8")
         else:
             path.write_bytes(self._path.read_bytes())
 

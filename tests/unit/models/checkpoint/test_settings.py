@@ -241,6 +241,16 @@ def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
         Registry(tmp_path / "models").add_model(str(folder), progress=print)
 
 
+def test_a_token_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
+    folder = change(tmp_path, "families/distilbert", {})
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["added_tokens"][0]["content"] = "\ud800"
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ModelError, match=r"tokenizer\.json is damaged"):
+        Registry(tmp_path / "models").add_model(str(folder), progress=print)
+
+
 FUZZED = [
     *("config.json", "tokenizer.json", "tokenizer_config.json", "modules.json"),
     *("1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json"),
