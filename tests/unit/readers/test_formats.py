@@ -175,7 +175,7 @@ def test_quoted_csv_is_read_the_same_however_it_is_cut(tmp_path, monkeypatch):
 
 def test_a_csv_row_that_is_too_long_is_named(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_bytes(b"id,text\n1,a\n2,b\n3," + b"x" * (CSV_BLOCK_BYTES + 1) + b"\n")
+    path.write_bytes(b"id,text\n1,a\n2,b\n3," + b"x" * (CSV_BLOCK_BYTES + (1 << 20)))
     with pytest.raises(InvalidCommandError, match=r"t\.csv: row 3 has more than 32 MiB"):
         read(path)
 
