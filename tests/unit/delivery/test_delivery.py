@@ -306,8 +306,7 @@ def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> Non
 @pytest.mark.parametrize(("mode", "kept"), [("append", [0, 1, 2]), ("upsert", [0, 2])])
 def test_failed_rows_of_an_upsert_replace_nothing(mode: str, kept: list[int]) -> None:
     # They took the vector from the stored row, and rows without an id replaced each other.
-    store = MemoryStore()
-    assert store.capabilities.null_vectors
+    store = MemoryStore(null_vectors=True)
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(mode=mode), SCHEMA)
         send(sink, upload, 0, 3, failed=(1,))

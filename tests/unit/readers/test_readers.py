@@ -307,7 +307,7 @@ def test_json_values_that_are_nested_travel_as_json(tmp_path):
         ("t.jsonl", b"[" * 100000, InvalidCommandError, "element 1 is not JSON"),
         ("t.jsonl", b'{"a":' * 100000, InvalidCommandError, "line 1 is not JSON"),
         ("t.txt", b"a\n\xff\n", InvalidUtf8Error, "line 2 is not UTF-8"),
-        ("t.csv", b"text,n\na,1\nb,2,3\n", InvalidCommandError, "Expected 2 columns, got 3"),
+        ("t.csv", b"text,n\na,1\nb,2,3\n", InvalidCommandError, "row 2 has 3 values, expected 2"),
         ("t.csv", b"text,text\na,1\n", InvalidCommandError, "2 columns `text`"),
         ("t.csv", b"body,n\na,1\n", UnknownColumnError, "`text`; it has `body`, `n`"),
         ("t.csv", b'text\na\n"b\nc\n', InvalidCommandError, "row 2 opens a quote"),
