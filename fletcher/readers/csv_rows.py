@@ -105,6 +105,11 @@ class CsvFile:
         # Columns are numbered, as names may be empty or repeated in columns that are not read.
         places = {name: str(self._header.index(name)) for name in self.chosen}
         misfits: list[pa_csv.InvalidRow] = []
+
+        def note_misfit(row: pa_csv.InvalidRow) -> str:
+            misfits.append(row)
+            return "error"
+
         options = {
             "read_options": pa_csv.ReadOptions(
                 use_threads=False,  # with threads, errors have no row
@@ -115,7 +120,7 @@ class CsvFile:
                 delimiter=self._dialect.delimiter,
                 quote_char='"' if self._dialect.quoted else False,
                 newlines_in_values=self._dialect.quoted,
-                invalid_row_handler=lambda row: misfits.append(row) or "error",
+                invalid_row_handler=note_misfit,
             ),
             "convert_options": pa_csv.ConvertOptions(
                 column_types=dict.fromkeys(places.values(), pa.binary()),

@@ -104,8 +104,8 @@ class CheckedStream(PieceStream):
         except StopIteration:
             if self._source.read1(1):
                 raise InvalidCommandError(
-                    f"{self._name} goes on after the end of its Arrow stream; give each stream as "
-                    "a file of its own"
+                    f"{self._name} goes on after the end of its Arrow stream; give each stream in "
+                    "a separate file"
                 ) from None
             return None
         check_message(message, f"{self._name}: message {self._number}")

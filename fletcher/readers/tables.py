@@ -86,7 +86,10 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
 
 
 def _check_keys(file: pq.ParquetFile, name: str, tops: list[str]) -> None:
-    """Refuse encrypted columns. pyarrow ends the process when their metadata are looked at."""
+    """Refuse encrypted columns.
+
+    pyarrow ends the process when it is asked for their metadata.
+    """
     if file.metadata.num_row_groups == 0:
         return
     rows = file.iter_batches(batch_size=1, row_groups=[0], columns=tops, use_threads=False)
@@ -156,9 +159,9 @@ def _rows_per_batch(
 
 
 def _check_int96(batch: pa.RecordBatch, wide: pa.RecordBatch, name: str, row_first: int) -> None:
-    """Refuse times that do not fit into timestamp[ns]: pyarrow wraps them around silently.
+    """Refuse times that do not fit into timestamp[ns].
 
-    `wide` has the same rows with the times in milliseconds.
+    pyarrow makes other times of them. `wide` has the same rows with the times in milliseconds.
     """
     for top in wide.schema.names:
         column, kind = wide.column(top), batch.schema.field(top).type

@@ -464,5 +464,5 @@ def test_names_that_are_not_utf8_are_refused_where_rows_hold_them(tmp_path):
     path.write_text('{"text": "a"}\n')
     assert rows_of(open_source(path)).num_rows == 1
     for options in ({"source": True}, {"whole_files": True}):
-        with pytest.raises(InvalidUtf8Error, match=r"the name of .*xff\.jsonl' is not UTF-8"):
+        with pytest.raises(InvalidUtf8Error, match=r"the name of .*dcff\.jsonl' is not UTF-8"):
             open_source(tmp_path, **options)
