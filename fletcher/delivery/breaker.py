@@ -1,16 +1,25 @@
 """Circuit breaker of a store, shared by the committers of all its datasets.
 
-While the breaker is closed, all committers call the store. After some failures in a row it opens,
-and no committer calls. After a pause the breaker is half-open: one committer tries. If the store
-answers, the breaker closes for all. If the try fails, the next pause is longer. No library is used:
-breaker libraries block or raise by themselves, but a committer's thread also waits for other
-events.
-
-What is a dataset's own trouble stays with it. An error about a dataset (`field` is `dataset`) or of
-an unknown kind says nothing about the store. The dataset's committer pauses by itself after it.
+While the breaker is closed, all datasets call the store. After some failures in a row it opens, and
+the datasets that it holds back do not call. After a pause the breaker is half-open: one of them
+tries. If the store answers, the breaker closes for all. If the try fails, the next pause is longer.
+No library is used: breaker libraries block or raise by themselves, but a committer's thread also
+waits for other events.
 
     closed ──`_FAILURES` in a row──▶ open ──pause over, one tries──▶ half-open ──answer──▶ closed
                                       ▲────────────────────failure───────┘
+
+One dataset's own trouble stays with it. Its committer pauses by itself after a failure. The field
+of an error says what the error proves:
+
+| `field` of a retryable error | proves | the open breaker holds back |
+|---|---|---|
+| `store` | The store is unavailable, as for a refused connection or a full disk | all datasets |
+| none | Nothing: a timeout may be the store's or the dataset's | the datasets that failed |
+| any other, or an error of another kind | The store has no part in it | nobody |
+
+Failures that prove nothing count once for each dataset. They all count for the dataset that was
+stored last, or while no dataset was stored: then all datasets fail, as far as anyone knows.
 """
 
 from __future__ import annotations
@@ -20,6 +29,7 @@ import math
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +58,8 @@ _YIELD_S = 0.05
 class Breaker:
     """One store's circuit breaker. Thread-safe.
 
+    Callers are datasets by name. None stands for a call that concerns no single dataset.
+
     Args:
         name: The store's name, for the log.
         retry: Lengths of the pauses while the store is unavailable.
@@ -67,13 +79,16 @@ class Breaker:
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
-        self._failures = 0
-        self._since = 0.0  # time of the first of the failures in a row
+        self._failures: deque[float] = deque(maxlen=_FAILURES)  # times of those that count
+        self._failing: set[str] = set()  # datasets that failed since the last success
+        self._succeeded_last: str | None = None
+        self._certain = False  # the store itself is unavailable, whichever dataset calls
+        self._since = 0.0  # time of the outage's first failure
         self._reason = ""
         self._retry_at: float | None = None  # None: the breaker is closed
         self._num_tries = 0
-        self._trying: object | None = None
-        self._tried_last: object | None = None
+        self._trying: str | None = None
+        self._tried_last: str | None = None
         self._num_outages = 0
         self._listeners: list[Callable[[], None]] = []
 
@@ -89,17 +104,22 @@ class Breaker:
         with self._lock:
             self._listeners.remove(listener)
 
-    def ready_at(self, caller: object) -> float:
+    def ready_at(self, caller: str | None) -> float:
         """Time from which `caller` may call the store; infinite while one tries."""
         with self._lock:
             return self._ready_at(caller)
 
-    def require_ready(self, caller: object) -> None:
+    def held_since(self, caller: str | None) -> float | None:
+        """Start of the outage that holds `caller` back; None if nothing does."""
+        with self._lock:
+            return self._since if self._holds_back(caller) else None
+
+    def require_ready(self, caller: str | None) -> None:
         """Raise the error from `error_for` if `caller` may not call the store now."""
         if self.ready_at(caller) > self._clock():
             raise self.error_for(caller)
 
-    def error_for(self, caller: object) -> StoreUnavailableError:
+    def error_for(self, caller: str | None) -> StoreUnavailableError:
         """Error for an unavailable store, with duration, cause and time to retry."""
         with self._lock:
             delay_s = max(0.0, self._ready_at(caller) - self._clock())
@@ -113,24 +133,26 @@ class Breaker:
             )
 
     @contextmanager
-    def guard_call(self, caller: object, *, proof: bool = True) -> Iterator[None]:
+    def guard_call(self, caller: str, *, proof: bool = True) -> Iterator[None]:
         """Context for a call to the store. Notes the result and does not catch errors.
 
         `proof`: whether success proves that the store is available. Preparing a dataset proves
         nothing: a store with a full disk still prepares datasets, but takes no rows.
         """
         with self._lock:
-            if self._retry_at is not None and self._ready_at(caller) <= self._clock():
+            if self._holds_back(caller) and self._ready_at(caller) <= self._clock():
                 self._trying = self._tried_last = caller
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, FletcherError) or _is_of_dataset(error):
+            if not isinstance(error, FletcherError):
                 self._note_answer(caller, proof=False)
-            elif isinstance(error, RETRYABLE) and not isinstance(error, OverloadedError):
+            elif isinstance(error, OverloadedError) or not isinstance(error, RETRYABLE):
+                self._note_answer(caller, proof=proof)
+            elif error.field in (None, "store"):
                 self._note_failure(caller, error)
             else:
-                self._note_answer(caller, proof=proof)
+                self._note_answer(caller, proof=False)
             raise
         else:
             self._note_answer(caller, proof=proof)
@@ -153,23 +175,30 @@ class Breaker:
                 found["reason"] = self._reason
             return found
 
-    def _ready_at(self, caller: object) -> float:
-        if self._retry_at is None:
+    def _holds_back(self, caller: str | None) -> bool:
+        return self._retry_at is not None and (self._certain or caller in self._failing)
+
+    def _ready_at(self, caller: str | None) -> float:
+        if self._retry_at is None or not self._holds_back(caller):
             return -math.inf
         if self._trying is not None:
             return math.inf
-        return self._retry_at + (_YIELD_S if caller is self._tried_last else 0.0)
+        return self._retry_at + (_YIELD_S if caller == self._tried_last else 0.0)
 
-    def _note_failure(self, caller: object, error: FletcherError) -> None:
+    def _note_failure(self, caller: str, error: FletcherError) -> None:
         now = self._clock()
         with self._lock:
-            if not self._failures:
-                self._since = now
-            self._failures += 1
+            certain = error.field == "store"
+            alone = self._succeeded_last in (None, caller)
+            if certain or alone or caller not in self._failing:
+                self._failures.append(now)
+            self._failing.add(caller)
+            self._certain |= certain
             self._reason = error.message
-            tried = self._trying is caller
-            opened = self._retry_at is None and self._failures >= _FAILURES
+            tried = self._trying == caller
+            opened = self._retry_at is None and len(self._failures) == _FAILURES
             if opened:
+                self._since = self._failures[0]
                 self._num_tries = 0
                 self._num_outages += 1
             # While the breaker is open, only the caller that tries counts. Other calls began before
@@ -186,22 +215,20 @@ class Breaker:
         for listener in listeners:
             listener()
 
-    def _note_answer(self, caller: object, *, proof: bool) -> None:
+    def _note_answer(self, caller: str, *, proof: bool) -> None:
         now = self._clock()
         with self._lock:
             was_open = self._retry_at is not None
             outage_s = now - self._since
             if proof:
-                self._failures = 0
+                self._failures.clear()
+                self._failing.clear()
+                self._succeeded_last, self._certain = caller, False
                 self._retry_at = self._trying = self._tried_last = None
-            elif self._trying is caller:
+            elif self._trying == caller:
                 self._retry_at, self._trying, self._tried_last = now, None, None
             listeners = list(self._listeners) if was_open else []
         if was_open and proof:
             log.info("store %s is available again after %.3g s", self._name, outage_s)
         for listener in listeners:
             listener()
-
-
-def _is_of_dataset(error: FletcherError) -> bool:
-    return isinstance(error, RETRYABLE) and error.field == "dataset"

@@ -7,8 +7,11 @@ state is the set of waiting rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.actions import (
@@ -32,6 +35,7 @@ from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.groups import Group, Rows
 from fletcher.delivery.waiting_rows import WaitingRows
 from fletcher.errors import FletcherError
+from fletcher.util.insist import insist
 
 Action = Wait | Open | Append | Settle | GiveUp | Release | Rest | Stop
 Outcome = Stored | Unavailable | Failed | Refused | list[Group] | bool | None
@@ -42,6 +46,8 @@ _COMMIT_BYTES = 32 << 20
 # Pause before groups are settled once more.
 _SETTLE_PAUSE_S = 1.0
 
+_Made = TypeVar("_Made", Append, GiveUp, Release)
+
 
 class CommitQueue:
     """State of one committer, and the choice of its next action. Not thread-safe.
@@ -50,11 +56,17 @@ class CommitQueue:
     `time.monotonic`.
 
     Args:
+        dataset: Name of the dataset, as the breaker knows it.
         linger_s: Idle time after which the committer offers to end.
     """
 
     def __init__(
-        self, config: DeliveryConfig, breaker: Breaker, append_size: AppendSize, linger_s: float
+        self,
+        config: DeliveryConfig,
+        dataset: str,
+        breaker: Breaker,
+        append_size: AppendSize,
+        linger_s: float,
     ) -> None:
         self.waiting = WaitingRows()
         self.stopped = False  # if True, rows and openings are no longer accepted
@@ -62,6 +74,7 @@ class CommitQueue:
         # not fail.
         self.failing: tuple[float, FletcherError] | None = None
         self._config = config
+        self._dataset = dataset
         self._breaker = breaker
         self._append_size = append_size
         self._linger_s = linger_s
@@ -188,7 +201,9 @@ class CommitQueue:
         if self._settling and self._settle_at <= now:
             return self._settling.popleft()
         if self._can_open():
-            return Open(self._openings.popleft())
+            action = Open(self._openings[0])
+            self._openings.popleft()
+            return action
         if (overdue := self._take_overdue(now)) is not None:
             return overdue
         due_at = self._due_at(now)
@@ -197,22 +212,23 @@ class CommitQueue:
     def _stop(self) -> Stop:
         groups = [group for one in self._settling for group in one.groups]
         unsettled = [rows for group in groups for rows in group.rows]
-        openings = tuple(self._openings)
+        stop = Stop(unsettled, tuple(self._openings))
+        stop.rows.extend(self.waiting.remove_all())
         self._settling.clear()
         self._openings.clear()
-        return Stop([*unsettled, *self.waiting.remove_all()], openings)
+        return stop
 
     def _append_due(self, now: float) -> Append | Release:
         abandoned, in_doubt = self.remove_abandoned()
         if abandoned:
-            return Release(abandoned, in_doubt)
+            return _made(Release, abandoned, in_doubt)
         groups = self.waiting.take_groups(
             now,
             max_rows=self._append_size.limit(self._config.commit_rows),
             max_bytes=self._append_size.limit(_COMMIT_BYTES),
             group_rows=self._config.group_rows,
         )
-        return Append(groups, full=self.waiting.in_order)
+        return _made(Append, groups, full=self.waiting.in_order)
 
     def _wait(self, due_at: float, now: float) -> Wait | Rest:
         if self._settling:
@@ -261,9 +277,9 @@ class CommitQueue:
 
     def _ready_at(self, now: float) -> float:
         """Earliest start of the next append that breaker and append size allow."""
-        if self._breaker.unavailable_since is not None:
+        if self._held_since is not None:
             self._was_unavailable = True
-            return self._breaker.ready_at(self)
+            return self._breaker.ready_at(self._dataset)
         if self._was_unavailable:
             self._was_unavailable = False
             self._append_size.resume(now)
@@ -286,10 +302,10 @@ class CommitQueue:
         since, retry_s = self._failing_since(), self._config.store_retry_s
         if hopeless := self.waiting.take_hopeless(now - retry_s):
             error = self.failing[1] if self.failing else unexpected_failure()
-            return GiveUp(hopeless, error, in_doubt=True)
+            return _made(GiveUp, hopeless, error, in_doubt=True)
         if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
             return None
-        error = self.failing[1] if self.failing else self._breaker.error_for(self)
+        error = self.failing[1] if self.failing else self._breaker.error_for(self._dataset)
         overdue, in_doubt = self.waiting.remove_in_memory(
             lambda rows: max(since, rows.arrived) + retry_s <= now
         )
@@ -297,12 +313,21 @@ class CommitQueue:
             # Let later rows be sent without a pause: only a new append can end the failing state.
             self.failing = None
             self._append_size.resume(now)
-        return GiveUp(overdue, error, in_doubt)
+        return _made(GiveUp, overdue, error, in_doubt)
 
     def _failing_since(self) -> float | None:
-        """Time since which the store is unavailable, or appends to this dataset fail.
+        """Time since which the breaker holds this dataset back, or appends to it fail.
 
         None if neither is the case.
         """
-        since = [self._breaker.unavailable_since, self.failing[0] if self.failing else None]
+        since = [self._held_since, self.failing[0] if self.failing else None]
         return min((one for one in since if one is not None), default=None)
+
+    @property
+    def _held_since(self) -> float | None:
+        return self._breaker.held_since(self._dataset)
+
+
+def _made(kind: Callable[..., _Made], *fields: Any, **more: Any) -> _Made:
+    """An action with rows that were removed from the queue: nothing else holds them."""
+    return insist(functools.partial(kind, *fields, **more), "the committer's next action")

@@ -77,7 +77,11 @@ class Committer:
         self._on_idle = on_idle
         self._changed = threading.Condition()
         self._queue = CommitQueue(
-            config, destination.breaker, self.append_size, timing.committer_linger_s
+            config,
+            destination.dataset,
+            destination.breaker,
+            self.append_size,
+            timing.committer_linger_s,
         )
         # Used on the committer's thread only:
         self._may_decide = False  # whether it holds the right to decide which rows are duplicates
@@ -170,16 +174,26 @@ class Committer:
     def _run(self) -> None:
         what = f"`{self.destination.dataset}`: the committer"
         while not isinstance(action := insist(self._next_action, what), actions.Stop):
-            outcome = self._carry_out(action)
+            try:
+                outcome = self._carry_out(action)
+            except BaseException:
+                log.exception("%s failed", what)
+                outcome = insist(functools.partial(self._fail, action), what)
             insist(functools.partial(self._note_outcome, action, outcome), what)
-        self.destination.breaker.remove_listener(self._wake)
-        for opening in action.openings:
-            if opening.ready.set_running_or_notify_cancel():
+        for step in (
+            functools.partial(self.destination.breaker.remove_listener, self._wake),
+            functools.partial(self._refuse_openings, action.openings),
+            functools.partial(self._give_up, action.rows, actions.shutting_down()),
+            self._dedupe_index.invalidate,
+            self._release_decision,
+            self._sender.close_writer,
+        ):
+            insist(step, what)
+
+    def _refuse_openings(self, openings: Sequence[actions.Opening]) -> None:
+        for opening in openings:
+            if not opening.ready.done():
                 opening.ready.set_exception(actions.shutting_down())
-        self._give_up(action.rows, actions.shutting_down())
-        self._dedupe_index.invalidate()
-        self._release_decision()
-        self._sender.close_writer()
 
     def _note_outcome(self, action: Action, outcome: Outcome) -> None:
         with self._changed:
@@ -202,7 +216,7 @@ class Committer:
             self._may_decide = False
 
     def _carry_out(self, action: Action) -> Outcome:
-        """The outcome of an action. Never raises."""
+        """The outcome of an action."""
         match action:
             case actions.Open(opening):
                 self._open(opening)
@@ -225,6 +239,20 @@ class Committer:
                 return self._rest()
         return None
 
+    def _fail(self, action: Action) -> Outcome:
+        """The outcome of an action that raised an error, and may have been carried out."""
+        match action:
+            case actions.Open(opening):
+                if not opening.ready.done():
+                    opening.ready.set_exception(actions.unexpected_failure())
+            case actions.Append(groups):
+                return actions.Failed(len(groups), 0.0, actions.unexpected_failure())
+            case actions.Settle(groups):
+                return groups
+            case actions.GiveUp() | actions.Release():
+                return self._carry_out(action)
+        return None
+
     def _rest(self) -> bool:
         try:
             return self._on_idle()
@@ -233,12 +261,12 @@ class Committer:
             return False
 
     def _open(self, opening: actions.Opening) -> None:
-        ready, breaker = opening.ready, self.destination.breaker
+        ready, breaker, dataset = opening.ready, self.destination.breaker, self.destination.dataset
         if not ready.set_running_or_notify_cancel():
             return
         try:
-            breaker.require_ready(self._queue)
-            with breaker.guard_call(self._queue, proof=False):
+            breaker.require_ready(dataset)
+            with breaker.guard_call(dataset, proof=False):
                 if opening.staged is not None:
                     self._sender.replace_dataset(opening.staged)
                 elif opening.schema is not None:
@@ -246,7 +274,7 @@ class Committer:
         except FletcherError as error:
             ready.set_exception(error)
         except BaseException:
-            log.exception("cannot open `%s`", self.destination.dataset)
+            log.exception("cannot open `%s`", dataset)
             ready.set_exception(actions.unexpected_failure())
         else:
             ready.set_result(None)
@@ -262,7 +290,7 @@ class Committer:
                 if not self._may_decide:
                     error = self._dedupe_index.pending_error()
                     return actions.Unavailable(0, time.monotonic() - started, error)
-            with self.destination.breaker.guard_call(self._queue):
+            with self.destination.breaker.guard_call(self.destination.dataset):
                 if decides:
                     num_groups = self._dedupe_index.decide_groups(groups)
                 slow_down = self._sender.append_groups(groups[:num_groups])
@@ -285,7 +313,7 @@ class Committer:
         # Log only the first failure in a row. Log a refusal as too much only if the append had full
         # size, because a store with a low limit refuses again and again.
         news = self.append_size.share == 1 or not isinstance(error, OverloadedError)
-        available = self.destination.breaker.unavailable_since is None
+        available = self.destination.breaker.held_since(self.destination.dataset) is None
         if news and available and self._queue.failing is None:
             log.warning("`%s`: %s; trying again", self.destination.dataset, error)
 

@@ -23,11 +23,7 @@ from fletcher.delivery.dedupe.fingerprints import delta_kind
 from fletcher.delivery.dedupe.index import DedupeMemory
 from fletcher.delivery.groups import Destination
 from fletcher.delivery.journal.journal import Journal
-from fletcher.delivery.journal.root import (
-    JournalSpace,
-    folder_name,
-    lock_journal,
-)
+from fletcher.delivery.journal.root import JournalSpace, folder_name, lock_journal
 from fletcher.delivery.journal.writer import journaled_rows
 from fletcher.delivery.opening import UploadOpener
 from fletcher.delivery.recovery import DatasetPlace, Recovery, places_with_rows
@@ -128,13 +124,12 @@ class Delivery:
         key = (name, options.dataset, options.upload_id or uuid.uuid4().hex)
         terms = self._terms(options, schema)
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
-            self._breakers[name].require_ready(None)  # Fail now instead of at a deadline.
-            incarnations = {key[1]: store.incarnation(key[1])}
+            incarnations = {key[1]: self._incarnation(name, key[1])}
             if terms.mode == "overwrite" and is_replaced_by(incarnations[key[1]], key[2]):
                 terms = replace(terms, mode="append")  # all its rows are in effect already
             place = staged_name(key[1], key[2]) if terms.mode == "overwrite" else key[1]
             if place not in incarnations:
-                incarnations[place] = store.incarnation(place)
+                incarnations[place] = self._incarnation(name, place)
             sink = self._enter_sink((name, place, key[2]), store)
             upload = None
             try:
@@ -173,10 +168,8 @@ class Delivery:
                     self._completion.replace_dataset(name, upload, sink, live)
                 finally:
                     self._leave_sink(live)
-        elif self._breakers[name].unavailable_since is None and upload.incarnation:
-            with contextlib.suppress(FletcherError):  # the rows are journaled or stored
-                place = upload.stored_as
-                self._completion.check_rows(name, store, place, store.incarnation(place))
+        elif upload.incarnation:
+            self._check_rows(name, upload)
 
     def leave_upload(self, upload: Upload, error: FletcherError) -> None:
         """End a connection early, and fail the upload with `error` if it was the last one."""
@@ -201,16 +194,14 @@ class Delivery:
             if upload.terms.fingerprint is None:
                 # The upload was found in the journal. Add the rows that only the store has, or the
                 # client would take them for lost.
-                self._breakers[name].require_ready(None)
+                self._breakers[name].require_ready(upload.stored_as)
                 upload.settle_found(self._opener.settled(store, upload.stored_as, upload.upload_id))
-            elif self._breakers[name].unavailable_since is None and upload.incarnation:
-                with contextlib.suppress(FletcherError):
-                    place = upload.stored_as
-                    self._completion.check_rows(name, store, place, store.incarnation(place))
+            elif upload.incarnation:
+                self._check_rows(name, upload)
             if upload.failure is None or upload.status()["ranges"]:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.
-        self._breakers[name].require_ready(None)
+        self._breakers[name].require_ready(options.dataset)
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
             if is_replaced_by(store.incarnation(dataset), options.upload_id):
@@ -224,6 +215,22 @@ class Delivery:
                 found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
                 return found.status()
         return {"rows_durable": 0, "ranges": [], "complete": False}
+
+    def _check_rows(self, store_name: str, upload: Upload) -> None:
+        """Ask whether the store still has an upload's dataset, if the store may be asked."""
+        place = upload.stored_as
+        if self._breakers[store_name].held_since(place) is None:
+            with contextlib.suppress(FletcherError):  # the rows are journaled or stored
+                incarnation = self._incarnation(store_name, place)
+                store = self.stores[store_name]
+                self._completion.check_rows(store_name, store, place, incarnation)
+
+    def _incarnation(self, store_name: str, dataset: str) -> str | None:
+        """A dataset's incarnation; fails at once if the breaker holds the dataset back."""
+        breaker = self._breakers[store_name]
+        breaker.require_ready(dataset)
+        with breaker.guard_call(dataset, proof=False):
+            return self.stores[store_name].incarnation(dataset)
 
     def recover(self) -> int:
         """Send rows that an earlier process journaled and return their number."""

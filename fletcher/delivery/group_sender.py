@@ -147,9 +147,7 @@ class GroupSender:
             return wanted
         missing = set(writer.missing_keys(sorted(in_doubt)))
         if not missing <= in_doubt:
-            raise StoreUnavailableError(
-                "the store names groups that it was not asked about", field="store"
-            )
+            raise StoreUnavailableError("the store names groups that it was not asked about")
         return {key: one for key, one in wanted.items() if key in missing or key not in in_doubt}
 
     def close_writer(self) -> None:
@@ -178,4 +176,6 @@ def _journal_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None
+        raise StoreUnavailableError(
+            f"the journal's disk fails: {error.strerror}", field="journal"
+        ) from None

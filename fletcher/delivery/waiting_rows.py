@@ -1,5 +1,7 @@
 """Rows that wait for a dataset's committer, in the order of sending.
 
+A method that raises an error, such as a MemoryError, changes nothing: it counts the rows first.
+
 This module uses no threads, locks or clocks.
 """
 
@@ -54,14 +56,13 @@ class WaitingRows:
 
     def put_back(self, groups: Sequence[Group]) -> None:
         """Queue the groups that were taken last again, before all others."""
+        self._count([rows for group in groups for rows in group.rows], 1)
         self.sent.extendleft(reversed(groups))
-        for group in groups:
-            self._count(group.rows, 1)
 
     def set_aside(self, group: Group) -> None:
         """Queue a group that was taken again, until its `ready_at`."""
-        self.aside.append(group)
         self._count(group.rows, 1)
+        self.aside.append(group)
 
     def take_groups(
         self, now: float, *, max_rows: int, max_bytes: int, group_rows: int
@@ -75,9 +76,9 @@ class WaitingRows:
         self._aside_was_last = False
         for group in ready:
             if group.ready_at <= now:
+                self._count(group.rows, -1)
                 self._aside_was_last = True
                 self.aside.remove(group)
-                self._count(group.rows, -1)
                 return [group]
         if self.sent:
             return self._take_sent(max_rows, max_bytes)
@@ -104,9 +105,9 @@ class WaitingRows:
             for group in self.aside
             if group.failing_since <= since and not group.rows[0].journaled
         ]
-        self.aside = [group for group in self.aside if group not in hopeless]
         removed = [rows for group in hopeless for rows in group.rows]
         self._count(removed, -1)
+        self.aside = [group for group in self.aside if group not in hopeless]
         return removed
 
     def remove_in_memory(self, condition: Callable[[Rows], bool]) -> tuple[list[Rows], bool]:
@@ -136,17 +137,17 @@ class WaitingRows:
                 removed.append(rows)
             else:
                 new.append(rows)
-        self.sent, self.aside, self._new = sent, aside, new
         self._count(removed, -1)
+        self.sent, self.aside, self._new = sent, aside, new
         return removed, in_doubt
 
     def remove_all(self) -> list[Rows]:
         sent = [*self.sent, *self.aside]
         removed = [*(rows for group in sent for rows in group.rows), *self._new]
+        self._count(removed, -1)
         self.sent.clear()
         self.aside.clear()
         self._new.clear()
-        self._count(removed, -1)
         return removed
 
     @property
@@ -172,8 +173,7 @@ class WaitingRows:
     def _take_sent(self, max_rows: int, max_bytes: int) -> list[Group]:
         taken: list[Group] = []
         num_rows = num_bytes = 0
-        while self.sent:
-            group = self.sent[0]
+        for group in self.sent:
             num_rows += group.num_rows
             num_bytes += group.num_bytes
             if taken and (
@@ -183,10 +183,12 @@ class WaitingRows:
                 or num_bytes > max_bytes
             ):
                 break
-            taken.append(self.sent.popleft())
-            self._count(group.rows, -1)
+            taken.append(group)
             if group.alone:
                 break
+        self._count([rows for group in taken for rows in group.rows], -1)
+        for _ in taken:
+            self.sent.popleft()
         return taken
 
     def _count(self, entries: Iterable[Rows], sign: int) -> None:

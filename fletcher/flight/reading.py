@@ -54,6 +54,11 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
         )
     try:
         metadata = _decoder.decode(raw)
+        # msgspec takes the last value of a repeated field. No value holds a colon.
+        if raw.count(b":") > 1 and raw.count(b":") != len(msgspec.json.decode(raw)):
+            raise InvalidCommandError(
+                "`app_metadata` of a batch gives a field twice; give it once", field="app_metadata"
+            )
     except (ValueError, RecursionError) as error:
         raise _metadata_error(error, raw) from None
     if metadata.end and metadata.rows is None:
@@ -132,12 +137,31 @@ def read_schema(reader: Any) -> pa.Schema:
     """Read the input's schema. Raises ColumnTypeError if Arrow cannot read it."""
     try:
         schema = reader.schema
-        _ = schema.names  # Arrow does not check that names are UTF-8
+        for field in schema:
+            _check_text(field)
     except flight.FlightError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ColumnTypeError(f"the stream's schema cannot be read: {str(error)[:300]}") from None
     return schema
+
+
+def _check_text(field: pa.Field) -> None:
+    """Decode a field's names and time zone, also nested ones.
+
+    Arrow does not check that they are UTF-8.
+
+    Raises:
+        UnicodeDecodeError: One is not.
+    """
+    _ = field.name
+    kind = getattr(field.type, "storage_type", field.type)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_timestamp(kind):
+        _ = kind.tz
+    for place in range(kind.num_fields):
+        _check_text(kind.field(place))
 
 
 def _metadata_error(error: Exception, raw: bytes) -> InvalidCommandError:

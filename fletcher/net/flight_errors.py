@@ -174,6 +174,8 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
 def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
     """The error for an exception from a call to a store.
 
+    Its `field` is `store` if the store itself is unavailable, whichever dataset the call concerns.
+
     `what` is the action that was attempted, such as "writing to dataset `d`".
     """
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
@@ -185,13 +187,16 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
     kind, words = next(row[1:] for row in STORE_ERRORS if isinstance(exc, row[0]))
     if kind is errors.RequestError and not _SENT.search(str(exc)):
         kind, words = errors.StoreUnavailableError, "the store's answer cannot be read, {}"
-    return kind(f"{words.format(what)}: {text}", field="store")
+    unavailable = isinstance(exc, flight.FlightUnavailableError)
+    field = "store" if unavailable or kind is not errors.StoreUnavailableError else None
+    return kind(f"{words.format(what)}: {text}", field=field)
 
 
 def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
     """The error to raise when a store answers with a Fletcher error.
 
-    Refusals are returned unchanged. All other errors become retryable errors about the store.
+    Refusals are returned unchanged. All other errors become retryable. Their `field` is `store` or
+    `dataset` if the store said so.
     """
     refusals = (errors.RequestError, errors.UnauthenticatedError, errors.UnauthorizedError)
     if isinstance(error, refusals):
@@ -200,7 +205,7 @@ def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
     kind = errors.OverloadedError if overloaded else errors.StoreUnavailableError
     return kind(
         f"the store failed while {what}: {error.message}",
-        field="store",
+        field=error.field if error.field in ("store", "dataset") else None,
         retry_after_ms=error.retry_after_ms,
     )
 

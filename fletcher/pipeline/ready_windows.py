@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fletcher.core.batches import Int64Array
 from fletcher.pipeline.batch_window import BatchWindow
 from fletcher.pipeline.fair_queue import FairQueue
+from fletcher.pipeline.stream import end_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,27 @@ class ReadyWindows:
                     self._forget(window)
 
     def next_batch(self) -> PlannedBatch | None:
-        """Takes the next micro-batch, without rows of closed streams, if any is left."""
+        """Takes the next micro-batch, without rows of closed streams, if any is left.
+
+        If a micro-batch cannot be taken, the calls of its window end.
+        """
         while self._batches:
-            with self._lock:
-                if not self._batches:
-                    return None
-                planned = self._batches.next_item()
-                self._num_left[planned.window] -= 1
-                if not self._num_left[planned.window]:
-                    self._forget(planned.window)
-            rows = planned.window.wanted_rows(planned.rows)
-            if rows is not None:
-                return PlannedBatch(planned.window, rows, planned.queued)
+            planned = None
+            try:
+                with self._lock:
+                    if not self._batches:
+                        return None
+                    planned = self._batches.next_item()
+                    self._num_left[planned.window] -= 1
+                    if not self._num_left[planned.window]:
+                        self._forget(planned.window)
+                rows = planned.window.wanted_rows(planned.rows)
+                if rows is not None:
+                    return PlannedBatch(planned.window, rows, planned.queued)
+            except BaseException as failure:
+                if planned is None:
+                    raise
+                end_calls(planned.window.tickets, failure, "a micro-batch cannot be taken")
         return None
 
     def has_stream(self, stream: Hashable) -> bool:

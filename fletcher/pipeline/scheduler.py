@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,19 +288,23 @@ class InferenceStage(_Stage):
         ready = self._ready_interactive if urgent else self._ready_bulk
         deadline = time.monotonic() + timeout_s
         while True:
-            # Planned outside the lock: planning takes milliseconds, and the threads that read the
-            # tokenizers' answers need the lock.
-            self._plan_windows(self._tickets_of_new_streams(ready, urgent=urgent), ready)
-            if (planned := ready.next_batch()) is not None:
-                try:
+            taken: Sequence[StreamTicket] = ()  # tickets that only this method may still hold
+            try:
+                # Planned outside the lock: planning takes milliseconds, and the threads that read
+                # the tokenizers' answers need the lock.
+                taken = self._tickets_of_new_streams(ready, urgent=urgent)
+                self._plan_windows(taken, ready)
+                if (planned := ready.next_batch()) is not None:
+                    taken = planned.window.tickets
                     return self._job(planned, urgent=urgent)
-                except BaseException as failure:  # noqa: BLE001 - ends the calls
-                    end_calls(planned.window.tickets, failure, "a micro-batch cannot be formed")
-                    continue
-            tickets = self._next_interactive() if urgent else self._next_bulk(deadline)
-            if not tickets:
-                return None
-            self._plan_windows(tickets, ready)
+                taken = self._next_interactive() if urgent else self._next_bulk(deadline)
+                if not taken:
+                    return None
+                self._plan_windows(taken, ready)
+            except BaseException as failure:
+                if not taken:
+                    raise
+                end_calls(taken, failure, "a run cannot be planned")
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
         try:
@@ -359,19 +363,16 @@ class InferenceStage(_Stage):
             return 0.0
         return self._oldest_bulk + self._batching.max_queue_delay_s - now
 
-    def _plan_windows(self, taken: list[StreamTicket], ready: ReadyWindows) -> None:
-        try:
-            windows = []
-            for tickets in alike(taken, self._window_size.one_run):
-                window = BatchWindow(tickets, self._model.dim, self._plan)
-                if window.row_sets:
-                    windows.append(window)
-                else:
-                    window.finish_tickets()
-            if windows:
-                ready.add_windows(windows)
-        except BaseException as failure:  # noqa: BLE001 - ends the calls
-            end_calls(taken, failure, "a batch window cannot be planned")
+    def _plan_windows(self, taken: Sequence[StreamTicket], ready: ReadyWindows) -> None:
+        windows = []
+        for tickets in alike(taken, self._window_size.one_run):
+            window = BatchWindow(tickets, self._model.dim, self._plan)
+            if window.row_sets:
+                windows.append(window)
+            else:
+                window.finish_tickets()
+        if windows:
+            ready.add_windows(windows)
 
     def _plan(self, lengths: Int32Array) -> list[Int64Array]:
         return self._batching.plan(lengths, self._runners.count())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +21,16 @@ from fletcher.util.locks import FileLock
 
 log = logging.getLogger(__name__)
 
+# Errors of a disk that all datasets of a store get. Lance reports them as part of a message.
+_STORE_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+
 
 class EmbeddedStore(Store):
     """Store of datasets in a folder, which is created if missing. Thread-safe.
+
+    Attributes:
+        known_whole: Datasets whose newest version is known to be complete. Other datasets are
+            checked before they are read or written.
 
     Raises:
         StoreError: The folder cannot be created.
@@ -41,6 +50,7 @@ class EmbeddedStore(Store):
         self.address = f"{self.scheme}:{folder}"
         self.folder = folder
         self.writers: set[EmbeddedWriter] = set()
+        self.known_whole: set[str] = set()
         self._left_out: set[str] = set()  # datasets that the log named
         try:
             make_folder(folder)
@@ -139,3 +149,8 @@ class EmbeddedWriter(DatasetWriter):
 
     def finish(self) -> None:
         """Finish the writer's work, before `close` releases the lock."""
+
+
+def concerns_store(error: Exception) -> bool:
+    """Whether an error of the disk concerns all datasets of a store, not one alone."""
+    return any(reason in str(error) for reason in _STORE_REASONS)

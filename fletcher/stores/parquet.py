@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
-from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
+from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.exact_search import check_query, nearest, unknown_dataset
 from fletcher.stores.schemas import (
     check_compatible,
@@ -100,17 +101,19 @@ class ParquetStore(EmbeddedStore):
         schema = self.read_schema(name)
         if schema is None:
             return None
-        files = self._files(name)
-        num_rows = sum(pq.read_metadata(path).num_rows for path in files)
-        num_bytes = sum(path.stat().st_size for path in files)
+        with _disk_errors(name):
+            files = self._files(name)
+            num_rows = sum(pq.read_metadata(path).num_rows for path in files)
+            num_bytes = sum(path.stat().st_size for path in files)
         return DatasetInfo(name, schema, num_rows, num_bytes)
 
     def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)
-        try:
-            return pq.read_schema(self._current(name) / _SCHEMA_FILE)
-        except FileNotFoundError:
-            return None
+        with _disk_errors(name):
+            try:
+                return pq.read_schema(self._current(name) / _SCHEMA_FILE)
+            except FileNotFoundError:
+                return None
 
     def replace_dataset(self, name: str, staged: str) -> None:
         """See `Store.replace_dataset`.
@@ -279,8 +282,10 @@ def _write_schema(folder: Path, schema: pa.Schema) -> None:
 def _disk_errors(dataset: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, pa.ArrowInvalid) as error:
+        code = getattr(error, "errno", None)
+        cause = os.strerror(code) if code else "a file of it is not a whole Parquet file"
         raise StoreUnavailableError(
-            f"dataset `{dataset}` cannot be written: {error.strerror or type(error).__name__}",
-            field="store",
+            f"dataset `{dataset}` cannot be read or written: {cause}",
+            field="store" if concerns_store(error) else "dataset",
         ) from error

@@ -31,6 +31,7 @@ from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields, num_group_rows
 from fletcher.storeserver.key_ledger import KeyLedger
+from fletcher.util.insist import insist
 
 _log = logging.getLogger(__name__)
 
@@ -183,32 +184,45 @@ class GroupCommitter:
     def close_writer(self) -> None:
         """Close the writer. The next item that needs a writer opens another."""
         writer, self._writer = self._writer, None
-        self._ledger = KeyLedger()
-        if writer is not None:
-            writer.close()
+        try:
+            self._ledger = KeyLedger()
+        finally:
+            if writer is not None:
+                writer.close()
 
     def _loop(self) -> None:
-        while True:
-            with self._changed:
-                while not self._queue and not self._stopped:
-                    if not self._changed.wait(IDLE_S) and not self._queue:
-                        break
-                self._linger()
-                items = self._next_items()
-                if not items and self._stopped:
-                    break
-            if not items:
-                self._close_writer_logged()
-            elif isinstance(call := items[0], SubmittedCall):
-                with _errors_to(call):
-                    call.done.set_result(call.function(self))
-            else:
-                self._commit([item for item in items if isinstance(item, SubmittedRows)])
+        what = f"the commit thread of dataset {self._dataset}"
+        while (items := insist(self._take_items, what)) is not None:
+            try:
+                with _errors_to(*items):
+                    self._carry_out(items)
+            except BaseException:  # noqa: BLE001
+                _log.exception("%s failed", what)
             with self._changed:
                 self._pending_bytes -= sum(item.num_bytes for item in items)
                 self._pending_rows -= sum(item.num_rows for item in items)
                 self._changed.notify_all()
-        self._close_writer_logged()
+        insist(self._close_writer_logged, what)
+
+    def _take_items(self) -> list[SubmittedRows | SubmittedCall] | None:
+        """Wait for items; [] after some idle time, None at the end."""
+        with self._changed:
+            while not self._queue and not self._stopped:
+                if not self._changed.wait(IDLE_S) and not self._queue:
+                    break
+            self._linger()
+            items = self._next_items()
+            for _ in items:
+                self._queue.popleft()
+            return items if items or not self._stopped else None
+
+    def _carry_out(self, items: list[SubmittedRows | SubmittedCall]) -> None:
+        if not items:
+            self._close_writer_logged()
+        elif isinstance(call := items[0], SubmittedCall):
+            call.done.set_result(call.function(self))
+        else:
+            self._commit([item for item in items if isinstance(item, SubmittedRows)])
 
     def _linger(self) -> None:
         def is_enough() -> bool:
@@ -223,23 +237,22 @@ class GroupCommitter:
         """The next call, or as many queued rows of one mode as one commit may carry."""
         items: list[SubmittedRows | SubmittedCall] = []
         rows = 0
-        while self._queue:
-            item = self._queue[0]
+        for item in self._queue:
             if isinstance(item, SubmittedCall):
-                return items or [self._queue.popleft()]
+                return items or [item]
             first = items[0] if items else None
             if isinstance(first, SubmittedRows) and (
                 item.mode != first.mode or rows + item.num_rows > MAX_COMMIT_ROWS
             ):
                 break
             rows += item.num_rows
-            items.append(self._queue.popleft())
+            items.append(item)
         return items
 
     def _close_writer_logged(self) -> None:
         try:
             self.close_writer()
-        except Exception:  # noqa: BLE001 - the thread must not end
+        except BaseException:  # noqa: BLE001
             _log.exception("the writer of dataset %s could not be closed", self._dataset)
 
     def _commit(self, groups: list[SubmittedRows]) -> None:
@@ -274,16 +287,16 @@ class GroupCommitter:
             assert self._writer is not None
             try:
                 self._writer.write_rows(batches, upsert=accepted[0][0].mode == "upsert")
+                for batch in batches:
+                    for key in count_batch_keys(batch):
+                        self._ledger.add_key(key)
             except RequestError:
                 raise
-            except Exception:
+            except BaseException:
                 # The rows may be in the table despite the error, for example after a failed sync.
                 # The next writer reads the stored keys from the table, and syncs the table's files.
                 self._close_writer_logged()
                 raise
-            for batch in batches:
-                for key in count_batch_keys(batch):
-                    self._ledger.add_key(key)
         for group, rows in accepted:
             group.done.set_result(sum(batch.num_rows for batch in rows))
 
@@ -353,13 +366,14 @@ def draining() -> DrainingError:
 
 @contextmanager
 def _errors_to(*items: SubmittedRows | SubmittedCall) -> Iterator[None]:
-    """Context that sets an error of its block as the result of `items`."""
+    """Context that sets an error of its block as the result of unfinished `items`."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the thread must not end
-        failure: Exception = error
+    except BaseException as error:  # noqa: BLE001 - also a panic of LanceDB
+        failure: BaseException = error
         if not isinstance(error, FletcherError):
             _log.error("a commit failed", exc_info=error)
             failure = InternalError("the store failed to store these rows; its log has the cause")
         for item in items:
-            item.done.set_exception(failure)
+            if not item.done.done():
+                item.done.set_exception(failure)

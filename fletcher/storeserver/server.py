@@ -37,6 +37,7 @@ from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request, to_filters
 from fletcher.storeserver.upload_call import AckWriter, read_groups
+from fletcher.util.insist import insist
 from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
@@ -198,8 +199,8 @@ class _DataServer(_Server):
         try:
             for batch_id, rows, done in read_groups(self._actions.ingest, dataset, reader, context):
                 acks.queue_ack(batch_id, rows, done)
-        finally:
-            acks.close()
+        finally:  # gRPC would end the process if a thread wrote to a call that has ended
+            insist(acks.close, "ending a call's acknowledgements")
         if acks.error is not None:
             raise acks.error
 

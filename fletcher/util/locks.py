@@ -41,9 +41,9 @@ class FileLock:
 
     def release(self) -> None:
         """Release the lock. Idempotent."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
 
     def __enter__(self) -> FileLock:
         return self

@@ -74,19 +74,27 @@ def serve(connection: Connection) -> None:
     sending = threading.Lock()
     requests = RequestQueue(worker.concurrency)  # the parent limits their number
 
+    def answer_request() -> None:
+        request = requests.take_request()
+        try:
+            started = time.perf_counter()
+            answer = worker.run(request.payload)
+            seconds = time.perf_counter() - started
+            message = encode(Response(request.job_id, answer, seconds))
+        except BaseException as error:  # noqa: BLE001 - also a panic of a Rust library
+            message = encode(_failure(request.job_id, error))
+        requests.finish_request(request)
+        with sending:
+            send(connection, message)
+
     def work() -> None:
-        while True:
-            request = requests.take_request()
-            try:
-                started = time.perf_counter()
-                answer = worker.run(request.payload)
-                seconds = time.perf_counter() - started
-                message = encode(Response(request.job_id, answer, seconds))
-            except Exception as error:  # noqa: BLE001
-                message = encode(_failure(request.job_id, error))
-            requests.finish_request(request)
-            with sending:
-                send(connection, message)
+        try:
+            while True:
+                answer_request()
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        finally:  # the parent would wait for the answer; it starts another worker instead
+            os._exit(1)
 
     for _ in range(worker.concurrency + worker.urgent_concurrency):
         threading.Thread(target=work, daemon=True).start()
@@ -94,7 +102,7 @@ def serve(connection: Connection) -> None:
         requests.add_request(receive(connection))
 
 
-def _failure(job_id: int, error: Exception) -> Failure:
+def _failure(job_id: int, error: BaseException) -> Failure:
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, FletcherError):
         error = InternalError(

@@ -191,10 +191,10 @@ class WorkerHandle:
         try:
             with self._sending:
                 send(connection, request)
-        except OSError:
-            pass  # the worker is gone: the reader notices, and retries the job
-        except BaseException:  # the worker may have half a request: the reader retries its jobs
-            log.exception("%s: a request cannot be sent; replacing the worker", self.spec.name)
+        except BaseException as error:
+            # The worker is gone, or may have half a request: the reader retries its jobs.
+            if not isinstance(error, BrokenPipeError | ConnectionResetError):
+                log.exception("%s: a request cannot be sent; replacing the worker", self.spec.name)
             self.kill()
 
     def kill(self) -> None:
@@ -218,16 +218,15 @@ class WorkerHandle:
                     self._owner.review(self)
                 self.settled.set()
             else:
-                with self._owner.changed:
-                    self._connection, self.alive, self.failure = connection, True, None
-                    self.health.record_restart()
-                    self._owner.review(self)
-                self.settled.set()
-                insist(self._owner.dispatch_urgent, f"{self.spec.name}: urgent jobs")
                 self._failures += 1  # until it answers
                 started = time.monotonic()
-                self._read(connection)
-                self._clear(connection)
+                try:
+                    self._announce(connection)
+                    self._read(connection)
+                except BaseException:
+                    log.exception("%s cannot be used; replacing it", self.spec.name)
+                insist(functools.partial(self._clear, connection), f"{self.spec.name}: its end")
+                insist(self._retry_jobs, f"{self.spec.name}: its jobs")
                 lived_s = time.monotonic() - started
             # A first death may have any cause, so the restart is immediate. Several deaths in a row
             # are a reason to wait.
@@ -236,6 +235,15 @@ class WorkerHandle:
             if lived_s > pause_s:  # it lived long enough, though perhaps without a request
                 pause_s, self._failures = 0.0, 0
             closing.wait(pause_s)
+
+    def _announce(self, connection: Connection) -> None:
+        """Lets the pool use the started worker."""
+        with self._owner.changed:
+            self._connection, self.alive, self.failure = connection, True, None
+            self.health.record_restart()
+            self._owner.review(self)
+        self.settled.set()
+        insist(self._owner.dispatch_urgent, f"{self.spec.name}: urgent jobs")
 
     def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
@@ -342,28 +350,37 @@ class WorkerHandle:
             self.send_job(Job(self._owner.probe, probe=True))
 
     def _clear(self, connection: Connection) -> None:
+        """Ends the worker. May be called again if it raised an error."""
         with self._owner.changed:
             self.alive, self._connection = False, None
+            self._owner.review(self)
+        self.settled.set()
+        self._reap(connection)
+
+    def _retry_jobs(self) -> None:
+        """Retries the jobs of an ended worker. May be called again if it raised an error."""
+        with self._owner.changed:
             running = self.running()
             begun = {id(job) for job in running}
-            waiting = [job for job in self._jobs.values() if id(job) not in begun]
-            self._jobs, self.load = {}, 0
-            self._owner.review(self)
-        self._reap(connection)
+            jobs = [*running, *(job for job in self._jobs.values() if id(job) not in begun)]
         if not self._owner.closing.is_set() and self.wanted.is_set():
-            self._restarts += 1
             log.warning(
                 "%s died (exit status %s) with %d jobs; restarting it",
                 self.spec.name,
                 self.process.returncode if self.process else None,
-                len(running) + len(waiting),
+                len(jobs),
             )
             self._owner.worker_died(self)
+            self._restarts += 1
+        with self._owner.changed:
+            self._jobs, self.load = {}, 0
         for job in running:
             job.attempts += 1
-        for job in (*running, *waiting):
+        # The jobs are only here now.
+        for job in jobs:
             reason = f"a worker died {job.attempts} times while working on this"
-            self._retry(job, InternalError(reason))
+            what = f"{self.spec.name}: a job's retry"
+            insist(functools.partial(self._retry, job, InternalError(reason)), what)
 
     def _reap(self, connection: Connection) -> None:
         self.kill()

@@ -145,4 +145,4 @@ class MemoryWriter:
 
 
 def outage() -> StoreUnavailableError:
-    return StoreUnavailableError("the store is out")
+    return StoreUnavailableError("the store is out", field="store")

@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 from fletcher.errors import BackendError, RowTooLargeError
+from fletcher.workers import child
+from fletcher.workers.request_queue import RequestQueue
 
 
 class EchoWorker:
@@ -25,6 +27,13 @@ class EchoWorker:
                     open(path, "w").close()  # noqa: PTH123
                     os.kill(os.getpid(), signal.SIGKILL)
                 return "survived"
+            case ("break once", name, path):
+                if not os.path.exists(path):  # noqa: PTH110
+                    open(path, "w").close()  # noqa: PTH123
+                    _break(name)
+                return "survived"
+            case "panic":
+                raise Panic
             case "refuse":
                 raise RowTooLargeError("too large", field="text", allowed=["less"])
             case "break":
@@ -48,6 +57,20 @@ class EchoWorker:
 
     def describe(self) -> dict[str, str]:
         return {"kind": "echo"}
+
+
+class Panic(BaseException):
+    """As a panic of a Rust library, which is no Exception."""
+
+
+def _break(name: str) -> None:
+    """Let a function of the worker process fail from now on."""
+
+    def failing(*_: Any) -> Any:
+        raise MemoryError
+
+    owner = child if hasattr(child, name) else RequestQueue
+    setattr(owner, name, failing)
 
 
 class Unreadable:

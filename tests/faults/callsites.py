@@ -3,19 +3,17 @@
 `install` makes Python compile Fletcher's modules with each call `f(x)` inside a function replaced
 by `__call_site__(number, f)(x)`. In a process that called `attach`, `__call_site__` returns `f`,
 except for the one call that is to fail. A file in memory that all processes of a run map holds the
-counts, and whether the call failed.
-
-Calls to Fletcher's own functions fail, and calls that may fail in an ordinary process: allocations
-by pyarrow and NumPy, LanceDB, Flight, files, and thread starts. Calls to locks, clocks and plain
-Python objects do not fail.
+counts, and whether the call failed. The end of a `with` statement and an operation on an array,
+such as `a[b]` or `a + b`, are call sites, too: `with __exit_site__(number, f(x))`, and
+`__operand_site__(number, a)[b]`.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import ctypes
-import errno
 import functools
 import importlib.abc
 import importlib.machinery
@@ -24,13 +22,21 @@ import mmap
 import os
 import pkgutil
 import sys
-import threading
 import types
-import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter as Tally
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.faults.failures import (
+    DISTORTIONS,
+    KINDS,
+    error_for,
+    exit_kind_of,
+    kind_of,
+    operand_kind_of,
+    time_out,
+)
 
 # Packages with code on the way of a row.
 PACKAGES = (
@@ -40,34 +46,33 @@ PACKAGES = (
 # Modules that need engines, or that no test server imports.
 _LEFT_OUT = ("fletcher.inference.openvino", "fletcher.inference.onnxruntime")
 ROLES = ("front", "worker", "store")
-KINDS = ("own", "pyarrow", "numpy", "lancedb", "flight", "file", "thread")
-_FILE_CALLS = {
-    *("open", "fopen", "fsync", "fdatasync", "rename", "replace", "unlink", "remove", "mkdir"),
-    *("rmdir", "link", "symlink", "readlink", "stat", "exists", "is_file", "is_dir", "iterdir"),
-    *("glob", "rglob", "listdir", "scandir", "read_bytes", "write_bytes", "read_text", "flock"),
-    *("write_text", "touch", "truncate", "ftruncate", "rmtree", "read", "write", "seek", "flush"),
-    *("fstat", "lockf", "sendfile", "copyfile"),
-}
-_FILE_MODULES = ("posix", "os", "io", "_io", "shutil", "pathlib", "fcntl", "tempfile")
-
 # Layout of the mapped file: numbers of 32 bits.
 _ARMED, _FIRED, _COUNTS = 0, 1, 2
+
+_HOOKS = ("__call_site__", "__exit_site__", "__operand_site__")
 
 _numbers: dict[int, int] = {}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A call in a module's text."""
+    """A call in a module's text.
 
-    number: int
+    Attributes:
+        scope: Names of the classes and functions around it.
+        text: The call's function.
+        place: Its place among the calls of the same text in its scope, from 1.
+        timed: Whether it may be given a time limit.
+    """
+
     module: str
-    line: int
-    column: int
+    scope: str
     text: str
+    place: int
+    timed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.module}:{self.line}:{self.column} {self.text}"
+        return f"{self.module}:{self.scope} {self.text} {self.place}"
 
 
 sites: list[Site] = []
@@ -79,11 +84,21 @@ class _Calls(ast.NodeTransformer):
     def __init__(self, module: str) -> None:
         self._module = module
         self._depth = 0
+        self._scope: list[str] = []
+        self._places: Tally[tuple[str, str]] = Tally()
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        self._scope.append(node.name)
+        self.generic_visit(node)
+        self._scope.pop()
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self._scope.append(node.name)
         self._depth += 1
         node.body = [self.visit(statement) for statement in node.body]
         self._depth -= 1
+        self._scope.pop()
         return node
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
@@ -100,16 +115,56 @@ class _Calls(ast.NodeTransformer):
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         return node
 
+    def visit_match_case(self, node: ast.match_case) -> ast.AST:
+        node.guard = node.guard and self.visit(node.guard)
+        node.body = [self.visit(statement) for statement in node.body]
+        return node
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         text = ast.unparse(node.func)
         self.generic_visit(node)
         if not self._depth or text in ("super", "isinstance", "len", "getattr", "hasattr"):
             return node
-        number = len(sites)
-        sites.append(Site(number, self._module, node.lineno, node.col_offset, text[:80]))
-        hook = ast.Name("__call_site__", ast.Load())
-        node.func = ast.copy_location(ast.Call(hook, [ast.Constant(number), node.func], []), node)
+        timed = bool(node.args or node.keywords)
+        node.func = self._replaced("__call_site__", node.func, text, timed=timed)
         return ast.fix_missing_locations(node)
+
+    def visit_withitem(self, node: ast.withitem) -> ast.AST:
+        text = f"with {ast.unparse(node.context_expr)}"
+        self.generic_visit(node)
+        if self._depth:
+            node.context_expr = self._replaced("__exit_site__", node.context_expr, text)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        text = ast.unparse(node)
+        self.generic_visit(node)
+        if self._depth and isinstance(node.ctx, ast.Load):
+            node.value = self._replaced("__operand_site__", node.value, text)
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        text = ast.unparse(node)
+        self.generic_visit(node)
+        if self._depth:
+            node.left = self._replaced("__operand_site__", node.left, text)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        text = ast.unparse(node)
+        self.generic_visit(node)
+        plain = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
+        if self._depth and not isinstance(node.ops[0], plain):
+            node.left = self._replaced("__operand_site__", node.left, text)
+        return node
+
+    def _replaced(self, hook: str, node: ast.expr, text: str, *, timed: bool = False) -> ast.Call:
+        text, scope = text[:80], ".".join(self._scope)
+        self._places[scope, text] += 1
+        sites.append(Site(self._module, scope, text, self._places[scope, text], timed))
+        arguments = [ast.Constant(len(sites) - 1), node]
+        call = ast.Call(ast.Name(hook, ast.Load()), arguments, [])
+        return ast.fix_missing_locations(ast.copy_location(call, node))
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -134,7 +189,8 @@ def install() -> None:
     """Import Fletcher's modules with their calls replaced. None may be imported before."""
     early = [name for name in sys.modules if name.startswith("fletcher.")]
     assert not early, f"imported before: {early}"
-    builtins.__call_site__ = _pass  # type: ignore[attr-defined]
+    for hook in _HOOKS:
+        setattr(builtins, hook, _pass)
     sys.meta_path.insert(0, _Finder())
     root = importlib.util.find_spec("fletcher")
     assert root is not None
@@ -146,8 +202,8 @@ def install() -> None:
                 importlib.import_module(module.name)
 
 
-def _pass(_: int, function: Any) -> Any:
-    return function
+def _pass(_: int, value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True)
@@ -159,7 +215,7 @@ class Fault:
         role: Process of the call.
         index: Which of the role's calls at this site: 1 is the first.
         how: `raise`: the call is not made. `after`: it is made, and then fails. `cut`, `empty` and
-            `wrong`: it returns another answer.
+            `wrong`: it returns another answer. `timeout`: its time limit passes at once.
     """
 
     site: int
@@ -194,119 +250,82 @@ class Counter:
         here = self.fault if self.fault is not None and self.fault.role == role else None
         self._site = here.site if here is not None else -1
 
-    def __call__(self, number: int, function: Any) -> Any:
+    def call(self, number: int, function: Any) -> Any:
+        """The function of a call, or one that fails."""
+        if self.numbers[_ARMED] and (kind := self._failing(number, function, kind_of)) >= 0:
+            assert self.fault is not None
+            return functools.partial(_fail, self.fault, kind, self, function)
+        return function
+
+    def exit(self, number: int, manager: Any) -> Any:
+        """The context manager of a `with` statement, or one whose end fails."""
+        if self.numbers[_ARMED] and (kind := self._failing(number, manager, exit_kind_of)) >= 0:
+            assert self.fault is not None
+            return _FailingExit(manager, self.fault, kind)
+        return manager
+
+    def operand(self, number: int, value: Any) -> Any:
+        """The operand of an operation, unless the operation fails."""
+        if self.numbers[_ARMED] and self._failing(number, value, operand_kind_of) >= 0:
+            raise MemoryError("injected")
+        return value
+
+    def _failing(self, number: int, value: Any, kind_of_value: Any) -> int:
+        """Count a call; returns its kind if it fails, else -1."""
         numbers = self.numbers
-        if not numbers[_ARMED]:
-            return function
         kind = _numbers.get(number)
         if kind is None:
-            kind = _numbers[number] = kind_of(function)
+            kind = kind_of_value(value)
+            if (
+                kind_of_value is not operand_kind_of or kind >= 0
+            ):  # operands differ from call to call
+                _numbers[number] = kind
         if kind < 0:
-            return function
+            return -1
         place = self._place + number
         count = numbers[place] & 0x0FFFFFFF
         numbers[place] = count + 1 | (kind + 1) << 28
         if number != self._site or numbers[_FIRED]:
-            return function
+            return -1
         assert self.fault is not None
         if count + 1 != self.fault.index:
-            return function
+            return -1
         numbers[_FIRED] = 1
-        return functools.partial(_fail, self.fault, kind, function)
+        return kind
 
 
-def kind_of(function: Any) -> int:
-    """Index in KINDS of a callable; -1 for a call that does not fail."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    owner = getattr(function, "__self__", None)
-    name = getattr(function, "__name__", "")
-    if owner is None or isinstance(owner, types.ModuleType):
-        module = getattr(function, "__module__", None)
-    else:
-        module = getattr(owner if isinstance(owner, type) else type(owner), "__module__", None)
-    if not isinstance(module, str):
-        return -1
-    top = module.partition(".")[0]
-    if (module, name) == ("fletcher.util.insist", "insist"):
-        return -1  # it never raises; the step that it repeats may fail
-    if module.startswith("pyarrow._flight") or module == "pyarrow.flight":
-        kind = "flight"
-    elif top in ("fletcher", "pyarrow", "numpy", "lancedb", "lance", "_lancedb"):
-        kind = {"fletcher": "own", "lance": "lancedb", "_lancedb": "lancedb"}.get(top, top)
-    elif name == "start" and isinstance(owner, threading.Thread):
-        kind = "thread"
-    elif module.startswith(_FILE_MODULES) and name in _FILE_CALLS:
-        kind = "file"
-    else:
-        return -1
-    return KINDS.index(kind)
-
-
-def _fail(fault: Fault, kind: int, function: Any, *args: Any, **named: Any) -> Any:
-    if fault.how == "raise":
-        raise error_for(fault, KINDS[kind])
-    answer = function(*args, **named)
+def _fail(
+    fault: Fault, kind: int, counter: Counter, function: Any, *args: Any, **named: Any
+) -> Any:
+    if fault.how in DISTORTIONS:
+        return DISTORTIONS[fault.how](function(*args, **named))
+    if fault.how == "timeout":
+        limited, answer = time_out(function, args, named)
+        if not limited:  # this call waits as long as it takes
+            counter.numbers[_FIRED] = 0
+            return function(*args, **named)
+        return answer
     if fault.how == "after":
-        raise error_for(fault, KINDS[kind])
-    return _DISTORTIONS[fault.how](answer)
+        function(*args, **named)
+    raise error_for(str(sites[fault.site]), fault.index, fault.how, KINDS[kind])
 
 
-def error_for(fault: Fault, kind: str) -> BaseException:
-    """The error of a failing call: each call's is always the same, and neighbours' differ."""
-    import pyarrow as pa
-    from pyarrow import flight
+class _FailingExit:
+    """A context manager whose end fails after it has done its work."""
 
-    errors: dict[str, Sequence[Callable[[], BaseException]]] = {
-        "own": (
-            MemoryError,
-            lambda: OSError(errno.EIO, "Input/output error (injected)"),
-            lambda: KeyError("injected"),
-            lambda: RuntimeError("injected"),
-        ),
-        "pyarrow": (lambda: pa.ArrowMemoryError("malloc of size 64 failed (injected)"),),
-        "numpy": (lambda: MemoryError("injected"),),
-        "lancedb": (
-            lambda: RuntimeError("lance error: injected"),
-            lambda: OSError("LanceError(IO): injected"),
-            lambda: MemoryError("injected"),
-        ),
-        "flight": (
-            lambda: flight.FlightUnavailableError("injected"),
-            lambda: flight.FlightInternalError("injected"),
-            lambda: MemoryError("injected"),
-        ),
-        "file": (
-            lambda: OSError(errno.EIO, "Input/output error (injected)"),
-            lambda: OSError(errno.ENOSPC, "No space left on device (injected)"),
-            lambda: OSError(errno.EMFILE, "Too many open files (injected)"),
-        ),
-        "thread": (lambda: RuntimeError("can't start new thread (injected)"),),
-    }
-    site = sites[fault.site]
-    choice = zlib.crc32(f"{site.module} {site.text} {fault.index} {fault.how}".encode())
-    return errors[kind][choice % len(errors[kind])]()
+    def __init__(self, manager: Any, fault: Fault, kind: int) -> None:
+        self._manager, self._fault, self._kind = manager, fault, kind
 
+    def __enter__(self) -> Any:
+        return self._manager.__enter__()
 
-def _cut(answer: Any) -> Any:
-    """The first half of an answer."""
-    if isinstance(answer, bytes | str | list | tuple):
-        return answer[: len(answer) // 2]
-    return None
-
-
-def _empty(answer: Any) -> Any:
-    return type(answer)() if isinstance(answer, bytes | str | list | tuple | dict) else None
-
-
-def _wrong(answer: Any) -> Any:
-    """An answer of another type, or with other words."""
-    if isinstance(answer, bytes):
-        return b'["nonsense", 7]'
-    return [7] if not isinstance(answer, list) else {"nonsense": 7}
-
-
-_DISTORTIONS = {"cut": _cut, "empty": _empty, "wrong": _wrong}
+    def __exit__(self, *failure: Any) -> None:
+        idle = isinstance(self._manager, contextlib.ExitStack) and not self._manager._exit_callbacks
+        self._manager.__exit__(*failure)
+        fault = self._fault
+        if idle:  # nothing is left to do, and so nothing can fail
+            return
+        raise error_for(str(sites[fault.site]), fault.index, fault.how, KINDS[self._kind])
 
 
 def new_file(path: Path, num_sites: int) -> None:
@@ -355,14 +374,15 @@ def attach(role: str, calls: str, file_calls: str, fault: dict[str, Any] | None)
     """
     counter = Counter(Path(calls), None if fault is None else Fault(**fault))
     counter.role = role
-    builtins.__call_site__ = counter  # type: ignore[attr-defined]
+    for hook, count in zip(_HOOKS, (counter.call, counter.exit, counter.operand), strict=True):
+        setattr(builtins, hook, count)
     error = ctypes.CDLL(None).filecalls_attach(file_calls.encode(), role.encode())
     assert not error, os.strerror(error)
 
 
 def become_worker() -> None:
     """Note that this process, a fork of an attached one, is a worker."""
-    counter = getattr(builtins, "__call_site__", None)
+    counter = getattr(getattr(builtins, "__call_site__", None), "__self__", None)
     if isinstance(counter, Counter):
         counter.role = "worker"
         ctypes.CDLL(None).filecalls_role(b"worker")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -57,7 +58,7 @@ class Campaign:
                     folder = self._work / f"recording-{store}"
                     recording = Run(store, None, launcher, self._models, folder).record()
                     launcher.end_all()
-                    points = [asdict(one) for one in recording.points(store, launcher.site_names)]
+                    points = [asdict(one) for one in recording.points(store, launcher.sites)]
                     (self._folder / f"{store}.json").write_text(json.dumps(points, indent=0))
                     np.save(self._folder / f"{store}.npy", recording.vectors)
         found = []
@@ -74,6 +75,18 @@ class Campaign:
             point = Point(**fields.pop("point"))
             results[point] = Result(point, **fields)
         return results
+
+    @staticmethod
+    def ordered(points: Sequence[Point]) -> list[Point]:
+        """The points, one of each call site first; runs at the same time differ."""
+        shuffled = random.Random(0).sample(points, len(points))
+        shuffled.sort(key=lambda one: one.how != "raise")
+        seen: Counter[tuple[str, str]] = Counter()
+        ranks = {}
+        for one in shuffled:
+            ranks[one] = seen[one.store, one.where]
+            seen[one.store, one.where] += 1
+        return sorted(random.Random(1).sample(points, len(points)), key=ranks.__getitem__)
 
     def run(self, points: Sequence[Point]) -> Iterator[Result]:
         """Run points in this order, and note each result."""
@@ -124,6 +137,7 @@ def _play(job: tuple[Point, Path, Path, Path, Path]) -> Result:
     """Run one point in a process of the pool."""
     point, vectors, models, work, preload = job
     if not _launchers:
+        os.setsid()  # the kernel shares the processors between sessions
         _launchers.append(Forking(preload))
         atexit.register(_launchers[0].close)
     arguments: Any = (point, np.load(vectors), _launchers[0], models)

@@ -23,15 +23,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import flight
 
 from fletcher.delivery.journal.root import journal_folders
 from fletcher.delivery.journal.segment import REJECTED, WAITING, Segment, read_segments
-from fletcher.stores.address import open_store
 from tests.faults.callsites import Control, Fault
 from tests.faults.launching import Forking, Process
 from tests.faults.points import FileControl, Point, Recording
+from tests.faults.reading import StoredRows
 from tests.integration.flight_calls import command
 
 NUM_ROWS = 2000
@@ -44,12 +43,24 @@ _NO_ROWS = pa.schema(
     {"n": pa.int64(), "text": pa.utf8(), "vector": pa.list_(pa.float32(), 1)}
 ).empty_table()
 # Texts of all rows: those of the first upload, then those of the second.
+_COLUMNS = ["n", "text", "vector"]
+# Short pauses, so that the run of a call that comes after them is short.
+_CONSTANTS = {
+    "fletcher.stores.lance.writer.COMPACT_FRAGMENTS": 3,
+    "fletcher.delivery.delivery.DeliveryTiming": {
+        "segment_idle_s": 0.1,
+        "committer_linger_s": 0.2,
+    },
+}
 _TEXTS = pa.array([" ".join(["word"] * (row % 7) + [str(row)]) for row in range(_ALL_ROWS)])
 
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a point's run: `held`, `not reached`, or `broken` with the broken promise."""
+    """Outcome of a point's run.
+
+    `held`; `not reached`; `gone`: the call site is no more; or `broken` with the broken promise.
+    """
 
     point: Point
     status: str
@@ -102,11 +113,12 @@ class Run:
         self._folder = folder
         self._limits = limits
         self._vectors = folder / "vectors"
+        self._rows = StoredRows(self._vectors, "parquet" if store == "parquet" else "lance")
         self._home = folder / "home"
         self._home.mkdir(parents=True)
         self._vectors.mkdir()
         (self._home / "models").symlink_to(models)
-        self.calls = Control(folder / "calls", len(launcher.site_names))
+        self.calls = Control(folder / "calls", len(launcher.sites))
         self.file_calls = FileControl(folder / "file_calls", folder, point)
         self._store: Process | None = None
 
@@ -118,7 +130,7 @@ class Run:
         assert error is None, error
         assert answers[-1]["complete"], answers
         self._await(lambda: self._num_stored() >= NUM_ROWS, "all rows are stored")
-        time.sleep(1.5)  # the journal closes its segment, and the store compacts
+        self._await(self._at_rest, "the dataset's threads end")
         self._arm(on=False)
         more, _ = self._put("v", _MORE_ROWS)
         assert more[-1]["complete"], more
@@ -200,14 +212,15 @@ class Run:
         fault = None
         if self._point is not None and self._point.role:
             point = self._point
-            fault = asdict(Fault(point.site, point.role, point.index, point.how))
+            number = [one.name for one in self._launcher.sites].index(point.site)
+            fault = asdict(Fault(number, point.role, point.index, point.how))
         log = self._folder / f"{role}.log"
         log.touch()
         process = self._launcher.start(
             role,
             log,
             argv=argv,
-            constants={"fletcher.stores.lance.writer.COMPACT_FRAGMENTS": 3},
+            constants=_CONSTANTS,
             faults={
                 "role": "front" if role == "serve" else "store",
                 "calls": str(self._folder / "calls"),
@@ -271,9 +284,12 @@ class Run:
             if self._num_stored() >= durable:
                 break
             time.sleep(0.02)
-        idle = time.monotonic() + 1.6
-        while not self._fired and time.monotonic() < idle:
+        while not (self._fired or self._at_rest()) and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    def _at_rest(self) -> bool:
+        """Whether the dataset's threads have ended: the last of them deletes its journal."""
+        return not any(self._home.glob(f"journal/*/{_DATASET}"))
 
     def _upload_to_its_end(self, upload_id: str, num_rows: int) -> None:
         """Send an upload until it is complete; only retryable errors may come before."""
@@ -326,32 +342,12 @@ class Run:
         return rows
 
     def _num_stored(self) -> int:
-        """Number of stored rows, without a look at them."""
-        if self._store_kind == "parquet":
-            return sum(pq.read_metadata(path).num_rows for path in self._parquet_files())
-        store = open_store(f"lance:{self._vectors}")
-        try:
-            info = store.dataset(_DATASET)
-            return 0 if info is None else info.num_rows
-        finally:
-            store.close()
-
-    def _parquet_files(self) -> list[Path]:
-        return sorted((self._vectors / _DATASET).glob("*.parquet"))
+        return self._rows.num_rows(_DATASET)
 
     def _stored(self) -> pa.Table:
         """Number, text and vector of all stored rows."""
-        columns = ["n", "text", "vector"]
-        if self._store_kind == "parquet":
-            tables = [pq.read_table(path, columns=columns) for path in self._parquet_files()]
-            return pa.concat_tables(tables) if tables else _NO_ROWS
-        store = open_store(f"lance:{self._vectors}")
-        try:
-            if store.dataset(_DATASET) is None:
-                return _NO_ROWS
-            return store.scan(_DATASET, columns=columns).read_all()
-        finally:
-            store.close()
+        table = self._rows.table(_DATASET, _COLUMNS)
+        return _NO_ROWS if table is None else table
 
     def _await(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self._limits.settle_s
@@ -382,6 +378,8 @@ def run_point(
 ) -> Result:
     """Play a point's run; its folder stays if a promise was broken."""
     began = time.monotonic()
+    if point.role and point.site not in {one.name for one in launcher.sites}:
+        return Result(point, "gone", "", 0.0)
     run = Run(point.store, point, launcher, models, folder, limits)
     try:
         status, detail = ("held" if run.play(vectors) else "not reached"), ""

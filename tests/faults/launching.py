@@ -21,7 +21,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from tests.faults import callsites
 
@@ -30,6 +30,14 @@ _INJECTING = "CALL_SITES"
 # LanceDB warns at every fork, which it survives.
 _PYTHON = [sys.executable, "-W", "ignore:lancedb fork support", "-m"]
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+class SiteName(NamedTuple):
+    """A call site's name, the text of its call, and whether the call may have a time limit."""
+
+    name: str
+    text: str
+    timed: bool
 
 
 class Process:
@@ -118,7 +126,7 @@ class Forking(Launcher):
             `start` takes `faults`, see `tests.faults.callsites`.
 
     Attributes:
-        site_names: The call sites in the processes' modules, by their numbers.
+        sites: The call sites in the processes' modules, by their numbers.
     """
 
     def __init__(self, preload: Path | None = None) -> None:
@@ -131,9 +139,10 @@ class Forking(Launcher):
                 pass_fds=[theirs.fileno()],
                 cwd=_ROOT,
                 env=_environ() | more,
+                start_new_session=True,
             )
         self._replies = self._socket.makefile("r")
-        self.site_names = json.loads(self._replies.readline())
+        self.sites = [SiteName(*one) for one in json.loads(self._replies.readline())]
 
     def _launch(self, request: dict[str, Any]) -> int:
         self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -259,7 +268,8 @@ def _fork_on_request(descriptor: int) -> None:
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     requests = socket.socket(fileno=descriptor)
-    requests.sendall(json.dumps([str(site) for site in callsites.sites]).encode() + b"\n")
+    names = [SiteName(str(site), site.text, site.timed) for site in callsites.sites]
+    requests.sendall(json.dumps(names).encode() + b"\n")
     for line in requests.makefile("r"):
         pid = os.fork()
         if pid == 0:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import mmap
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.faults.failures import hows_of
+from tests.faults.launching import SiteName
+
 STORES = ("lance", "parquet", "fletcher")
-# Library calls outside of this process: they are also made to fail after they have happened.
-_OUTER = ("lancedb", "flight", "file")
 # Where a store's answers are read.
 _ANSWERS = ("to_pybytes", "read_all", "run_action", "read_chunk")
 _ERRNO = {"EIO": 5, "EMFILE": 24, "ENOSPC": 28, "ENOMEM": 12}
@@ -40,7 +41,7 @@ class Point:
     Attributes:
         store: The kind of store, one of STORES.
         where: Process and call site.
-        site: The call site's number, or its hash for a file call.
+        site: The call site, or its hash for a file call.
         role: The process of a Python call; empty for a file call.
         index: Which call of the site: 1 is the first.
         how: As in `Fault`; the error's name for a file call.
@@ -48,7 +49,7 @@ class Point:
 
     store: str
     where: str
-    site: int
+    site: str
     role: str
     index: int
     how: str
@@ -75,7 +76,7 @@ class FileControl:
             self._map = mmap.mmap(file.fileno(), 0)
         here = point if point is not None and not point.role else None
         index, error = (here.index, _ERRNO[here.how]) if here else (0, 0)
-        site = here.site if here else 0
+        site = int(here.site) if here else 0
         _HEADER.pack_into(self._map, 0, 0, 0, index, error, site, 0, 0, str(root).encode())
 
     def arm(self, *, on: bool) -> None:
@@ -108,24 +109,22 @@ class Recording:
         self.file_calls = file_calls
         self.vectors = vectors
 
-    def points(self, store: str, names: list[str]) -> Iterator[Point]:
-        """All points; `names` describes the call sites."""
+    def points(self, store: str, sites: Sequence[SiteName]) -> Iterator[Point]:
+        """All points; `sites` describes the call sites by number."""
         for (role, number), (kind, count) in sorted(
             self.calls.items(), key=lambda one: one[0][::-1]
         ):
-            name = names[number]
-            hows = ["raise"]
-            if kind in _OUTER:
-                hows.append("after")
-            if ".stores.flight." in name and name.rpartition(".")[2] in _ANSWERS:
+            name, text, timed = sites[number]
+            hows = hows_of(text, kind, timed=timed)
+            if ".stores.flight." in name and text.rpartition(".")[2] in _ANSWERS:
                 hows += ["cut", "empty", "wrong"]
             for how in hows:
                 for index in _indexes(count):
-                    yield Point(store, f"{role} {name} [{kind}]", number, role, index, how)
+                    yield Point(store, f"{role} {name} [{kind}]", name, role, index, how)
         for name, (hashed, count) in sorted(self.file_calls.items()):
             for index in _indexes(count):
                 for how in _FILE_ERRORS[name.split()[1]]:
-                    yield Point(store, name, hashed, "", index, how)
+                    yield Point(store, name, str(hashed), "", index, how)
 
 
 def _indexes(count: int) -> list[int]:

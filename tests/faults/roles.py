@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 from collections.abc import Iterator, Sequence
@@ -26,21 +27,26 @@ def play(role: str, **arguments: Any) -> int:
     return roles[role](**arguments)
 
 
-def serve(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
-    """Run `fletcher serve` with some module constants changed."""
+def serve(argv: Sequence[str], constants: dict[str, Any], syncs: str | None = None) -> int:
+    """Run `fletcher serve` with some module constants changed.
+
+    `constants`: values by path, or arguments of a class that replace its defaults.
+    """
     return _run("serve", argv, constants, syncs)
 
 
-def store(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
+def store(argv: Sequence[str], constants: dict[str, Any], syncs: str | None = None) -> int:
     """Run `fletcher store` with some module constants changed."""
     return _run("store", argv, constants, syncs)
 
 
-def _run(name: str, argv: Sequence[str], constants: dict[str, int], syncs: str | None) -> int:
+def _run(name: str, argv: Sequence[str], constants: dict[str, Any], syncs: str | None) -> int:
     for path, value in constants.items():
-        module, _, constant = path.rpartition(".")
-        assert hasattr(importlib.import_module(module), constant), path
-        setattr(importlib.import_module(module), constant, value)
+        name_of_module, _, constant = path.rpartition(".")
+        module = importlib.import_module(name_of_module)
+        default = getattr(module, constant)
+        replaced = functools.partial(default, **value) if isinstance(value, dict) else value
+        setattr(module, constant, replaced)
     if syncs is not None:
         record_syncs(Path(syncs))
     return cli.main([name, *argv])

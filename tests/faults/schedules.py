@@ -21,12 +21,12 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-from fletcher.stores.address import open_store
 from tests.doubles.longbow import LongbowDouble
 from tests.faults.launching import Launcher, Process
 from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries
 from tests.faults.plans import Event, Schedule
 from tests.faults.powerloss import lose_power
+from tests.faults.reading import StoredRows
 from tests.faults.rewrites import Rewritten
 from tests.integration.processes import eventually
 
@@ -120,6 +120,7 @@ class Play:
         self._report = Report()
         self._home = folder / "home"
         self._vectors = folder / "vectors"
+        self._stored = StoredRows(self._vectors)
         self._notes = folder / "power" / "syncs"
         self._store_notes = folder / "store-power" / "syncs"
         diaries = folder / "diaries"
@@ -396,13 +397,7 @@ class Play:
         """The store's rows, also if its process was killed."""
         if self._double is not None:
             return self._double.table(dataset) if dataset in self._double.tables else None
-        store = open_store(f"lance:{self._vectors}")
-        try:
-            if store.dataset(dataset) is None:
-                return None
-            return store.scan(dataset, columns=_COLUMNS).read_all()
-        finally:
-            store.close()
+        return self._stored.table(dataset, _COLUMNS)
 
     def _tell(self, what: str) -> None:
         self._story.append(f"{time.monotonic() - self._began:.3f} s: {what}")

@@ -147,6 +147,17 @@ def test_delivery_compares_durabilities(home: Path) -> None:
     assert "medians of 1 turns" in printed
 
 
+def test_neighbours_compares_two_crowds(home: Path) -> None:
+    flags = ["--clients", "2", "--seconds", "4", "--interval-s", "0.2"]
+    _, result = run(home, "neighbours", *flags)
+    assert [row["crowd"] for row in result["rows"]] == ["well-formed", "hostile"]
+    for row in result["rows"]:
+        assert (row["lost"], row["doubled"], row["failed"]) == (0, 0, 0)
+        assert row["requests"]["texts"] > 0
+        assert 0 < row["embed_p50_ms"] <= row["embed_p99_ms"]
+    assert result["rows"][1]["requests"]["refused or given up"] > 0
+
+
 def test_latency_reports_idle_and_loaded(home: Path) -> None:
     printed, result = run(
         *(home, "latency", "--requests", "20", "--windows", "2", "--window-s", "0.5"),

@@ -348,6 +348,8 @@ class Journal:
 def _disk_error(error: OSError) -> FletcherError:
     if error.errno in _NO_ROOM:
         return JournalFullError(
-            "the journal's disk is full; try again later", retry_after_ms=FULL_RETRY_MS
+            "the journal's disk is full; try again later",
+            field="journal",
+            retry_after_ms=FULL_RETRY_MS,
         )
-    return StoreUnavailableError(f"the journal's disk fails: {error.strerror}")
+    return StoreUnavailableError(f"the journal's disk fails: {error.strerror}", field="journal")

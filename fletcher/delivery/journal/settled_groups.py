@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import batch_key, parse_batch_key
+from fletcher.errors import StoreUnavailableError
 from fletcher.util.durable import sync_path, write_atomically
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class SettledGroups:
         if self.add_keys_of(self.incarnation, keys) > _MAX_BYTES:
             try:
                 self._compact()
-            except OSError as error:  # such as a full disk; the file stays as it is
+            except (OSError, StoreUnavailableError) as error:  # the file stays as it is
                 log.warning("journal: %s cannot be shortened: %s", self._path, error)
 
     def add_keys_of(self, incarnation: str, keys: Iterable[str]) -> int:
@@ -79,12 +80,15 @@ class SettledGroups:
         """An upload's settled rows: inclusive ranges (first, last), sorted and merged.
 
         `incarnation`: None means any.
+
+        Raises:
+            StoreUnavailableError: The file cannot be read now.
         """
         found = self._read(incarnation).get(upload_id)
         return [] if found is None else found.ranges()
 
     def all_keys(self) -> list[str]:
-        """Batch keys of all settled groups, merged."""
+        """Batch keys of all settled groups, merged. Raises as `ranges_of`."""
         found = self._read(None).items()
         return [batch_key(upload_id, *one) for upload_id, some in found for one in some.ranges()]
 
@@ -105,6 +109,8 @@ class SettledGroups:
             lines = self._path.read_text("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return found
+        except OSError as error:
+            raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from error
         current = ""
         for line in lines:
             if line.startswith("="):

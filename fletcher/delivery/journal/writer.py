@@ -95,9 +95,10 @@ class WriteQueue:
     def _next_action(self, now: float) -> WriterAction:
         if self.stopped:
             rows = [*(self._failed.rows if self._failed else ()), *self._held, *self._waiting]
+            stop = actions.Stop(rows)
             self._failed, self._held = None, []
             self._waiting.clear()
-            return actions.Stop(rows)
+            return stop
         if self._failed is not None:
             failed, self._failed = self._failed, None
             return failed
@@ -105,7 +106,10 @@ class WriteQueue:
             return self._retry(now)
         if self._waiting:
             self._deadline = now + self._patience_s
-            return actions.Write(self._take_rows())
+            write = actions.Write(self._next_rows())
+            for _ in write.rows:
+                self._waiting.popleft()
+            return write
         if self._close_at <= now:
             self._close_at = math.inf
             return actions.CloseSegment()
@@ -118,12 +122,11 @@ class WriteQueue:
             return actions.CloseSegment(flush=True)
         return actions.Write(self._held) if self._next_try <= now else actions.Wait(self._next_try)
 
-    def _take_rows(self) -> list[Rows]:
-        """Take the oldest rows for one sync, all of one schema and one `dedupe_by`."""
+    def _next_rows(self) -> list[Rows]:
+        """The oldest rows for one sync, all of one schema and one `dedupe_by`."""
         taken: list[Rows] = []
         num_rows = 0
-        while self._waiting:
-            rows = self._waiting[0]
+        for rows in self._waiting:
             num_rows += rows.num_rows
             if taken and (
                 num_rows > _SYNC_ROWS
@@ -131,7 +134,7 @@ class WriteQueue:
                 or rows.upload.dedupe_by != taken[0].upload.dedupe_by
             ):
                 break
-            taken.append(self._waiting.popleft())
+            taken.append(rows)
         return taken
 
 
@@ -204,7 +207,7 @@ class JournalWriter:
     def _run(self) -> None:
         what = f"`{self._dataset}`: the journal writer"
         while not isinstance(action := insist(self._next_action, what), actions.Stop):
-            outcome = self._carry_out(action)
+            outcome = insist(functools.partial(self._carry_out, action), what)
             insist(functools.partial(self._note_outcome, action, outcome), what)
         _give_up(action.rows, actions.shutting_down())
 
@@ -223,7 +226,7 @@ class JournalWriter:
                 self._changed.wait(left_s if left_s < math.inf else None)
 
     def _carry_out(self, action: WriterAction) -> actions.Unwritten | None:
-        """The outcome of an action. Never raises."""
+        """The outcome of an action. May be called again if it raised an error."""
         match action:
             case actions.Write(rows):
                 return self._write(rows)

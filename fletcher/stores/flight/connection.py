@@ -110,7 +110,7 @@ class FlightConnection:
             return msgspec.json.decode(raw, type=answer)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise StoreUnavailableError(
-                f"the store's answer to {name} cannot be read: {error}", field="store"
+                f"the store's answer to {name} cannot be read: {error}"
             ) from error
 
     def open_stream(self, dataset: str, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader:

@@ -158,7 +158,7 @@ class FlightStore(Store):
             raise StoreUnavailableError(
                 f"the store lacks {len(missing)} of {len(keys)} groups that were copied to "
                 f"`{name}`; try again",
-                field="store",
+                field="dataset",
             )
         self.delete_dataset(staged)
 
@@ -332,7 +332,7 @@ def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """
     if all(0 <= first <= last for first, last in ranges):
         return ranges
-    raise StoreUnavailableError("the store's answer names ranges that are no rows", field="store")
+    raise StoreUnavailableError("the store's answer names ranges that are no rows")
 
 
 def _info(one: flight.FlightInfo) -> DatasetInfo:

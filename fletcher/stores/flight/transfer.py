@@ -129,8 +129,7 @@ def _await_acks(reader: Any, sent: list[int], what: str) -> None:
         except StopIteration:
             raise StoreUnavailableError(
                 f"the store ended the call while {what}: {number} of {len(sent)} messages were "
-                "acknowledged",
-                field="store",
+                "acknowledged"
             ) from None
         if answer.get("status") == "error":
             error = from_json(json.dumps(answer)) or InternalError("it gave no reason")
@@ -139,8 +138,7 @@ def _await_acks(reader: Any, sent: list[int], what: str) -> None:
             raise NotIngestError
         if answer.get("rows") != rows:
             raise StoreUnavailableError(
-                f"the store acknowledged {answer.get('rows')} rows of {rows} while {what}",
-                field="store",
+                f"the store acknowledged {answer.get('rows')} rows of {rows} while {what}"
             )
 
 
@@ -156,7 +154,7 @@ def _next_ack(reader: Any) -> dict[str, Any]:
 
 
 def _ended_early(what: str) -> StoreUnavailableError:
-    return StoreUnavailableError(f"the store ended the call while {what}", field="store")
+    return StoreUnavailableError(f"the store ended the call while {what}")
 
 
 def _end_call(writer: Any) -> None:

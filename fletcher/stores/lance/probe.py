@@ -19,13 +19,16 @@ from pyarrow import types
 _log = logging.getLogger(__name__)
 
 _MIN_LEVELS = 3
+# Deeper types are refused unchecked: one of 60 levels took a minute, and the dataset waits.
+_MAX_LEVELS = 16
 # Pairs of rows that are tried, about 3 ms each.
 _MAX_PAIRS = 256
 
 
 def is_readable(kind: pa.DataType) -> bool:
     """Whether all values of a type are read back. Takes up to a second."""
-    return _num_levels(kind) < _MIN_LEVELS or _reads_back(kind)
+    levels = _num_levels(kind)
+    return levels < _MIN_LEVELS or (levels <= _MAX_LEVELS and _reads_back(kind))
 
 
 @functools.lru_cache(maxsize=256)

@@ -21,7 +21,7 @@ import contextlib
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def find_whole_version(folder: Path) -> WholeVersion:
         synced = versions[0][0] - 1
     torn: list[tuple[Path, str]] = []
     for number, manifest in versions:
-        reason = _torn(manifest, folder)
+        reason = find_defect(manifest, folder)
         if not reason:
             return WholeVersion(manifest, torn)
         if synced is not None and number <= synced:
@@ -98,10 +98,10 @@ def set_torn_versions_aside(folder: Path) -> int:
     return len(torn)
 
 
-def newest_version(folder: Path) -> int:
-    """Number of a table's newest version; 0 if it has none."""
+def newest_version(folder: Path) -> tuple[int, Path | None]:
+    """Number and manifest of a table's newest version; 0 and None if it has none."""
     versions = _newest_first(folder / "_versions")
-    return versions[0][0] if versions else 0
+    return versions[0] if versions else (0, None)
 
 
 def note_synced(folder: Path, version: int) -> None:
@@ -135,8 +135,11 @@ def _newest_first(versions: Path) -> list[tuple[int, Path]]:
     return sorted(numbered, reverse=True)
 
 
-def _torn(manifest: Path, folder: Path) -> str:
-    """The defect of a version, with the name of its file; empty for a complete one."""
+def find_defect(manifest: Path, folder: Path, known: Set[str] = frozenset()) -> str:
+    """The defect of a version, with the name of its file; empty for a complete one.
+
+    `known`: paths of files that are known to be complete.
+    """
     data = manifest.read_bytes()
     try:
         offset, _, _, magic = _FOOTER.unpack(data[-_FOOTER.size :])
@@ -150,9 +153,11 @@ def _torn(manifest: Path, folder: Path) -> str:
         return ""
     for path, is_lance in _files(message):
         file = folder / path
+        if str(file) in known:
+            continue
         try:
-            size = file.stat().st_size
             with file.open("rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
                 opened.seek(max(0, size - len(_MAGIC)))
                 end = opened.read()
         except FileNotFoundError:

@@ -22,9 +22,9 @@ from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
+from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
-    SyncedFolder,
     check_new_columns,
     distinct_keys,
     lance_errors,
@@ -101,7 +101,6 @@ class LanceStore(EmbeddedStore):
 
         self._connect = connect
         self._database = connect(folder)
-        self._repaired: set[str] = set()  # datasets whose newest version was complete
         self._replaced: set[str] = set()  # datasets whose old version is to be deleted later
         self._reading = threading.Lock()
         self._earlier = EarlierVersions()
@@ -116,24 +115,25 @@ class LanceStore(EmbeddedStore):
                 field="mode",
             )
         check_new_columns(schema)
-        with ExitStack() as undo, lance_errors(dataset):
-            lock = undo.enter_context(self.lock_dataset(dataset))
-            self._repair(dataset)
-            table = self._open_table(dataset)
-            if table is not None:
-                check_compatible(dataset, table.schema, schema)
-                added = new_fields(table.schema, schema)
-                if added:
-                    table.add_columns(pa.schema(added))
-            else:
-                fields = [field.with_nullable(True) for field in schema]
-                stored = pa.schema(fields, metadata=schema.metadata)
-                stored = with_incarnation(dataset, stored)
-                table = self._database.create_table(dataset, schema=stored)
-            writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
-            if dataset in self._replaced:
-                self._replaced.discard(dataset)
-                writer.old_versions_left = True
+        with ExitStack() as undo:
+            with lance_errors(dataset):
+                lock = undo.enter_context(self.lock_dataset(dataset))
+                self._repair(dataset)
+                table = self._open_table(dataset)
+                if table is not None:
+                    check_compatible(dataset, table.schema, schema)
+                    added = new_fields(table.schema, schema)
+                    if added:
+                        table.add_columns(pa.schema(added))
+                else:
+                    fields = [field.with_nullable(True) for field in schema]
+                    stored = pa.schema(fields, metadata=schema.metadata)
+                    stored = with_incarnation(dataset, stored)
+                    table = self._database.create_table(dataset, schema=stored)
+                writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+                undo.callback(writer.close)
+                writer.old_versions_left = dataset in self._replaced
+            self._replaced.discard(dataset)
             undo.pop_all()
         return writer
 
@@ -142,17 +142,18 @@ class LanceStore(EmbeddedStore):
 
     def dataset(self, name: str) -> DatasetInfo | None:
         check_stored(name)
-        table = self._open_table(name)
-        if table is None:
-            return None
         with lance_errors(name):
+            table = self._open_table(name)
+            if table is None:
+                return None
             size = table.stats()["total_bytes"]
             return DatasetInfo(name, table.schema, table.count_rows(), int(size))
 
     def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)
-        table = self._open_table(name)
-        return None if table is None else table.schema
+        with lance_errors(name):
+            table = self._open_table(name)
+            return None if table is None else table.schema
 
     def replace_dataset(self, name: str, staged: str) -> None:
         """See `Store.replace_dataset`. Copies the rows, in one commit.
@@ -171,7 +172,7 @@ class LanceStore(EmbeddedStore):
                 old = self.incarnation(name)
             folder = self.folder / f"{name}.lance"
             if not folder.exists():
-                SyncedFolder(self.folder / f"{staged}.lance").sync_new_files(settled=True)
+                self._synced(staged).sync_new_files(settled=True)
                 (self.folder / f"{staged}.lance").rename(folder)
                 sync_path(self.folder)
                 return
@@ -186,49 +187,52 @@ class LanceStore(EmbeddedStore):
                     mode=mode,
                     on_bad_vectors="null",
                 )
-                SyncedFolder(folder).sync_new_files(settled=True)
-                self._repaired.add(name)
+                self._synced(name).sync_new_files(settled=True)
+                self.known_whole.add(name)
                 self._replaced.add(name)
             self._database.drop_table(staged)
-            self._repaired.discard(staged)
+            self.known_whole.discard(staged)
             sync_path(self.folder)
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
-        table = self._open_table(dataset)
-        if table is None or "batch_key" not in table.schema.names:
-            return []
-        prefix = conditions.quoted(f"{upload_id}:")
-        keys = distinct_keys(dataset, table, f"starts_with(batch_key, {prefix})")
+        with lance_errors(dataset):
+            table = self._open_table(dataset)
+            if table is None or "batch_key" not in table.schema.names:
+                return []
+            prefix = conditions.quoted(f"{upload_id}:")
+            keys = distinct_keys(dataset, table, f"starts_with(batch_key, {prefix})")
         return upload_ranges(keys, upload_id)
 
     def scan(
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
-        table = self._table(name)
-        wanted = wanted_columns(name, table.schema, columns)
-        query = _filtered(name, table, table.search(), filters).select(wanted)
-        if limit is not None:
-            query = query.limit(limit)
-        return query.to_batches(_scan_rows(table.schema))
+        with lance_errors(name):
+            table = self._table(name)
+            wanted = wanted_columns(name, table.schema, columns)
+            query = _filtered(name, table, table.search(), filters).select(wanted)
+            if limit is not None:
+                query = query.limit(limit)
+            rows = query.to_batches(_scan_rows(table.schema))
+        return pa.RecordBatchReader.from_batches(rows.schema, _read_batches(name, rows))
 
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        table = self._table(dataset)
-        scores = check_query(dataset, table.schema, vector, k)
-        wanted = wanted_columns(dataset, table.schema, columns)
-        read = list(dict.fromkeys([*wanted, *scores.columns]))
-        similarity = scores.similarity
-        metric = None  # of LanceDB, if it can search such vectors
-        if similarity.output == "dense" and similarity.reader is not None:
-            dtype = similarity.reader.dtype
-            metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
-            metric = None if dtype == "int8" else metric
-        if metric is None:
-            rows = self.scan(dataset, columns=read, filters=filters)
-            return nearest(rows, scores, k=k, columns=wanted)
         with lance_errors(dataset):
+            table = self._table(dataset)
+            scores = check_query(dataset, table.schema, vector, k)
+            wanted = wanted_columns(dataset, table.schema, columns)
+            read = list(dict.fromkeys([*wanted, *scores.columns]))
+            similarity = scores.similarity
+            metric = None  # of LanceDB, if it can search such vectors
+            if similarity.output == "dense" and similarity.reader is not None:
+                dtype = similarity.reader.dtype
+                metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
+                metric = None if dtype == "int8" else metric
+            if metric is None:
+                rows = self.scan(dataset, columns=read, filters=filters)
+                return nearest(rows, scores, k=k, columns=wanted)
             is_exact = metric != "hamming" and not _has_vector_index(table)
             query = pack_signs(scores.query) if metric == "hamming" else scores.query
             limit = k if is_exact else max(k, min(k * CANDIDATES, MAX_CANDIDATES))
@@ -249,7 +253,7 @@ class LanceStore(EmbeddedStore):
             if not known:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
-            self._repaired.discard(name)
+            self.known_whole.discard(name)
             sync_path(self.folder)
 
     def close(self) -> None:
@@ -259,10 +263,13 @@ class LanceStore(EmbeddedStore):
 
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock."""
-        if name not in self._repaired:
+        if name not in self.known_whole:
             with lance_errors(name):
                 set_torn_versions_aside(self.folder / f"{name}.lance")
-            self._repaired.add(name)
+            self.known_whole.add(name)
+
+    def _synced(self, name: str) -> SyncedFolder:
+        return SyncedFolder(self.folder / f"{name}.lance", self.known_whole)
 
     def _open_table(self, name: str) -> Any | None:
         """A table at its newest complete version; None if it does not exist.
@@ -277,7 +284,7 @@ class LanceStore(EmbeddedStore):
             return None
         database = self._database
         with lance_errors(name):
-            if name not in self._repaired:
+            if name not in self.known_whole:
                 manifest, torn = find_whole_version(folder)
                 if manifest is None:
                     return None
@@ -286,14 +293,14 @@ class LanceStore(EmbeddedStore):
                     with self._reading:
                         database = self._connect(self._earlier.folder_of(manifest))
                 else:
-                    self._repaired.add(name)
+                    self.known_whole.add(name)
             table = database.open_table(name)
-        if not _is_dataset(table.schema):
-            raise InvalidCommandError(
-                f"`{name}` is a LanceDB table that Fletcher did not write; choose another name",
-                field="dataset",
-            )
-        return table
+            if not _is_dataset(table.schema):
+                raise InvalidCommandError(
+                    f"`{name}` is a LanceDB table that Fletcher did not write; choose another name",
+                    field="dataset",
+                )
+            return table
 
     def _table(self, name: str) -> Any:
         check_stored(name)
@@ -307,6 +314,11 @@ def _is_dataset(schema: pa.Schema) -> bool:
     """Whether Fletcher wrote the table, or may write to it: it has ids and vectors."""
     written = any(key.startswith(b"fletcher.") for key in schema.metadata or ())
     return written or {"id", "vector"} <= set(schema.names)
+
+
+def _read_batches(dataset: str, rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    with lance_errors(dataset):
+        yield from rows
 
 
 def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:

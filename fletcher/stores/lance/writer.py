@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from fletcher.errors import (
     StoreUnavailableError,
 )
 from fletcher.stores.base import WriteMode
-from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
+from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.filters import quoted
 from fletcher.stores.lance.probe import is_readable
-from fletcher.stores.lance.repair import newest_version, note_synced
+from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.schemas import (
     align_batch,
     check_compatible,
@@ -35,7 +34,6 @@ from fletcher.stores.schemas import (
     last_of_each_id,
 )
 from fletcher.util.allocator import trim_heap
-from fletcher.util.durable import sync_path
 from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
@@ -83,7 +81,7 @@ class LanceWriter(EmbeddedWriter):
         self._table = table
         self._mode = mode
         self.old_versions_left = False
-        self._files = SyncedFolder(store.folder / f"{dataset}.lance")
+        self._files = SyncedFolder(store.folder / f"{dataset}.lance", store.known_whole)
         self._files.sync_new_files(settled=True)
         # While this is open, no other folder has the same inode.
         self._folder = os.open(store.folder / f"{dataset}.lance", os.O_DIRECTORY | os.O_CLOEXEC)
@@ -258,49 +256,9 @@ class LanceWriter(EmbeddedWriter):
             self._files.sync_new_files(settled=False)
             # The old version may be deleted only once the new one is on disk.
             self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, StoreUnavailableError) as error:
             # No row is lost; a later compaction tries again.
             _log.warning("dataset %s was not compacted: %s", self.dataset, _cause(error))
-
-
-class SyncedFolder:
-    """Folder of a table, and its files that are known to be on disk. Thread-safe."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._synced: set[str] = set()
-        self._mutex = threading.Lock()
-
-    def sync_new_files(self, *, settled: bool) -> None:
-        """Sync new files, then the folders that hold them.
-
-        Lance changes no file in place except its version hint, which it does not need.
-
-        Args:
-            settled: Whether nothing else writes to the table now. If false, a new file may be
-                incomplete, and the next call syncs it again.
-        """
-        with self._mutex:
-            version = newest_version(self._folder)
-            present = set()
-            changed: set[str] = set()
-            for folder, folders, names in os.walk(self._folder):
-                inner = [f"{folder}/{name}" for name in folders]
-                changed.update(folder for path in inner if path not in self._synced)
-                present.update(inner)
-                for name in names:
-                    path = f"{folder}/{name}"
-                    present.add(path)
-                    if path not in self._synced:
-                        with contextlib.suppress(FileNotFoundError):  # a temporary file
-                            sync_path(path)
-                        changed.add(folder)
-            for folder in changed:
-                sync_path(folder)
-            if not self._synced:
-                sync_path(self._folder.parent)
-            self._synced = present if settled else self._synced & present
-            note_synced(self._folder, version)
 
 
 def check_new_columns(schema: pa.Schema) -> None:
@@ -357,8 +315,8 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Invalid input" in text:
             reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
             raise RequestError(reason) from error
-        if "No space left" in text or "StorageFull" in text:  # concerns all datasets
-            reason, field = "the disk is full; free some space", "store"
+        if concerns_store(error) or "StorageFull" in text:
+            reason, field = "the disk is full or read-only; free some space", "store"
         else:
             reason, field = "LanceDB failed; see the log", "dataset"
             _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)

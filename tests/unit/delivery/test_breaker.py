@@ -35,14 +35,14 @@ def breaker(clock: Clock) -> Breaker:
     return Breaker("s", DeliveryTiming().retry, clock=clock, jitter=lambda: 1.0)
 
 
-def delay_s(breaker: Breaker, caller: object) -> float:
+def delay_s(breaker: Breaker, caller: str) -> float:
     """Time that `caller` has to wait."""
     clock = breaker._clock
     return max(0.0, breaker.ready_at(caller) - clock())
 
 
-def fail(breaker: Breaker, who: object = "a", error: FletcherError | None = None) -> None:
-    error = error or StoreUnavailableError("no disk")
+def fail(breaker: Breaker, who: str = "a", error: FletcherError | None = None) -> None:
+    error = error or StoreUnavailableError("no disk", field="store")
     with pytest.raises(type(error)), breaker.guard_call(who):
         raise error
 
@@ -100,13 +100,13 @@ def test_what_was_under_way_when_it_opened_makes_no_pause_longer(
         for _ in range(3):
             fail(breaker)
         clock.now += 0.02
-        raise StoreUnavailableError("no answer within the deadline")
+        raise StoreUnavailableError("reset", field="store")
     assert delay_s(breaker, "a") == pytest.approx(0.08)
 
 
 def test_the_stores_own_word_on_when_to_come_again(breaker: Breaker) -> None:
     for _ in range(3):
-        fail(breaker, error=StoreUnavailableError("locked", retry_after_ms=4000))
+        fail(breaker, error=StoreUnavailableError("no", field="store", retry_after_ms=4000))
     assert delay_s(breaker, "a") == 4
 
 
@@ -143,21 +143,85 @@ def test_coming_and_going_are_logged_once(
 
 
 @pytest.mark.parametrize(
-    "error", [StoreUnavailableError("LanceDB failed", field="dataset"), MemoryError(), KeyError()]
+    "error",
+    [
+        StoreUnavailableError("LanceDB failed", field="dataset"),
+        StoreUnavailableError("the journal's disk fails", field="journal"),
+        MemoryError(),
+        KeyError(),
+    ],
 )
-def test_the_trouble_of_one_dataset_is_not_the_stores(breaker: Breaker, error: Exception) -> None:
+def test_an_error_in_which_the_store_has_no_part(breaker: Breaker, error: Exception) -> None:
     # One damaged dataset made a quiet store count as unavailable, and the others were refused.
-    for _ in range(10):
-        with pytest.raises(type(error)), breaker.guard_call("damaged"):
+    for who in ("a", "b", "c", "a", "b", "c"):
+        with pytest.raises(type(error)), breaker.guard_call(who):
             raise error
     assert breaker.unavailable_since is None
     breaker.require_ready("healthy")
 
 
+UNPROVEN = StoreUnavailableError("no answer within the deadline")
+
+
+def test_a_dataset_that_always_times_out_beside_others_is_alone(breaker: Breaker) -> None:
+    with breaker.guard_call("healthy"):
+        pass
+    for _ in range(10):  # while the store is quiet
+        fail(breaker, "stuck", UNPROVEN)
+    assert breaker.unavailable_since is None
+    assert breaker.held_since("stuck") is None  # its committer pauses by itself
+    breaker.require_ready("healthy")
+
+
+def test_failures_of_several_datasets_hold_those_alone_back(breaker: Breaker, clock: Clock) -> None:
+    with breaker.guard_call("healthy"):
+        pass
+    for who in ("a", "b", "c"):
+        clock.now += 1
+        fail(breaker, who, UNPROVEN)
+    assert breaker.unavailable_since == 1
+    for who in ("a", "b", "c"):
+        assert breaker.held_since(who) == 1
+        with pytest.raises(StoreUnavailableError, match="no answer"):
+            breaker.require_ready(who)
+    # A dataset that did not fail may call beside the one that tries, and settles the question.
+    clock.now = breaker.ready_at("a")
+    with pytest.raises(StoreUnavailableError), breaker.guard_call("a"):
+        breaker.require_ready("healthy")
+        with breaker.guard_call("healthy"):
+            assert breaker.ready_at("b") == math.inf
+        assert breaker.unavailable_since is None
+        raise UNPROVEN
+    assert breaker.unavailable_since is None
+    # If it fails, too, it waits with them.
+    for who in ("a", "b", "c", "healthy"):
+        fail(breaker, who, UNPROVEN)
+    assert breaker.held_since("healthy") is not None
+
+
+def test_the_dataset_that_was_stored_last_speaks_for_its_store(breaker: Breaker) -> None:
+    # It may be the only one in use, so all datasets fail.
+    with breaker.guard_call("only"):
+        pass
+    for _ in range(3):
+        fail(breaker, "only", UNPROVEN)
+    assert breaker.unavailable_since is not None
+    assert breaker.held_since("only") is not None
+    breaker.require_ready("new")
+
+
+def test_a_refused_connection_holds_all_back(breaker: Breaker) -> None:
+    with breaker.guard_call("healthy"):
+        pass
+    fail(breaker, "a", UNPROVEN)
+    for _ in range(2):
+        fail(breaker, "a")
+    assert breaker.held_since("healthy") is not None
+
+
 def test_an_error_that_says_nothing_lets_another_dataset_try(breaker: Breaker) -> None:
     for who in ("a", "b", "a", "b"):
-        with pytest.raises(StoreUnavailableError), breaker.guard_call(who):
-            raise StoreUnavailableError("it fails")
+        fail(breaker, who)
     breaker._retry_at = 0.0
     with pytest.raises(MemoryError), breaker.guard_call("a"):
         raise MemoryError

@@ -55,7 +55,7 @@ CONFIG = DeliveryConfig(
     store_retry_s=RETRY_S,
     store_timeout_s=60,
 )
-AWAY = StoreUnavailableError("the store is out")
+AWAY = StoreUnavailableError("the store is out", field="store")
 BAD = ColumnTypeError("not this")
 
 
@@ -67,7 +67,7 @@ class Bench:
         retry = DeliveryTiming().retry
         self.breaker = Breaker("s", retry, clock=lambda: self.now, jitter=lambda: 1.0)
         self.size = AppendSize(CONFIG.slow_append_s, retry, jitter=lambda: 1.0)
-        self.queue = CommitQueue(CONFIG, self.breaker, self.size, LINGER_S)
+        self.queue = CommitQueue(CONFIG, "d", self.breaker, self.size, LINGER_S)
 
     def submit(self, one: Upload, first: int, num_rows: int, **fields: Any) -> Rows:
         fields = {"arrived": self.now, "num_bytes": num_rows, **fields}
@@ -107,9 +107,9 @@ class Bench:
     def note(self, action: Any, outcome: Any = None) -> None:
         self.queue.note_outcome(action, outcome, self.now)
 
-    def fail(self, error: FletcherError = AWAY, caller: object = None) -> None:
+    def fail(self, error: FletcherError = AWAY, caller: str = "d") -> None:
         """A call to the store fails."""
-        with suppress(FletcherError), self.breaker.guard_call(caller or self.queue):
+        with suppress(FletcherError), self.breaker.guard_call(caller):
             raise error
 
 
@@ -435,11 +435,11 @@ def test_an_unavailable_store_is_called_when_its_breaker_says(bench: Bench) -> N
         action = bench.append()
         bench.fail()
         bench.note(action, Unavailable(1, 0.0, AWAY))
-    assert bench.decide() == Wait(bench.breaker.ready_at(bench.queue))
+    assert bench.decide() == Wait(bench.breaker.ready_at("d"))
     # While another dataset's committer tries, nobody else does.
-    bench.now = bench.breaker.ready_at(bench.queue)
+    bench.now = bench.breaker.ready_at("d")
     with bench.breaker.guard_call("another"):
-        assert bench.breaker.ready_at(bench.queue) == math.inf
+        assert bench.breaker.ready_at("d") == math.inf
         assert bench.decide() == Wait(bench.now + LINGER_S)
     assert isinstance(bench.decide(), Append)  # and its answer ends the pause of this one
 
@@ -490,9 +490,7 @@ def test_the_store_may_become_available_in_the_midst_of_a_decision(
     # Other committers use the breaker at the same time.
     bench.submit(upload(), 0, 1, arrived=bench.now - RETRY_S)
     reads = [bench.now - RETRY_S] * num_reads
-    monkeypatch.setattr(
-        Breaker, "unavailable_since", property(lambda _: reads.pop() if reads else None)
-    )
+    monkeypatch.setattr(Breaker, "held_since", lambda *_: reads.pop() if reads else None)
     monkeypatch.setattr(Breaker, "ready_at", lambda *_: math.inf)
     action = bench.decide()
     assert isinstance(action, Append | GiveUp | Wait)
@@ -681,7 +679,7 @@ class World:
             return Unavailable(num_groups, seconds, AWAY)
         if chance.random() < 0.1 and not calm:  # a defect of the store's client
             return Failed(num_groups, seconds, unexpected_failure())
-        with bench.breaker.guard_call(bench.queue):
+        with bench.breaker.guard_call("d"):
             pass
         unsettled = [] if calm else [one for one in going if chance.random() < 0.05]
         for group in going:

@@ -112,21 +112,31 @@ def test_all_datasets_wait_together_and_the_log_tells_it_once(
     assert all("trying" in one or one.startswith("store default") for one in messages)
 
 
-def test_a_dataset_in_trouble_of_its_own_does_not_stop_the_others() -> None:
+@pytest.mark.parametrize("stored_last", ["slow", "healthy"])
+def test_a_dataset_that_always_times_out_does_not_stop_the_others(stored_last: str) -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        locked, locked_sink = open_(delivery, "locked")
-        free, free_sink = open_(delivery, "free")
-        store.locked = {"locked"}
-        send(locked_sink, locked, 0, 5)
-        until(lambda: delivery.statistics()["default"]["outages"] > 0)
-        for first in range(0, 50, 10):
-            send(free_sink, free, first, 10)
-            assert stored(free, first + 10)
-        assert locked.counts()["rows_stored"] == 0
+        opened = {name: open_(delivery, name) for name in ("slow", "healthy")}
+        for name in sorted(opened, key=lambda name: name == stored_last):
+            upload, sink = opened[name]
+            send(sink, upload, 0, 5)
+            assert stored(upload, 5)
+        store.locked = {"slow"}
+        slow, slow_sink = opened["slow"]
+        send(slow_sink, slow, 5, 5)
+        tried = store.num_tries
+        until(lambda: store.num_tries >= tried + 4)
+        # If the slow one was stored last, every dataset that anyone tries fails.
+        state = "away" if stored_last == "slow" else "there"
+        assert delivery.statistics()["default"]["state"] in (state, "probing")
+        for name in ("healthy", "new"):
+            upload, sink = open_(delivery, name, upload_id="next")
+            send(sink, upload, 0, 10)
+            assert stored(upload, 10)
+        assert slow.counts()["rows_stored"] == 5
         store.locked = set()
-        assert stored(locked, 5)
-        assert ids(store, "locked") == list(range(5))
+        assert stored(slow, 10)
+        assert ids(store, "slow") == list(range(10))
 
 
 def test_what_is_too_much_at_once_goes_in_parts_with_the_same_keys() -> None:
@@ -189,13 +199,13 @@ def test_rows_in_memory_are_given_up_though_rows_of_the_journal_wait_before_them
 def test_rows_are_tried_before_they_are_given_up_however_short_the_patience() -> None:
     store = MemoryStore()
     with delivering(store, store_retry_s=0.0) as delivery:
+        store.down = outage()
         for number in range(5):
-            store.faults.append(("before", outage()))
             upload, sink = _patiently(delivery, f"u{number}")
             send(sink, upload, 0, 5)
             assert wait(upload, lambda one=upload: one.failure is not None)
             delivery.close_upload(upload, sink)
-        store.faults.clear()
+        store.down = None
         upload, sink = _patiently(delivery, "last")
         send(sink, upload, 0, 5)
         wait(upload, lambda: not upload.in_flight or upload.failure is not None)

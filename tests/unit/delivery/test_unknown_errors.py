@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.delivery import actions
 from fletcher.delivery.commit_queue import CommitQueue
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.dedupe.index import DedupeIndex
@@ -20,6 +21,7 @@ from fletcher.delivery.journal import segment
 from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.segment import JournaledGroup
 from fletcher.delivery.journal.settled_groups import SettledGroups
+from fletcher.delivery.journal.writer import JournalWriter
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload
 from fletcher.delivery.waiting_rows import WaitingRows
@@ -109,6 +111,28 @@ def test_an_append_that_fails_once_loses_and_doubles_nothing(
     assert_all_arrive(store, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [actions.Open, actions.Append, actions.Rest])
+def test_an_action_that_cannot_be_carried_out_ends_no_committer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    carry_out, failed = Committer._carry_out, []
+
+    def failing(committer: Committer, action: Any) -> Any:
+        if isinstance(action, kind) and not failed:
+            failed.append(action)
+            raise MemoryError
+        return carry_out(committer, action)
+
+    monkeypatch.setattr(Committer, "_carry_out", failing)
+    if kind is actions.Open:
+        with (
+            delivering(MemoryStore(), tmp_path) as delivery,
+            pytest.raises(StoreUnavailableError, match="unexpected way"),
+        ):
+            delivery.open_upload(options(), SCHEMA)
+    assert_all_arrive(MemoryStore(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -126,6 +150,13 @@ def test_an_append_that_fails_once_loses_and_doubles_nothing(
         (WaitingRows, "put_back"),
         (WaitingRows, "append_rows"),
         (Committer, "submit_rows"),
+        (Committer, "_append"),
+        (Committer, "_settle_groups"),
+        (actions.Append, "__init__"),
+        (actions.Stored, "__init__"),
+        (JournalWriter, "_carry_out"),
+        (JournalWriter, "_write"),
+        (actions.Write, "__init__"),
     ],
     ids=lambda one: one if isinstance(one, str) else one.__name__,
 )

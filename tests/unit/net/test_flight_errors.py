@@ -184,7 +184,18 @@ def test_a_store_is_retried_unless_it_refused(exc, kind, words):
     error = from_store_error(exc, "asking")
     assert type(error) is kind
     assert words in error.message
-    assert error.field == "store"
+    # A timeout or a failure may be one dataset's: it does not prove that the store is unavailable.
+    certain = isinstance(exc, flight.FlightUnavailableError)
+    unproven = kind is errors.StoreUnavailableError and not certain
+    assert error.field == (None if unproven else "store")
+
+
+@pytest.mark.parametrize(
+    ("field", "kept"), [("store", "store"), ("dataset", "dataset"), ("x", None)]
+)
+def test_a_fletcher_store_tells_whether_the_trouble_is_a_datasets(field, kept):
+    sent = errors.StoreUnavailableError("it fails", field=field)
+    assert from_store_error(to_flight_error(sent), "asking").field == kept
 
 
 @pytest.mark.parametrize("kind", list(errors.BY_CODE.values()))

@@ -21,6 +21,7 @@ from fletcher.errors import InternalError, OverloadedError
 from fletcher.pipeline.batch_window import BatchWindow
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.pipeline.ready_windows import PlannedBatch, ReadyWindows
 from fletcher.pipeline.scheduler import BatchingConfig, InferenceStage, ModelShape, Scheduler
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.telemetry.tracing import Telemetry
@@ -80,6 +81,35 @@ def test_a_window_that_cannot_be_planned_ends_its_calls_alone(urgent: bool) -> N
 
 def failing(*_: Any, **__: Any) -> Any:
     raise MemoryError
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (BatchWindow, "__init__"),
+        (InferenceStage, "_job"),
+        (ReadyWindows, "_forget"),
+        (BatchWindow, "wanted_rows"),
+        (PlannedBatch, "__init__"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.__name__,
+)
+def test_a_step_that_fails_ends_its_calls_alone(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, urgent: bool
+) -> None:
+    # Neither queue nor window held the tickets then, and their calls waited for ever.
+    stage = make(one_run)
+    stream, ticket = tokenized(priority="interactive" if urgent else "bulk")
+    stage.add_ticket(ticket)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, failing)
+        assert stage.schedule(urgent=urgent) is None
+    with pytest.raises(OverloadedError, match="unexpected way"):
+        list(stream.results())
+    _, other = tokenized(priority="interactive" if urgent else "bulk")
+    stage.add_ticket(other)
+    assert stage.schedule(urgent=urgent) is not None
 
 
 def test_a_micro_batch_that_cannot_be_formed_ends_its_calls_alone(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -544,6 +547,31 @@ def test_a_second_writer_is_refused_in_this_process_and_in_another(store):
     store.open_writer("d", rows.schema(), "append").close()
 
 
+@pytest.mark.parametrize("file", ["_common_metadata", "u~0-9.parquet", "u:0-9.parquet"])
+def test_a_damaged_parquet_dataset_is_left_out_and_breaks_no_list(tmp_path, file):
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 10))
+    shutil.copytree(tmp_path / "d", tmp_path / "bad")
+    (tmp_path / "bad" / file).write_bytes(b"PAR1 and no more")
+    with pytest.raises(StoreUnavailableError, match="`bad` cannot be read") as caught:
+        store.dataset("bad")
+    assert caught.value.field == "dataset"
+    assert str(tmp_path) not in caught.value.message
+    assert [info.name for info in store.datasets()] == ["d"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ENOTDIR])
+def test_only_a_full_or_read_only_disk_concerns_the_whole_store(store, code, monkeypatch):
+    writer = store.open_writer("d", rows.schema(), "append")
+    fault = OSError(code, os.strerror(code))
+    monkeypatch.setattr("pyarrow.parquet.write_table", Mock(side_effect=fault))
+    monkeypatch.setattr(type(writer), "_add", Mock(side_effect=fault), raising=False)
+    with pytest.raises(StoreUnavailableError) as caught:
+        writer.append([rows.batch(0, 10)])
+    assert caught.value.field == ("store" if code in (errno.ENOSPC, errno.EROFS) else "dataset")
+    writer.close()
+
+
 def test_columns_may_be_added_and_left_out_in_lance(tmp_path):
     store = open_store(f"lance:{tmp_path}")
     fill(store, rows.batch(0, 3))
@@ -598,6 +626,45 @@ def test_a_writer_notices_that_its_table_is_gone(tmp_path, anew):
     writer.append([rows.batch(5, 5)])
     assert store.dataset("d").num_rows == 5
     assert store.incarnation("d") != old
+
+
+READINGS = {
+    "dataset": lambda store: store.dataset("d"),
+    "incarnation": lambda store: store.incarnation("d"),
+    "stored_ranges": lambda store: store.stored_ranges("d", "u"),
+    "scan": lambda store: store.scan("d").read_all(),
+    "search": lambda store: store.search("d", np.ones(8, np.float32), k=3),
+    "delete_dataset": lambda store: store.delete_dataset("d"),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_table_that_goes_away_while_it_is_read_is_unavailable(tmp_path, monkeypatch, name):
+    """A call that met it was told of an internal failure, so its client gave up."""
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, rows.batch(0, 5))
+    open_table = store._database.open_table
+
+    def open_and_drop(dataset: str):
+        table = open_table(dataset)
+        shutil.rmtree(tmp_path / f"{dataset}.lance")
+        return table
+
+    monkeypatch.setattr(store._database, "open_table", open_and_drop)
+    with pytest.raises((StoreUnavailableError, UnknownDatasetError)):
+        READINGS[name](store)
+    store.close()
+
+
+def test_rows_that_go_away_while_they_are_scanned_are_unavailable(tmp_path):
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, *(rows.batch(5 * number, 5) for number in range(3)))
+    reader = store.scan("d")
+    for path in (tmp_path / "d.lance" / "data").iterdir():
+        path.unlink()
+    with pytest.raises(StoreUnavailableError, match="LanceDB failed"):
+        reader.read_all()
+    store.close()
 
 
 def chunks(*texts: tuple[str, int | None], version: str, key: str) -> pa.RecordBatch:
@@ -752,6 +819,7 @@ _DEEP = pa.struct([("f", pa.list_(pa.list_(pa.int32())))])
         (pa.list_(_DEEP), False),
         (pa.list_(pa.struct([("b", pa.list_(pa.list_(pa.utf8())))])), False),
         (pa.struct([("g", pa.list_(_DEEP))]), False),
+        (functools.reduce(lambda kind, _: pa.list_(kind), range(60), pa.int8()), False),
         (_DEEP, True),
         (pa.list_(pa.struct([("f", pa.list_(pa.int32()))])), True),
         (pa.map_(pa.utf8(), pa.list_(pa.list_(pa.float64()))), True),

@@ -12,7 +12,7 @@ import pytest
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
-from fletcher.stores.lance.repair import _torn, newest_version, note_synced
+from fletcher.stores.lance.repair import find_defect, newest_version, note_synced
 from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def note_newest_unsynced(folder: Path) -> None:
     table = folder / "d.lance"
-    note_synced(table, newest_version(table) - 1)
+    note_synced(table, newest_version(table)[0] - 1)
 
 
 def manifests(folder: Path) -> list[str]:
@@ -90,7 +90,7 @@ def test_the_version_before_is_taken_and_goes_on(
 def test_a_manifest_with_any_end_but_its_own_is_not_whole(folder: Path) -> None:
     manifest = newest(folder, "_versions/*.manifest")
     whole = manifest.read_bytes()
-    assert not _torn(manifest, folder / "d.lance")
+    assert not find_defect(manifest, folder / "d.lance")
     damaged = [whole[:size] for size in range(len(whole))]
     damaged.append(whole[:-16] + b"\xff" * 16)
     damaged += [
@@ -99,7 +99,7 @@ def test_a_manifest_with_any_end_but_its_own_is_not_whole(folder: Path) -> None:
     ]
     for data in damaged:
         manifest.write_bytes(data)
-        assert _torn(manifest, folder / "d.lance"), len(data)
+        assert find_defect(manifest, folder / "d.lance"), len(data)
 
 
 def test_a_version_that_cannot_be_read_makes_the_dataset_unavailable(folder: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_table_that_lost_an_old_file_is_refused_by_its_name(
 
 
 def test_a_dataset_that_is_damaged_can_be_deleted(folder: Path) -> None:
-    note_synced(folder / "d.lance", newest_version(folder / "d.lance"))
+    note_synced(folder / "d.lance", newest_version(folder / "d.lance")[0])
     newest(folder, "data/*.lance").unlink()
     store = open_store(f"lance:{folder}")
     store.delete_dataset("d")

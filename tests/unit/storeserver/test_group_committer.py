@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -12,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fletcher.errors import RequestError, StoreUnavailableError
+from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.lance import writer as lance_writer
 from fletcher.stores.lance.store import LanceStore
-from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
+from fletcher.stores.lance.writer import LanceWriter
+from fletcher.storeserver.group_committer import CommitStream, GroupCommitter, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
+from fletcher.storeserver.key_ledger import KeyLedger
 from tests.doubles import store_rows as rows
 
 pytest.importorskip("lancedb")
@@ -80,6 +83,50 @@ def test_rows_that_were_stored_though_their_commit_failed_are_repeats(
         submit(ingest, rows.batch(10, 10)).result(30)
     assert not fail_next_sync.is_set()
     assert submit(ingest, rows.batch(10, 10)).result(30) == 0
+    assert submit(ingest, rows.batch(20, 10)).result(30) == 10
+    assert num_rows(store) == 30
+
+
+class Panic(BaseException):
+    """As a panic of LanceDB, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), Panic()])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (GroupCommitter, "_linger"),
+        (GroupCommitter, "_next_items"),
+        (GroupCommitter, "_carry_out"),
+        (GroupCommitter, "_commit"),
+        (GroupCommitter, "_store_rows"),
+        (GroupCommitter, "_new_rows"),
+        (GroupCommitter, "close_writer"),
+        (LanceWriter, "write_rows"),
+        (KeyLedger, "add_key"),
+        (KeyLedger, "__init__"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.__name__,
+)
+def test_a_step_that_fails_once_doubles_no_row_and_ends_no_thread(
+    store: LanceStore,
+    ingest: Ingest,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: BaseException,
+) -> None:
+    step, errors = getattr(owner, name), [error]
+
+    def failing(*args: Any, **named: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return step(*args, **named)
+
+    monkeypatch.setattr(owner, name, failing)
+    with contextlib.suppress(FletcherError):
+        submit(ingest, rows.batch(10, 10)).result(30)
+    submit(ingest, rows.batch(10, 10)).result(30)
     assert submit(ingest, rows.batch(20, 10)).result(30) == 10
     assert num_rows(store) == 30
 

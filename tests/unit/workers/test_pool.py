@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 
 from fletcher.errors import BackendError, InternalError, RowTooLargeError
+from fletcher.workers.health import Health
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
-from fletcher.workers.roster import PoolConfig, PoolEvents
+from fletcher.workers.roster import PoolConfig, PoolEvents, Roster
+from fletcher.workers.worker_handle import WorkerHandle
 from tests.integration.processes import eventually
 
 
@@ -114,6 +116,60 @@ def test_an_unexpected_error_gives_nothing_away() -> None:
             submit("break").wait()
         assert "secret" not in str(caught.value)
         assert submit("still alive").wait() == "still alive"
+
+
+def test_a_panic_of_a_library_fails_its_job_alone() -> None:
+    # The worker's thread ended, and the job waited for an answer for minutes.
+    with running() as (_, submit):
+        with pytest.raises(InternalError, match="Panic"):
+            submit("panic").wait()
+        assert submit("still alive").wait() == "still alive"
+
+
+@pytest.mark.parametrize("name", ["send", "encode", "finish_request", "take_request"])
+def test_a_worker_that_cannot_answer_is_replaced_and_its_jobs_done_again(
+    tmp_path: Path, name: str
+) -> None:
+    # Its thread ended, and the jobs waited for their answers for minutes.
+    with running() as (_, submit):
+        doomed = submit(("break once", name, str(tmp_path / "flag")))
+        behind = submit("behind it")
+        assert doomed.wait() == "survived"
+        assert behind.wait() == "behind it"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (WorkerHandle, "_announce"),
+        (WorkerHandle, "_read"),
+        (WorkerHandle, "_clear"),
+        (WorkerHandle, "_retry_jobs"),
+        (WorkerHandle, "_retry"),
+        (Roster, "review"),
+        (Health, "record_restart"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.__name__,
+)
+def test_a_step_between_two_lives_of_a_worker_may_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: type, name: str
+) -> None:
+    # The thread that starts the worker ended, and with it the worker; nobody started another.
+    step = getattr(owner, name)
+    failed: list[bool] = []
+
+    def fail_once(*args: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise MemoryError
+        return step(*args)
+
+    with running(max_attempts=3) as (_, submit):
+        assert submit(0).wait() == 0
+        monkeypatch.setattr(owner, name, fail_once)
+        assert submit(("die once", str(tmp_path / "flag"))).wait() == "survived"
+        assert submit(1).wait() == 1
+    assert failed
 
 
 def test_a_killed_worker_is_replaced_and_its_jobs_done_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from fletcher.delivery.journal import settled_groups as settled_groups_module
 from fletcher.delivery.journal.settled_groups import SettledGroups
+from fletcher.errors import StoreUnavailableError
 from tests.doubles.stores import MemoryStore
 from tests.unit.delivery.dedupe.test_index import SCHEMA, delivering, options, send, stored, wait
 
@@ -164,3 +165,11 @@ def test_they_are_not_acknowledged_before_that_is_noted(
         wait(upload)
         assert upload.failure is None
     assert seen == [0, 0]
+
+
+def test_a_file_that_cannot_be_read_now_is_a_passing_fault(tmp_path: Path) -> None:
+    """A client that asked for its upload was told of an internal failure, and gave up."""
+    (tmp_path / "groups.unsent").mkdir()
+    for read in (lambda: SettledGroups(tmp_path).ranges_of("u"), SettledGroups(tmp_path).all_keys):
+        with pytest.raises(StoreUnavailableError, match="disk fails"):
+            read()
