@@ -90,6 +90,11 @@ def sniff(file: InputFile, opened: OpenFile, text_columns: tuple[str, ...]) -> F
         return "parquet"
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
+    if start.startswith(b"FEA1"):
+        raise InvalidCommandError(
+            f"{file.name} is of Feather's version 1, expected version 2, which is Arrow IPC; write "
+            "it again"
+        )
     if file.format is not None:
         return file.format
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()

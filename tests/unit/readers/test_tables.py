@@ -1,5 +1,6 @@
 """Parquet and Arrow files of other writers: encrypted, damaged, delta encodings, INT96."""
 
+import contextlib
 import datetime as dt
 import io
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
 
-from fletcher.errors import ColumnTypeError, InvalidCommandError
+from fletcher.errors import BatchTooLargeError, ColumnTypeError, FletcherError, InvalidCommandError
 from fletcher.readers import open_source
 
 
@@ -102,3 +103,47 @@ def test_bytes_after_the_end_of_an_arrow_stream_are_refused(tmp_path, tail):
     for given in (tmp_path / "t.arrows", "-"):
         with pytest.raises(InvalidCommandError, match="goes on after the end of its Arrow stream"):
             read(given, stdin=io.BytesIO(more))
+
+
+def arrow_file(table, **options):
+    data = io.BytesIO()
+    with pa.ipc.new_file(data, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.dictionary(pa.int8(), pa.utf8())])
+def test_an_arrow_file_is_read_by_its_index(tmp_path, compression, kind, monkeypatch):
+    # Polars leaves bytes after the magic number that are no message.
+    table = pa.table({"text": pa.array(["a", "b", "c"]).cast(kind)})
+    path = tmp_path / "t.arrow"
+    data = bytearray(arrow_file(table, compression=compression))
+    data[8:16] = b"\x04\0\0\0\xf2\xff\xff\xff"
+    path.write_bytes(data)
+    assert read(path).to_pydict() == {"text": ["a", "b", "c"]}
+    monkeypatch.setattr("fletcher.readers.ipc_sizes.MAX_DECODED_BYTES", 1)
+    if compression is None:
+        assert read(path).num_rows == 3
+        return
+    with pytest.raises(BatchTooLargeError, match=r"t\.arrow: message 1 stands for"):
+        read(path)
+
+
+def test_an_arrow_file_with_a_damaged_end_is_refused(tmp_path):
+    path = tmp_path / "t.arrow"
+    data = arrow_file(pa.table({"text": ["a", "b", "c"]}))
+    for end in (b"", b"ARROW2", b"\xff\xff\xff\x7fARROW1", b"\xff\xff\xff\xffARROW1"):
+        path.write_bytes(data[: -max(len(end), 1)] + end)
+        with pytest.raises(InvalidCommandError, match=r"t\.arrow cannot be read"):
+            read(path)
+    for place in range(len(data) - 200, len(data) - 10, 4):
+        path.write_bytes(data[:place] + b"\xff\xff\xff\x7f" + data[place + 4 :])
+        with contextlib.suppress(FletcherError):
+            read(path)
+
+
+def test_version_1_of_feather_is_refused_by_name(tmp_path):
+    (tmp_path / "t.feather").write_bytes(b"FEA1" + bytes(60) + b"FEA1")
+    with pytest.raises(InvalidCommandError, match=r"t\.feather is of Feather's version 1"):
+        read(tmp_path / "t.feather")
