@@ -25,7 +25,8 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
     "ubinary": pa.uint8(),
 }
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
-TIMESTAMP = pa.timestamp("ns", tz="UTC")
+# Microseconds: pandas, Polars and DuckDB narrow or refuse nanoseconds with a zone.
+TIMESTAMP = pa.timestamp("us", tz="UTC")
 # Extra columns of rows that are chunks: the chunk's index in its text, the first character of its
 # range of the text, and the character after its range.
 CHUNK_FIELDS = (

@@ -21,6 +21,7 @@ lock.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -177,7 +178,8 @@ class Committer:
             try:
                 outcome = self._carry_out(action)
             except BaseException:
-                log.exception("%s failed", what)
+                with contextlib.suppress(BaseException):
+                    log.exception("%s failed", what)
                 outcome = insist(functools.partial(self._fail, action), what)
             insist(functools.partial(self._note_outcome, action, outcome), what)
         for step in (

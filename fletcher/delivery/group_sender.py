@@ -14,6 +14,7 @@ from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
 from fletcher.delivery.journal.journal import Journal
 from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, WriteMode
+from fletcher.util.closing import close_for_good
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +155,7 @@ class GroupSender:
         """Close the dataset's writer; the next append or opening opens another one."""
         writer, self._writer, self._kind = self._writer, None, None
         if writer is not None:
-            try:
-                writer.close()
-            except BaseException:
-                log.exception("closing `%s`", self._destination.dataset)
+            close_for_good(writer.close, f"`{self._destination.dataset}`: its writer")
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ class Assembler:
         columns: dict[str, Any] = {
             "id": self._ids(row_slice),
             **vector_columns(vectors, self._spec, missing, counts),
-            "timestamp": column(np.full(num_rows, row_slice.timestamp_ns, np.int64), TIMESTAMP),
+            "timestamp": column(np.full(num_rows, row_slice.timestamp_us, np.int64), TIMESTAMP),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
         }
@@ -117,7 +117,7 @@ class Assembler:
             return None
         identifier = f"{self._upload_id}:{row_slice.row_first}"
         return single_row_batch(
-            self.schema, self._spec, identifier, row_slice.timestamp_ns, outcome
+            self.schema, self._spec, identifier, row_slice.timestamp_us, outcome
         )
 
     def _finished(

@@ -156,7 +156,7 @@ class ChunkAssembler(Assembler):
             "id": self._ids(row_slice).take(taken),
             **vector_columns(outcome.embeddings[places], self._spec, missing),
             "timestamp": pa.array(
-                np.full(len(rows), row_slice.timestamp_ns), self._type("timestamp")
+                np.full(len(rows), row_slice.timestamp_us), self._type("timestamp")
             ),
             "token_count": pa.array(np.where(missing, 0, outcome.token_count[places]), pa.int32()),
             "truncated": pa.array(np.zeros(len(rows), np.bool_)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -45,7 +46,8 @@ def end_calls(tickets: Iterable[StreamTicket], error: BaseException, what: str) 
     No row is reported as failed: the client sends the rows without an answer again. `what` says in
     the log what could not be done.
     """
-    log.error("%s", what, exc_info=error)
+    with contextlib.suppress(BaseException):
+        log.error("%s", what, exc_info=error)
     for ticket in tickets:
         insist(functools.partial(ticket.stream.close, unexpected_failure()), what)
 

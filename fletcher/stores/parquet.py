@@ -1,9 +1,10 @@
-"""Embedded store of Parquet files: `PATH/<dataset>/<batch_key>.parquet`."""
+"""Embedded store of Parquet files: a folder per dataset, and a file per group."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,12 @@ from fletcher.util.locks import FileLock
 # File of the dataset's schema, under the name that Parquet readers expect.
 _SCHEMA_FILE = "_common_metadata"
 _SUFFIX = ".parquet"
+# Batch keys that name files. Their `:` becomes `~`: Windows and Hadoop allow no `:` in names. Files
+# of earlier releases have the `:`.
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
+# File without rows that has all columns, once a column was added. Its name is the first in order,
+# so that programs which read the folder take the columns from it. Files before lack the column.
+_COLUMNS_FILE = f"+columns{_SUFFIX}"
 # File beside the datasets that names the folder of a dataset while it is replaced.
 _POINTER = ".current"
 
@@ -66,28 +73,33 @@ class ParquetStore(EmbeddedStore):
         check_storable(schema)
         schema = _as_stored(schema)
         folder = self.folder / dataset
-        with ExitStack() as undo, _disk_errors(dataset):
-            lock = undo.enter_context(self.lock_dataset(dataset))
-            self._finish_replacement(dataset)
-            folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(".*.tmp"):  # of a killed writer
-                leftover.unlink()
-            if (folder / _SCHEMA_FILE).exists():
-                stored = pq.read_schema(folder / _SCHEMA_FILE)
-                check_compatible(dataset, stored, schema)
-                added = new_fields(stored, schema)
-                if added:
-                    stored = pa.schema([*stored, *added], metadata=stored.metadata)
+        with ExitStack() as undo:
+            with _disk_errors(dataset):
+                lock = undo.enter_context(self.lock_dataset(dataset))
+                self._finish_replacement(dataset)
+                folder.mkdir(exist_ok=True)
+                for leftover in folder.glob(".*.tmp"):  # of a killed writer
+                    leftover.unlink()
+                if (folder / _SCHEMA_FILE).exists():
+                    stored = pq.read_schema(folder / _SCHEMA_FILE)
+                    check_compatible(dataset, stored, schema)
+                    added = new_fields(stored, schema)
+                    if added:
+                        stored = pa.schema([*stored, *added], metadata=stored.metadata)
+                        with atomic_path(folder / _COLUMNS_FILE) as temporary:
+                            pq.write_table(stored.empty_table(), temporary)
+                        _write_schema(folder, stored)
+                else:
+                    stored = with_incarnation(dataset, schema)
                     _write_schema(folder, stored)
-            else:
-                stored = with_incarnation(dataset, schema)
-                _write_schema(folder, stored)
-            # Sync the files found here, as they count as stored: their writer may have died before
-            # its sync.
-            sync_path(folder)
-            sync_path(self.folder)
+                # Sync the files found here, as they count as stored: their writer may have died
+                # before its sync.
+                sync_path(folder)
+                sync_path(self.folder)
+                writer = ParquetWriter(self, dataset, lock, schema=stored)
+                undo.callback(writer.close)
             undo.pop_all()
-        return ParquetWriter(self, dataset, lock, schema=stored)
+        return writer
 
     def dataset_names(self) -> Iterator[str]:
         # While a dataset is replaced, only its pointer may be there.
@@ -131,7 +143,7 @@ class ParquetStore(EmbeddedStore):
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
-        return upload_ranges((path.stem for path in self._files(dataset)), upload_id)
+        return upload_ranges(map(_key_of, self._files(dataset)), upload_id)
 
     def scan(
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
@@ -166,7 +178,8 @@ class ParquetStore(EmbeddedStore):
             sync_path(self.folder)
 
     def _files(self, dataset: str) -> list[Path]:
-        return sorted(self._current(dataset).glob(f"*{_SUFFIX}"))
+        files = self._current(dataset).glob(f"*{_SUFFIX}")
+        return sorted((one for one in files if one.name != _COLUMNS_FILE), key=_key_of)
 
     def _schema(self, dataset: str) -> pa.Schema:
         schema = self.read_schema(dataset)
@@ -238,16 +251,26 @@ class ParquetWriter(EmbeddedWriter):
         return False
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        return [key for key in batch_keys if not self._path(key).exists()]
+        return [key for key in batch_keys if not self._is_stored(key)]
+
+    def _is_stored(self, key: str) -> bool:
+        names = (key.replace(":", "~"), key)  # earlier releases kept the `:`
+        files = (self._folder / f"{name}{_SUFFIX}" for name in names)
+        return "~" not in key and any(path.exists() for path in files)
 
     def _path(self, key: str) -> Path:
-        if "/" in key or "\0" in key or key.startswith((".", "_")) or len(key.encode()) > 200:
+        if not _KEY.fullmatch(key):
             raise ColumnTypeError(
                 f"`batch_key` is {key[:200]!r}, which cannot be a file's name; expected "
-                "upload_id:first-last",
+                "upload_id:first-last, with 1 to 200 letters, digits and `_.-`",
                 field="batch_key",
             )
-        return self._folder / f"{key}{_SUFFIX}"
+        return self._folder / f"{key.replace(':', '~')}{_SUFFIX}"
+
+
+def _key_of(path: Path) -> str:
+    """The batch key that a file is named after."""
+    return path.stem.replace("~", ":")
 
 
 @lru_cache
@@ -262,7 +285,7 @@ def _as_stored(schema: pa.Schema) -> pa.Schema:
         file = io.BytesIO()
         try:
             pq.write_metadata(pa.schema([field]), file)
-        except pa.ArrowException:
+        except (pa.ArrowException, OSError):
             raise ColumnTypeError(
                 f"`{field.name[:200]}` is {str(field.type)[:200]}, which Parquet files cannot "
                 "hold; send another type, or use a `lance:` store",

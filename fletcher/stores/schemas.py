@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from fletcher.core.quantization import QUANTIZATION
 from fletcher.core.ranges import RangeSet
-from fletcher.core.schema import CHUNK_FIELDS, parse_batch_key
+from fletcher.core.schema import CHUNK_FIELDS, TIMESTAMP, parse_batch_key
 from fletcher.core.similarity import SIMILARITY
 from fletcher.errors import (
     ColumnTypeError,
@@ -32,6 +32,9 @@ _MODEL_KEYS = (
     QUANTIZATION,
 )
 
+# Types of Fletcher's own column `timestamp`; earlier releases wrote nanoseconds.
+_RECEIPT_TIMES = (TIMESTAMP, pa.timestamp("ns", tz="UTC"))
+
 # Types that stores accept whatever their parameters.
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
 _OTHERS = (
@@ -49,7 +52,8 @@ _OTHERS = (
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     """Refuse a schema that does not fit the schema of a dataset.
 
-    Columns may be added or missing.
+    Columns may be added or missing. `timestamp` may be in microseconds or, as in data of earlier
+    releases, in nanoseconds; `conform_batch` converts it.
 
     Raises:
         DimensionMismatchError: `vector` has another width.
@@ -63,7 +67,7 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
         if field.name not in stored.names:
             continue
         have = stored.field(field.name).type
-        if not _same_type(have, field.type):
+        if not (_same_type(have, field.type) or _are_receipt_times(field, have)):
             raise ColumnTypeError(
                 f"schema mismatch: `{field.name}` is {field.type}, dataset `{dataset}` has {have}; "
                 "send that type or write to another dataset",
@@ -153,6 +157,10 @@ def _same_type(one: pa.DataType, other: pa.DataType) -> bool:
     return bool(one == other)
 
 
+def _are_receipt_times(field: pa.Field, stored: pa.DataType) -> bool:
+    return field.name == "timestamp" and {field.type, stored} <= set(_RECEIPT_TIMES)
+
+
 def _is_storable(kind: pa.DataType) -> bool:
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
@@ -185,7 +193,14 @@ def new_fields(stored: pa.Schema, offered: pa.Schema) -> list[pa.Field]:
 
 
 def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with the columns of `schema`, in that order; missing columns are null."""
+    """The batch with the columns of `schema`, in that order; missing columns are null.
+
+    Receipt times of earlier releases lose their nanoseconds if the dataset has microseconds. All
+    other values are kept exactly.
+
+    Raises:
+        ColumnTypeError: A value does not fit the column's type.
+    """
     if batch.schema.equals(schema):
         return batch
 
@@ -193,9 +208,25 @@ def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if field.name not in batch.schema.names:
             return pa.nulls(batch.num_rows, field.type)
         found = batch.column(field.name)
-        return found if found.type == field.type else found.cast(field.type)
+        return found if found.type == field.type else converted(found, field, batch.schema)
 
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
+
+
+def converted(values: pa.Array, field: pa.Field, offered: pa.Schema) -> pa.Array:
+    """The values of a column of `offered` in the type of `field`; see `conform_batch`."""
+    try:
+        return values.cast(field.type)
+    except pa.ArrowInvalid as error:
+        by_fletcher = b"fletcher.model" in (offered.metadata or {})
+        if field.type == TIMESTAMP and field.name == "timestamp" and by_fletcher:
+            return values.cast(field.type, safe=False)
+        raise ColumnTypeError(
+            f"`{field.name[:200]}` is {values.type}, the dataset has {field.type}, and a value "
+            f"does not fit: {str(error)[:200]}; send {field.type}",
+            field=field.name[:200],
+            allowed=[str(field.type)],
+        ) from None
 
 
 def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -6,6 +6,7 @@ batches that arrive during a commit, from any call, are stored with the next com
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -31,6 +32,7 @@ from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields, num_group_rows
 from fletcher.storeserver.key_ledger import KeyLedger
+from fletcher.util.closing import close_for_good
 from fletcher.util.insist import insist
 
 _log = logging.getLogger(__name__)
@@ -188,16 +190,15 @@ class GroupCommitter:
             self._ledger = KeyLedger()
         finally:
             if writer is not None:
-                writer.close()
+                close_for_good(writer.close, f"the writer of dataset {self._dataset}")
 
     def _loop(self) -> None:
         what = f"the commit thread of dataset {self._dataset}"
         while (items := insist(self._take_items, what)) is not None:
             try:
-                with _errors_to(*items):
-                    self._carry_out(items)
-            except BaseException:  # noqa: BLE001
-                _log.exception("%s failed", what)
+                self._carry_out(items)
+            except BaseException as error:  # noqa: BLE001 - also a panic of LanceDB
+                insist(functools.partial(_fail_items, items, error), what)
             with self._changed:
                 self._pending_bytes -= sum(item.num_bytes for item in items)
                 self._pending_rows -= sum(item.num_rows for item in items)
@@ -250,10 +251,7 @@ class GroupCommitter:
         return items
 
     def _close_writer_logged(self) -> None:
-        try:
-            self.close_writer()
-        except BaseException:  # noqa: BLE001
-            _log.exception("the writer of dataset %s could not be closed", self._dataset)
+        close_for_good(self.close_writer, f"the writer of dataset {self._dataset}")
 
     def _commit(self, groups: list[SubmittedRows]) -> None:
         accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]] = []
@@ -370,10 +368,15 @@ def _errors_to(*items: SubmittedRows | SubmittedCall) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # noqa: BLE001 - also a panic of LanceDB
-        failure: BaseException = error
-        if not isinstance(error, FletcherError):
-            _log.error("a commit failed", exc_info=error)
-            failure = InternalError("the store failed to store these rows; its log has the cause")
-        for item in items:
-            if not item.done.done():
-                item.done.set_exception(failure)
+        _fail_items(items, error)
+
+
+def _fail_items(items: Sequence[SubmittedRows | SubmittedCall], error: BaseException) -> None:
+    """Set an error as the result of those items that have none."""
+    failure = error
+    if not isinstance(error, FletcherError):
+        _log.error("a commit failed", exc_info=error)
+        failure = InternalError("the store failed to store these rows; its log has the cause")
+    for item in items:
+        if not item.done.done():
+            item.done.set_exception(failure)

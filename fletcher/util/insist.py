@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def insist(step: Callable[[], _Result], what: str) -> _Result:
         try:
             return step()
         except BaseException:  # also a panic of a Rust library
-            log.exception("%s failed; trying again in %.2g s", what, pause_s)
+            with contextlib.suppress(BaseException):  # there may be no memory for the log, either
+                log.exception("%s failed; trying again in %.2g s", what, pause_s)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

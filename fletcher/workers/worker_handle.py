@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -193,9 +194,9 @@ class WorkerHandle:
                 send(connection, request)
         except BaseException as error:
             # The worker is gone, or may have half a request: the reader retries its jobs.
+            self.kill()
             if not isinstance(error, BrokenPipeError | ConnectionResetError):
                 log.exception("%s: a request cannot be sent; replacing the worker", self.spec.name)
-            self.kill()
 
     def kill(self) -> None:
         process = self.process
@@ -224,7 +225,8 @@ class WorkerHandle:
                     self._announce(connection)
                     self._read(connection)
                 except BaseException:
-                    log.exception("%s cannot be used; replacing it", self.spec.name)
+                    with contextlib.suppress(BaseException):
+                        log.exception("%s cannot be used; replacing it", self.spec.name)
                 insist(functools.partial(self._clear, connection), f"{self.spec.name}: its end")
                 insist(self._retry_jobs, f"{self.spec.name}: its jobs")
                 lived_s = time.monotonic() - started

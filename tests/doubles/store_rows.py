@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from fletcher.core.schema import VectorSpec, output_schema, vector_columns
+from fletcher.core.schema import TIMESTAMP, VectorSpec, output_schema, vector_columns
 
 
 def spec(dims: int = 8, dtype: str = "float16", model: str = "mini@abc") -> VectorSpec:
@@ -70,9 +70,7 @@ def batch(
         [
             pa.array(ids or [f"id{row}" for row in numbers]),
             *vector_columns(vectors(first, count, dims), spec(dims, dtype, model), nulls).values(),
-            pa.array(
-                [1_700_000_000_000_000_000 + row for row in numbers], pa.timestamp("ns", "UTC")
-            ),
+            pa.array([1_700_000_000_000_000 + row for row in numbers], TIMESTAMP),
             pa.array([3] * count, pa.int32()),
             pa.array([False] * count),
             pa.array([f"{text} {row}" for row in numbers]),

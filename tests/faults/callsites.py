@@ -49,6 +49,7 @@ ROLES = ("front", "worker", "store")
 # Layout of the mapped file: numbers of 32 bits.
 _ARMED, _FIRED, _COUNTS = 0, 1, 2
 
+_LOG = KINDS.index("log")
 _HOOKS = ("__call_site__", "__exit_site__", "__operand_site__")
 
 _numbers: dict[int, int] = {}
@@ -216,6 +217,7 @@ class Fault:
         index: Which of the role's calls at this site: 1 is the first.
         how: `raise`: the call is not made. `after`: it is made, and then fails. `cut`, `empty` and
             `wrong`: it returns another answer. `timeout`: its time limit passes at once.
+            `unlogged`: as `raise`, and the process's next call of a logger fails, too.
     """
 
     site: int
@@ -237,6 +239,7 @@ class Counter:
             self.numbers = memoryview(mmap.mmap(file.fileno(), 0)).cast("I")
         self.fault = fault
         self.role = "front"
+        self._log_fails = False
 
     @property
     def role(self) -> str:
@@ -285,12 +288,18 @@ class Counter:
         place = self._place + number
         count = numbers[place] & 0x0FFFFFFF
         numbers[place] = count + 1 | (kind + 1) << 28
-        if number != self._site or numbers[_FIRED]:
+        if numbers[_FIRED]:
+            if self._log_fails and kind == _LOG:
+                self._log_fails = False
+                return kind
+            return -1
+        if number != self._site:
             return -1
         assert self.fault is not None
         if count + 1 != self.fault.index:
             return -1
         numbers[_FIRED] = 1
+        self._log_fails = self.fault.how == "unlogged"
         return kind
 
 

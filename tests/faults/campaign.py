@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import multiprocessing
 import os
 import random
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -88,8 +89,9 @@ class Campaign:
             seen[one.store, one.where] += 1
         return sorted(random.Random(1).sample(points, len(points)), key=ranks.__getitem__)
 
-    def run(self, points: Sequence[Point]) -> Iterator[Result]:
-        """Run points in this order, and note each result."""
+    def run(self, points: Sequence[Point], limit_s: float = math.inf) -> Iterator[Result]:
+        """Run points in this order, and note each result; stop after `limit_s` seconds."""
+        deadline = time.monotonic() + limit_s
         jobs = [
             (point, self._folder / f"{point.store}.npy", self._models, self._work, self._preload)
             for point in points
@@ -103,13 +105,19 @@ class Campaign:
                 file.write(json.dumps(asdict(result)) + "\n")
                 file.flush()
                 yield result
+                if time.monotonic() > deadline:
+                    return  # ends the runs in progress
             pool.close()
             pool.join()
 
 
 def tenth(points: Sequence[Point], seed: int) -> list[Point]:
-    """A tenth of the points."""
-    return random.Random(seed).sample(points, len(points) // 10)
+    """One point of each call site, of a tenth of the call sites."""
+    rng = random.Random(seed)
+    by_site: defaultdict[tuple[str, str], list[Point]] = defaultdict(list)
+    for point in points:
+        by_site[point.store, point.where].append(point)
+    return [rng.choice(by_site[site]) for site in rng.sample(sorted(by_site), len(by_site) // 10)]
 
 
 def report(results: Iterator[Result], num_points: int) -> list[Result]:

@@ -91,8 +91,8 @@ def hows_of(name: str, kind: str, *, timed: bool) -> list[str]:
     if kind == "wait":
         return ["timeout"] if timed else []
     if kind in ("lancedb", "flight", "file", "pipe"):
-        return ["raise", "after"]
-    return ["raise"]
+        return ["raise", "after", "unlogged"]
+    return ["raise", "unlogged"] if kind == "own" else ["raise"]
 
 
 def exit_kind_of(manager: Any) -> int:

@@ -119,7 +119,7 @@ class Recording:
             if ".stores.flight." in name and text.rpartition(".")[2] in _ANSWERS:
                 hows += ["cut", "empty", "wrong"]
             for how in hows:
-                for index in _indexes(count):
+                for index in _indexes(count)[: 1 if how == "unlogged" else None]:
                     yield Point(store, f"{role} {name} [{kind}]", name, role, index, how)
         for name, (hashed, count) in sorted(self.file_calls.items()):
             for index in _indexes(count):

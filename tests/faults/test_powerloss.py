@@ -161,7 +161,7 @@ def test_a_parquet_file_whose_writer_died_before_its_name_was_synced(
         writer = store.open_writer("d", ROWS.schema, "append")
         writer.append([ROWS])
         writer.close()
-    sync_path(str(disk / "vectors" / "d" / "u:0-9.parquet"))  # that was done
+    sync_path(str(disk / "vectors" / "d" / "u~0-9.parquet"))  # that was done
     writer = store.open_writer("d", ROWS.schema, "append")
     assert writer.missing_keys(["u:0-9"]) == []
     lose_power(notes, [disk])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from time import time_ns
 
 import numpy as np
 import pyarrow as pa
@@ -98,12 +99,13 @@ def test_a_previous_dataset_is_read_resumed_and_searched(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "home"
+    began = time_ns() - 1000
     shutil.copytree(PREVIOUS / "models", home / "models")
     shutil.copytree(PREVIOUS / kind, tmp_path / kind)
     monkeypatch.setenv("FLETCHER_HOME", str(home))
     address = f"{kind}:{tmp_path / kind}"
     store = open_store(address)
-    before = store.scan("before", columns=["id", "vector"]).read_all()
+    before = store.scan("before", columns=["id", "vector", "timestamp"]).read_all()
     store.close()
     assert before.column("id").to_pylist() == ["a", "b", "c", "d"]
 
@@ -119,8 +121,16 @@ def test_a_previous_dataset_is_read_resumed_and_searched(
     found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
 
     store = open_store(address)
-    after = store.scan("before", columns=["id", "vector"]).read_all()
+    after = store.scan("before", columns=["id", "vector", "timestamp"]).read_all()
     store.close()
+    if kind == "parquet":  # the resumed upload did not store its group again under another name
+        names = [path.name for path in (tmp_path / kind / "before").glob("first*")]
+        assert names == ["first:0-3.parquet"]
+    # New rows have the unit of the dataset, and say when they were received.
+    assert after.schema.field("timestamp").type == pa.timestamp("ns", "UTC")
+    times = after.column("timestamp").cast(pa.int64()).to_pylist()
+    assert times[:4] == before.column("timestamp").cast(pa.int64()).to_pylist()
+    assert all(began <= time <= time_ns() for time in times[4:])
     assert sorted(after.column("id").to_pylist()) == sorted("abcd" * 2)
     first, second = (
         dict(zip(table.column("id").to_pylist(), table.column("vector").to_pylist(), strict=True))

@@ -174,7 +174,7 @@ class DocumentIntake(Intake):
             rows=rows.slice(0, 0),
             texts=self._texts(b"", np.zeros(1, np.int64)),
             values=np.zeros(0, np.int32),
-            timestamp_ns=time.time_ns(),
+            timestamp_us=time.time_ns() // 1000,
             num_bytes=self._limits.bytes_per_row,
             priority=priority,
             last=False,

@@ -132,7 +132,7 @@ class Intake:
         keep: Callable[[int], bool],
         skip: Skip | None,
     ) -> Iterator[RowSlice]:
-        timestamp_ns = time.time_ns()
+        timestamp_us = time.time_ns() // 1000
         used = self._columns.checked(batch)
         text = used.column("text")
         dictionary = None
@@ -178,7 +178,7 @@ class Intake:
                 rows=rows,
                 texts=self._text_batch(texts, half=half),
                 values=values,
-                timestamp_ns=timestamp_ns,
+                timestamp_us=timestamp_us,
                 num_bytes=(limits.bytes_per_byte - 1) * text_bytes
                 + (last - first) * limits.bytes_per_row
                 + rows_bytes,
@@ -238,7 +238,7 @@ class Intake:
             rows=batch,
             texts=self._texts(data, np.array([0, len(data)], np.int64)),
             values=np.zeros(1, np.int32),
-            timestamp_ns=time.time_ns(),
+            timestamp_us=time.time_ns() // 1000,
             num_bytes=(self._limits.bytes_per_byte - 1) * len(data)
             + self._limits.bytes_per_row
             + size,

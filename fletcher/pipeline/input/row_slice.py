@@ -23,7 +23,7 @@ class RowSlice:
         texts: Texts to embed, without repetitions.
         values: int32 [num_rows], index of each row's vector in a table of vectors (`new_values`);
             -1 for rows without a vector.
-        timestamp_ns: When the batch was received, in ns since the epoch.
+        timestamp_us: When the batch was received, in microseconds since the epoch.
         num_bytes: Most memory that the slice holds in the pipeline.
         priority: Whether the slice is interactive, and overtakes bulk work, or bulk work.
         last: Whether this is the last slice of its batch.
@@ -42,7 +42,7 @@ class RowSlice:
     rows: pa.RecordBatch
     texts: TextBatch
     values: Int32Array
-    timestamp_ns: int
+    timestamp_us: int
     num_bytes: int
     priority: Priority
     last: bool = True

@@ -30,14 +30,14 @@ def is_plain(schema: pa.Schema, spec: VectorSpec) -> bool:
 
 
 def single_row_batch(
-    schema: pa.Schema, spec: VectorSpec, identifier: str, timestamp_ns: int, outcome: EmbeddingBatch
+    schema: pa.Schema, spec: VectorSpec, identifier: str, timestamp_us: int, outcome: EmbeddingBatch
 ) -> pa.RecordBatch:
     """Output batch of one text.
 
     Args:
         schema: Schema of the output, for which `is_plain` is True.
         identifier: Value of the `id` column.
-        timestamp_ns: When the text was received, in ns since the epoch.
+        timestamp_us: When the text was received, in microseconds since the epoch.
         outcome: Vector of the text, float32 [1, dims], with the dimensions and norm that the
             command asks for.
     """
@@ -46,7 +46,7 @@ def single_row_batch(
     arrays = [
         _array(pa.utf8(), _PAIR.pack(0, len(raw_id)), raw_id),
         pa.Array.from_buffers(spec.arrow_type, 1, [None], children=[numbers]),
-        _array(TIMESTAMP, _LONG.pack(timestamp_ns)),
+        _array(TIMESTAMP, _LONG.pack(timestamp_us)),
         _array(pa.int32(), _INT.pack(outcome.token_count[0])),
         _array(pa.bool_(), b"\1" if outcome.truncated[0] else b"\0"),
     ]

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from fletcher.errors import ColumnTypeError, RequestError
 from fletcher.stores.base import StoreCapabilities
+from fletcher.stores.schemas import converted
 
 CAPABILITIES = StoreCapabilities(
     dtypes=("float32",),
@@ -60,7 +61,8 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The batch converted to a schema from `longbow_schema`.
 
     Raises:
-        RequestError: A row has no vector, which Longbow does not accept.
+        RequestError: A row has no vector, which Longbow does not accept, or a time that
+            nanoseconds cannot hold.
     """
     columns = []
     for field in schema:
@@ -73,7 +75,9 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if pa.types.is_fixed_size_list(field.type) and column.type != field.type:
             values = pc.cast(column.flatten(), field.type.value_type)
             column = pa.FixedSizeListArray.from_arrays(values, type=field.type)
-        columns.append(column if column.type == field.type else column.cast(field.type))
+        if column.type != field.type:
+            column = converted(column, field, batch.schema)
+        columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lancedb.index import IvfPq
 
@@ -51,6 +52,26 @@ def fill(store: Store, *batches: pa.RecordBatch, mode="append") -> None:
     writer = store.open_writer("d", batches[0].schema, mode)
     writer.append(batches)
     writer.close()
+
+
+def test_an_opening_that_fails_at_its_end_frees_the_dataset(store, monkeypatch):
+    # Its writer was never handed over, and held the dataset's lock until the process ended.
+    path = {
+        "lance": "fletcher.stores.lance.store.lance_errors",
+        "parquet": "fletcher.stores.parquet._disk_errors",
+    }[store.scheme]
+
+    @contextlib.contextmanager
+    def failing(_dataset):
+        yield
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(path, failing)
+        with pytest.raises(MemoryError):
+            store.open_writer("d", rows.schema(), "append")
+    fill(store, rows.batch(0, 10))
+    assert store.dataset("d").num_rows == 10
 
 
 def test_rows_come_back_as_they_were_sent(store):
@@ -478,6 +499,9 @@ def test_a_parquet_store_adds_columns(tmp_path):
     fill(store, rows.batch(5, 1))
     found = store.scan("d").read_all()
     assert found.column("url").to_pylist() == [None, None, None, "a", None, None]
+    assert store.dataset("d").num_rows == 6
+    # Other programs take the columns from the first file: they left out the column.
+    assert pq.read_table(tmp_path / "d")["url"].to_pylist() == found.column("url").to_pylist()
     other = rows.batch(6, 1).append_column("url", pa.array([1]))
     with pytest.raises(ColumnTypeError, match="`url` is int64"):
         fill(store, other)
@@ -743,7 +767,7 @@ def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
     writer.close()
     assert store.dataset("d").num_rows == 10
     names = sorted(path.name for path in (tmp_path / "d").iterdir())
-    assert names == ["_common_metadata", "u:0-4.parquet", "u:5-9.parquet"]
+    assert names == ["_common_metadata", "u~0-4.parquet", "u~5-9.parquet"]
 
 
 @pytest.mark.parametrize("mode", ["append", "upsert"])

@@ -102,6 +102,7 @@ class Panic(BaseException):
         (GroupCommitter, "_store_rows"),
         (GroupCommitter, "_new_rows"),
         (GroupCommitter, "close_writer"),
+        (LanceWriter, "close"),
         (LanceWriter, "write_rows"),
         (KeyLedger, "add_key"),
         (KeyLedger, "__init__"),

@@ -30,11 +30,11 @@ def test_one_row_of_output(dtype: str) -> None:
     assert is_plain(schema, spec)
     vector = np.array([[0.1, -0.2, 0.3]], np.float32)
     outcome = EmbeddingBatch(vector, None, np.array([7], np.int32), np.ones(1, np.bool_))
-    batch = single_row_batch(schema, spec, "u:5", 1_700_000_000_000_000_000, outcome)
+    batch = single_row_batch(schema, spec, "u:5", 1_700_000_000_000_000, outcome)
     batch.validate(full=True)
     assert batch.column("vector")[0].as_py() == vector.astype(dtype)[0].tolist()
     row = {name: batch.column(name)[0] for name in ("id", "timestamp", "token_count", "truncated")}
-    assert row["timestamp"] == pa.scalar(1_700_000_000_000_000_000, pa.int64()).cast(TIMESTAMP)
+    assert row["timestamp"] == pa.scalar(1_700_000_000_000_000, pa.int64()).cast(TIMESTAMP)
     assert [row[name].as_py() for name in ("id", "token_count", "truncated")] == ["u:5", 7, True]
 
 
