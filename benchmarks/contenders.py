@@ -28,6 +28,7 @@ from fletcher.errors import BackendError, ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import DEFAULT_MODEL
 from fletcher.models.sources import package
+from fletcher.stores.lance.library import import_lancedb
 
 BATCH_SIZES = (16, 32, 64)
 WARM_UP_TEXTS = 256
@@ -282,9 +283,7 @@ def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
     Raises:
         JobError: Ids are missing or repeat.
     """
-    import lancedb
-
-    rows = lancedb.connect(vectors).open_table(dataset).to_arrow()
+    rows = import_lancedb().connect(vectors).open_table(dataset).to_arrow()
     ids = rows["id"].to_numpy()
     order = np.argsort(ids)
     if not np.array_equal(ids[order], np.arange(len(ids))):

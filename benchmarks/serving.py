@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.corpus import ROOT
 from benchmarks.hardware import cpu_seconds
 from benchmarks.jobs import JobError, clean_environment
+from fletcher.stores.lance.library import import_lancedb
 
 _SERVE = "import sys; from fletcher.cli import serve_main; sys.exit(serve_main())"
 _STORE = "import sys; from fletcher.cli import main; sys.exit(main(['store', *sys.argv[1:]]))"
@@ -36,9 +37,7 @@ class Served:
 
     def count(self, dataset: str) -> int:
         """Number of rows that a reader of the store's folder sees."""
-        import lancedb
-
-        return int(lancedb.connect(self.vectors).open_table(dataset).count_rows())
+        return int(import_lancedb().connect(self.vectors).open_table(dataset).count_rows())
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the server's processes so far."""

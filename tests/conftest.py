@@ -15,6 +15,11 @@ from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests first, so that none runs alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def default_bundle() -> ModelBundle:
     """The real default model, downloaded once into FLETCHER_HOME for all processes and runs."""

@@ -90,7 +90,8 @@ def handle_rejected(flags: ConfigFlags, action: str, files: tuple[str, ...], as_
 
     Such rows count in --max-journal, and their uploads are not complete. `list` names their files.
     `resend` and `drop` take these names, or `all`. Stop the server first; its next start sends the
-    rows of `resend`. A client can also send the rows itself, by resuming its upload.
+    rows of `resend`, except those that are stored by now. With `mode: upsert` they replace later
+    rows with the same ids. A client can also send the rows itself, by resuming its upload.
     """
     with _readable_root(flags) as root:
         found = {f"{one['store']}/{one['dataset']}/{one['file']}": one for one in _rejected(root)}

@@ -90,6 +90,8 @@ class UploadCompletion:
         store = live.committer.destination.store
         incarnation = store.incarnation(upload.stored_as)
         settled = sink.journal.settled_groups.all_keys() if sink.journal is not None else []
+        if sink.journal is not None:  # all rows are there, so refused ones were sent again
+            sink.journal.rejected.drop_replaced(upload.upload_id, upload.covers)
         self._end_sink(sink)
         if incarnation is not None:
             staged = Staged(upload.stored_as, incarnation, settled)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
+from fletcher.core.owner import plain_id
+from fletcher.core.ranges import RangeSet
 from fletcher.delivery.actions import Staged
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
 from fletcher.delivery.journal.journal import Journal
-from fletcher.errors import RequestError, StoreUnavailableError
+from fletcher.errors import RequestError, StoreUnavailableError, UploadConflictError
 from fletcher.stores.base import DatasetWriter, WriteMode
 from fletcher.util.closing import close_for_good
 
@@ -114,6 +117,8 @@ class GroupSender:
         writer = self.open_writer(schema, "upsert" if upsert else "append")
         with _not_refused():
             wanted = self._wanted_groups(writer, groups)
+        self._exclude_stored_rows(wanted.values())
+        with _not_refused():
             null_vectors = self._destination.store.capabilities.null_vectors
             rows = {key: one.to_batch(null_vectors=null_vectors) for key, one in wanted.items()}
         batches = [batch for batch in rows.values() if batch.num_rows]
@@ -150,6 +155,33 @@ class GroupSender:
         if not missing <= in_doubt:
             raise StoreUnavailableError("the store names groups that it was not asked about")
         return {key: one for key, one in wanted.items() if key in missing or key not in in_doubt}
+
+    def _exclude_stored_rows(self, groups: Iterable[Group]) -> None:
+        """Exclude rows that the store has under other keys from revived groups.
+
+        Raises:
+            RequestError: The store has some rows of a group, but each text has several rows.
+        """
+        store, dataset = self._destination.store, self._destination.dataset
+        for group in groups:
+            rows = group.rows[0]
+            if not rows.revived or group.upsert:
+                continue
+            with _not_refused():
+                stored = RangeSet(store.stored_ranges(dataset, rows.upload.upload_id))
+            offsets = range(group.first, group.last + 1)
+            old = [at for at, row in enumerate(offsets) if stored.covers(row, row)]
+            if old and (num_rows := rows.load_batch().num_rows) != group.num_rows:
+                if len(old) < group.num_rows:
+                    raise UploadConflictError(
+                        f"some of the rows {group.first}-{group.last} of upload "
+                        f"{plain_id(rows.upload.upload_id)!r} are stored already; resume the "
+                        "upload to send the others",
+                        field="upload_id",
+                    )
+                old = list(range(num_rows))
+            if old:
+                group.rows[0] = replace(rows, excluded=tuple(sorted({*rows.excluded, *old})))
 
     def close_writer(self) -> None:
         """Close the dataset's writer; the next append or opening opens another one."""

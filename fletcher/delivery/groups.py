@@ -47,6 +47,7 @@ class Rows:
         on_refused: Called with the reason if the store refuses the rows for good.
         in_doubt: The store may hold the rows already, because an earlier process may have sent
             them.
+        revived: As `JournaledGroup.revived`. Such rows are sent in an append by themselves.
         excluded: Positions of rows that are not stored: duplicates, and failed rows of an upload
             with `dedupe`. A failed row is not stored, so that its repaired version does not count
             as a duplicate.
@@ -65,6 +66,7 @@ class Rows:
     journaled: bool = False
     on_refused: Callable[[str], None] = lambda _reason: None
     in_doubt: bool = False
+    revived: bool = False
     excluded: tuple[int, ...] = ()
     num_duplicates: int = 0
     arrived: float = field(default_factory=time.monotonic)
@@ -135,7 +137,7 @@ class Group:
         rows: At least one entry.
         in_doubt: The store may hold the group, because an earlier send ended without an answer.
         alone: The group is sent in an append by itself, because the store refused an append that
-            contained it.
+            contained it, or because its rows are revived.
         decided: The group's duplicates are marked. The marks stay until the group is settled.
         num_settled: Number of the first entries of `rows` that are settled.
         num_failures: Number of errors of an unknown kind, in attempts to send the group by itself.
@@ -221,7 +223,7 @@ def form_groups(waiting: Sequence[Rows], max_rows: int) -> list[Group]:
             or group.last + 1 != rows.first
             or rows.last - group.first >= max_rows
         ):
-            group = open_groups[id(rows.upload)] = Group([], in_doubt=rows.in_doubt)
+            group = open_groups[id(rows.upload)] = Group([], rows.in_doubt, alone=rows.revived)
             groups.append(group)
         group.rows.append(rows)
     return groups

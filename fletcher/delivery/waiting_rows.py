@@ -88,7 +88,11 @@ class WaitingRows:
             num_rows += rows.num_rows
             num_bytes += rows.num_bytes
             if taken and (
-                rows.kind != taken[0].kind or num_rows > max_rows or num_bytes > max_bytes
+                rows.kind != taken[0].kind
+                or rows.revived
+                or taken[0].revived
+                or num_rows > max_rows
+                or num_bytes > max_bytes
             ):
                 break
             taken.append(rows)

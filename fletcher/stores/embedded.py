@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from fletcher.core.schema import ELEMENT_TYPES
 from fletcher.errors import FletcherError, StoreError, StoreUnavailableError
 from fletcher.stores.base import DatasetInfo, DatasetWriter, Store, StoreCapabilities
 from fletcher.stores.staging import incarnation_of, staged_for
+from fletcher.util.closing import close_for_good
 from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
 
@@ -52,6 +54,13 @@ class EmbeddedStore(Store):
         self.writers: set[EmbeddedWriter] = set()
         self.known_whole: set[str] = set()
         self._left_out: set[str] = set()  # datasets that the log named
+        # LanceDB takes no control characters. Surrogates stand for bytes that are not UTF-8.
+        if any(unicodedata.category(one) in ("Cc", "Cs") for one in str(folder)):
+            raise StoreError(
+                f"the store's folder {str(folder)!r} has a control character or a byte that is not "
+                "UTF-8 in its name; give `store` or `home` another folder",
+                field="store",
+            )
         try:
             make_folder(folder)
         except OSError as error:
@@ -145,7 +154,7 @@ class EmbeddedWriter(DatasetWriter):
             try:
                 self.finish()
             finally:
-                self._lock.release()
+                close_for_good(self._lock.release, f"dataset `{self.dataset}`: its lock")
 
     def finish(self) -> None:
         """Finish the writer's work, before `close` releases the lock."""

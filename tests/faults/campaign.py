@@ -77,12 +77,11 @@ class Campaign:
             results[point] = Result(point, **fields)
         return results
 
-    @staticmethod
-    def ordered(points: Sequence[Point]) -> list[Point]:
-        """The points, one of each call site first; runs at the same time differ."""
+    def ordered(self, points: Sequence[Point]) -> list[Point]:
+        """The points, those of call sites with the fewest results first."""
         shuffled = random.Random(0).sample(points, len(points))
         shuffled.sort(key=lambda one: one.how != "raise")
-        seen: Counter[tuple[str, str]] = Counter()
+        seen = Counter((one.store, one.where) for one in self.done())
         ranks = {}
         for one in shuffled:
             ranks[one] = seen[one.store, one.where]

@@ -19,7 +19,6 @@ from fletcher.models.bundle.registry import Registry
 from .onnx_session import cosines, run_graph
 
 GOLDEN = Path(__file__).parent
-SHARED = GOLDEN.parents[2] / "shared" / "golden" / "minilm.parquet"
 MIN_COSINE, MAX_ERROR = 0.99999, 1e-4
 
 
@@ -96,20 +95,9 @@ def test_graph_is_valid_onnx_with_mappable_weights(tmp_path: Path) -> None:
     assert all(int(place["offset"]) % 4096 == 0 for place in places)
 
 
-@pytest.mark.parametrize(
-    "reference",
-    [
-        GOLDEN / "minilm.parquet",
-        pytest.param(
-            SHARED, marks=pytest.mark.skipif(not SHARED.exists(), reason="no shared golden values")
-        ),
-    ],
-    ids=["sample", "whole"],
-)
-def test_default_model_equals_sentence_transformers(
-    default_bundle: ModelBundle, reference: Path
-) -> None:
-    table = pq.read_table(reference)
+def test_default_model_equals_sentence_transformers(default_bundle: ModelBundle) -> None:
+    # tests/integration/test_golden.py compares all values of `shared/`, with the same graph.
+    table = pq.read_table(GOLDEN / "minilm.parquet")
     tokenizer = tokenizers.Tokenizer.from_file(str(default_bundle.tokenizer))
     tokenizer.no_padding()
     tokenizer.enable_truncation(default_bundle.max_length)

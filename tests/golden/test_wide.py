@@ -32,6 +32,9 @@ from .bfloat16 import rounded
 from .onnx_session import Array, cosines, run_graph
 
 ABOUT = json.loads((wide.GOLDEN / "wide.json").read_text())
+# Mean cosines of the emulation where the mean of engines, 0.9999, is out of reach: every operator
+# rounds there, those of gated activations and of rotary positions too.
+EMULATED_MEANS = {"modernbert": 0.9996, "nomic_bert": 0.9998, "qwen3": 0.9998}
 Rows = list[list[int]]
 Run = Callable[[Rows], Array]
 
@@ -94,8 +97,8 @@ def test_float32(engine: str, bundle: ModelBundle) -> None:
 
 def test_bfloat16_emulated(bundle: ModelBundle, tmp_path: Path) -> None:
     graph = rounded(bundle.graph, tmp_path)
-    # The mean is 0.9999 for engines. Here every operator rounds.
-    check(lambda rows: run_graph(graph, rows)["embedding"], bundle, least=0.999, mean=0.9995)
+    mean = EMULATED_MEANS.get(bundle.name, 0.9999)
+    check(lambda rows: run_graph(graph, rows)["embedding"], bundle, least=0.999, mean=mean)
 
 
 def test_bfloat16_by_openvino(bundle: ModelBundle) -> None:

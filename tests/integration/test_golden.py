@@ -23,6 +23,8 @@ SHARED = TESTS.parents[1] / "shared" / "golden" / "minilm.parquet"
 SAMPLE = TESTS / "golden" / "minilm.parquet"
 ORDER = np.random.default_rng(7)
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Tolerance:

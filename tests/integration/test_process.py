@@ -30,7 +30,7 @@ from tests.integration.processes import (
     serving,
 )
 
-START_TIMEOUT_S = 20
+START_TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_signal_stores_what_was_accepted(place: Place, number: signal.Signals)
             with pytest.raises(flight.FlightUnavailableError):
                 while True:  # until the signal has arrived
                     put(client, [rows(0, 1)], SCHEMA, dataset="other")
-            assert server.process.wait(10) == 0
+            assert server.process.wait(30) == 0
         eventually(lambda: not any(map(is_alive, children)), "no child is left")
     assert_every_row_once(stored(place.vectors, "d"), 1000)
 
@@ -88,7 +88,7 @@ def test_a_drain_that_cannot_end_does_not_take_longer_than_it_may(place: Place) 
         serving(place.argv("--store", store, "--drain-timeout", "1s")) as server,
         open_upload(server, 100),
     ):
-        assert server.end(timeout_s=15) == 1
+        assert server.end(timeout_s=30) == 1
         assert not [line for line in server.errors if "Traceback" in line]
 
 
@@ -101,7 +101,7 @@ def test_the_second_signal_ends_it_at_once(place: Place) -> None:
         with open_upload(server, 100):
             server.process.send_signal(signal.SIGTERM)
             eventually(lambda: "draining" in "".join(server.errors), "the drain has begun")
-            assert server.end(signal.SIGTERM, timeout_s=10) == 128 + signal.SIGTERM
+            assert server.end(signal.SIGTERM, timeout_s=30) == 128 + signal.SIGTERM
         eventually(lambda: not any(map(is_alive, children)), "no child is left")
 
 
@@ -125,7 +125,7 @@ def test_kill_9_leaves_no_process_and_no_lock_and_loses_no_row(place: Place, jou
             thread.start()
             acknowledged = json.loads(reader.read().to_pybytes())["rows_durable"]
             server.process.kill()
-            server.process.wait(10)
+            server.process.wait(30)
             thread.join(30)
             with contextlib.suppress(flight.FlightError, pa.ArrowException):
                 writer.close()

@@ -24,7 +24,7 @@ from fletcher.models.bundle.bundle import ModelBundle
 ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("onnxruntime")
-pytest.importorskip("lancedb")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ the segment is kept so that a person can examine it.
 | file | content |
 |---|---|
 | `N.arrow` | a segment with groups to send, or one that is being written |
+| `N-again.arrow` | a segment that a person had sent again, see `revive_segments` |
 | `N.settled` | notes of settled groups of `N.arrow` |
 | `N.sent` | a sent segment whose rows may not be durable in the store yet; kept for `retention_s` |
 | `N-UPLOAD-FIRST-LAST.rejected` | a group that the store refused for good |
@@ -48,6 +49,7 @@ from fletcher.delivery.journal.recovery import dispose, recover_segments
 from fletcher.delivery.journal.rejected import RejectedGroups
 from fletcher.delivery.journal.root import FULL_RETRY_MS, JournalSpace
 from fletcher.delivery.journal.segment import (
+    REVIVED,
     SENT,
     WAITING,
     GroupInfo,
@@ -130,7 +132,11 @@ class Journal:
             if isinstance(error, OSError):
                 raise _disk_error(error) from error
             raise
-        return [group for segment in self._segments for group in segment.groups]
+        groups = [group for segment in self._segments for group in segment.groups]
+        again = {one.info.upload_id for one in groups if one.segment.path.stem.endswith(REVIVED)}
+        for group in groups:
+            group.revived = group.info.upload_id in again
+        return groups
 
     def append_groups(
         self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema

@@ -12,7 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from fletcher.delivery.journal.root import JournalSpace
-from fletcher.delivery.journal.segment import REJECTED, GroupInfo, JournaledGroup, group_metadata
+from fletcher.delivery.journal.segment import (
+    REJECTED,
+    REVIVED,
+    GroupInfo,
+    JournaledGroup,
+    group_metadata,
+)
 from fletcher.util.durable import sync_path
 
 log = logging.getLogger(__name__)
@@ -73,4 +79,5 @@ class RejectedGroups:
             log.exception("journal: refused rows in %s cannot be deleted", self._folder)
 
     def _path(self, segment: Path, info: GroupInfo) -> Path:
-        return self._folder / f"{segment.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
+        number = segment.stem.removesuffix(REVIVED)
+        return self._folder / f"{number}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"

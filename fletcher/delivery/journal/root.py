@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.delivery.journal.segment import REJECTED, SENT, WAITING
+from fletcher.delivery.journal.segment import REJECTED, REVIVED, SENT, WAITING
 from fletcher.errors import ConfigError, JournalFullError
 from fletcher.util.durable import make_folder, sync_path
 from fletcher.util.locks import FileLock
@@ -106,7 +106,7 @@ def revive_segments(folder: Path, again: list[Path] | None = None) -> int:
     if again is None:
         again = [path for path in folder.iterdir() if path.suffix in (SENT, REJECTED)]
     for path in sorted(again):
-        path.rename(folder / f"{number:012d}{WAITING}")
+        path.rename(folder / f"{number:012d}{REVIVED}{WAITING}")
         number += 1
     sync_path(folder)
     return len(again)

@@ -32,6 +32,7 @@ from typing import Any
 import pyarrow as pa
 
 from fletcher.errors import InternalError
+from fletcher.util.durable import read_regular
 
 WAITING = ".arrow"
 SENT = ".sent"
@@ -39,6 +40,8 @@ DAMAGED = ".damaged"
 TORN = ".torn"
 REJECTED = ".rejected"
 SETTLED = ".settled"
+# End of the name, without suffix, of a segment that a person had sent again.
+REVIVED = "-again"
 _KEY = b"fletcher.group"
 _MARKER = b"\xff\xff\xff\xff"
 _END = _MARKER + bytes(4)  # last bytes of an Arrow stream that was closed
@@ -117,7 +120,12 @@ class Damage:
 
 @dataclass(slots=True, eq=False)
 class JournaledGroup:
-    """A group on disk."""
+    """A group on disk.
+
+    Attributes:
+        revived: A person had groups of the upload sent again. A client may have sent some of their
+            rows in other groups meanwhile, so the store may have rows of this group by other keys.
+    """
 
     info: GroupInfo
     schema: pa.Schema
@@ -125,6 +133,7 @@ class JournaledGroup:
     offset: int
     num_bytes: int
     settled: bool = False
+    revived: bool = False
 
     @property
     def end(self) -> int:
@@ -196,7 +205,7 @@ class Segment:
 def read_notes(path: Path) -> list[int]:
     """End offsets of settled groups, from the complete notes in a file."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         return []
     whole = data[: len(data) // _NOTE.size * _NOTE.size]
@@ -252,7 +261,7 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
     """
     ends = set(read_notes(path.with_suffix(SETTLED)))
     try:
-        data = pa.py_buffer(path.read_bytes())
+        data = pa.py_buffer(read_regular(path))
     except FileNotFoundError:
         raise
     except OSError as error:

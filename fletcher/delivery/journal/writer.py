@@ -312,6 +312,7 @@ def journaled_rows(
         journaled=True,
         on_refused=functools.partial(journal.rejected.add_group, on_disk),
         in_doubt=in_doubt,
+        revived=on_disk.revived,
         excluded=info.excluded,
     )
 

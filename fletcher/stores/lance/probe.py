@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
+from fletcher.stores.lance.library import import_lancedb
+
 _log = logging.getLogger(__name__)
 
 _MIN_LEVELS = 3
@@ -33,9 +35,7 @@ def is_readable(kind: pa.DataType) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _reads_back(kind: pa.DataType) -> bool:
-    import lancedb
-
-    database = lancedb.connect("memory://")
+    database = import_lancedb().connect("memory://")
     values = list(_values(kind))
     # The failures depend on which of two neighbours is null or empty.
     pairs = itertools.islice(itertools.product(values, repeat=2), _MAX_PAIRS)

@@ -21,6 +21,7 @@ from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
+from fletcher.stores.lance.library import import_lancedb
 from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
@@ -31,15 +32,13 @@ from fletcher.stores.lance.writer import (
 )
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
 from fletcher.stores.staging import check_stored, incarnation_of, with_incarnation
-from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import sync_path
 
 _log = logging.getLogger(__name__)
 
-# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache, 2 GiB of read-ahead per scan)
-# exceed the bound that `--max-memory` promises.
+# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache) exceed the bound that
+# `--max-memory` promises.
 CACHE_BYTES = 32 << 20
-SCAN_BUFFER_BYTES = 64 << 20
 
 # Approximate size of a scanned batch; a column may be as wide as 64 Ki numbers.
 SCAN_BATCH_BYTES = 2 << 20
@@ -57,21 +56,6 @@ MAX_CANDIDATES = 10_000
 _METRICS = {"cosine": "cosine", "dot": "dot", "euclidean": "l2", "hamming": "hamming"}
 
 
-def _lancedb() -> Any:
-    # Lance reads this variable once, when its library is loaded.
-    os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(SCAN_BUFFER_BYTES))
-    try:
-        import lancedb
-    except ImportError as error:
-        raise StoreError(
-            "a `lance:` store needs LanceDB, which is not installed; run: "
-            "pip install 'longbow-fletcher[lance]'",
-            field="store",
-        ) from error
-    keep_large_blocks()
-    return lancedb
-
-
 class LanceStore(EmbeddedStore):
     """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
@@ -86,7 +70,7 @@ class LanceStore(EmbeddedStore):
     scheme = "lance"
 
     def __init__(self, folder: Path) -> None:
-        lancedb = _lancedb()
+        lancedb = import_lancedb()
         super().__init__(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StoreError(f"the store's folder {folder} cannot be written", field="store")

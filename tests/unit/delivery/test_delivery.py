@@ -91,7 +91,7 @@ def test_rows_of_an_upload_are_joined_into_keyed_groups() -> None:
         released = [send(sink, upload, first, 4) for first in (0, 4, 8, 12)]
         store.gate.set()
         assert settled(upload)
-        assert all(one.wait(5) for one in released)
+        assert all(one.wait(30) for one in released)
         assert ids(store) == list(range(16))
         assert all(len(range(*_extent(key))) <= 10 for key in store.keys("d"))
         assert upload.counts() == {
@@ -133,7 +133,7 @@ def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resume
         store.faults.append(("after", outage()))
         released = send(sink, upload, 5, 5)
         assert settled(upload)
-        assert released.wait(5)
+        assert released.wait(30)
         assert isinstance(upload.failure, StoreUnavailableError)
         assert upload.summary("m")["complete"] is False
         delivery.close_upload(upload, sink)
@@ -245,7 +245,7 @@ def test_a_committer_that_has_ended_refuses_at_once() -> None:
     upload, sink = delivery.open_upload(options(), SCHEMA)
     delivery.close()
     released = send(sink, upload, 0, 5)
-    assert released.wait(5)
+    assert released.wait(30)
     assert isinstance(upload.failure, StoreUnavailableError)
     assert isinstance(
         sink.committer.request_opening(SCHEMA, "append").exception(5), StoreUnavailableError
@@ -262,7 +262,7 @@ def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         store.gate.clear()
         send(sink, upload, 0, 3)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
         for first in range(3, 12, 3):
             send(sink, upload, first, 3)
         store.gate.set()
@@ -291,7 +291,7 @@ def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> Non
         failing, _ = delivery.open_upload(options(upload_id="failing"), SCHEMA)
         store.gate.clear()
         send(sink, going, 0, 5)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
         released = send(sink, failing, 0, 5)
         kept = send(sink, going, 5, 5)
         failing.fail(RequestError("a bad row"))
@@ -337,7 +337,7 @@ def test_a_reconnected_client_does_not_send_pending_rows_twice() -> None:
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 5)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
         delivery.close_upload(upload, sink)
         opening: list[Upload] = []
         # The committer opens nothing while it stores, so that the store can be asked what arrived.
@@ -570,7 +570,7 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
     upload, sink = delivery.open_upload(options(), SCHEMA)
     send(sink, upload, 0, 5)
-    assert store.waiting.wait(5)
+    assert store.waiting.wait(30)
     released = send(sink, upload, 5, 5)
     closer = threading.Thread(target=delivery.close)
     closer.start()
@@ -578,7 +578,7 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
         closer.join(0.001)
     store.gate.set()
     closer.join(30)
-    assert released.wait(5)
+    assert released.wait(30)
     assert ids(store) == list(range(5))
     assert isinstance(upload.failure, StoreUnavailableError)
 
@@ -593,7 +593,7 @@ def test_a_replacement_does_not_wait_for_what_comes_after_it() -> None:
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 5)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
         replaced = sink.committer.request_replacement(staged)
         send(sink, upload, 5, 5)
         store.gate.set()
@@ -609,7 +609,7 @@ def test_a_replacement_whose_caller_stopped_waiting_does_not_happen() -> None:
     with delivering(store) as delivery:
         upload, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, upload, 0, 5)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
         assert sink.committer.request_replacement(Staged("gone", "i", [])).cancel()
         store.gate.set()
         assert settled(upload)
@@ -671,7 +671,7 @@ def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> 
         bad, _ = delivery.open_upload(options(upload_id="bad"), SCHEMA)
         good, _ = delivery.open_upload(options(upload_id="good"), SCHEMA)
         send(sink, first, 0, 1)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
 
         failing = True
 

@@ -145,7 +145,7 @@ def test_what_is_too_much_at_once_goes_in_parts_with_the_same_keys() -> None:
     with delivering(store) as delivery:
         upload, sink = open_(delivery)
         send(sink, upload, 0, 10)
-        assert store.waiting.wait(5)
+        assert store.waiting.wait(30)
         for first in range(10, 200, 10):
             send(sink, upload, first, 10)
         store.most_rows = 30

@@ -214,6 +214,21 @@ def test_a_dataset_that_somebody_altered_is_opened_again_before_rows_are_refused
     assert files(tmp_path) == []
 
 
+def test_rows_that_a_writer_stored_before_it_refused_others_are_not_stored_again(
+    tmp_path: Path,
+) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert stored(upload, 10)
+        store.faults.append(("after", ColumnTypeError("no such column")))
+        send(sink, upload, 10, 10)
+        assert stored(upload, 20)
+        assert upload.failure is None
+    assert ids(store) == list(range(20))
+
+
 def test_a_group_that_always_fails_stays_journaled_and_delays_no_others(tmp_path: Path) -> None:
     store = MemoryStore()
 

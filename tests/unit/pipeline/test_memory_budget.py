@@ -30,7 +30,7 @@ def test_acquire_waits_for_release() -> None:
     call.start()
     assert waits(call)
     first.release_bytes(1000)
-    call.join(5)
+    call.join(30)
     assert not call.is_alive()
     assert second.used_bytes == 200
 
@@ -43,7 +43,7 @@ def test_one_piece_larger_than_everything_passes_alone() -> None:
     call.start()
     assert waits(call)
     stream.release_bytes(10_000)
-    call.join(5)
+    call.join(30)
     assert not call.is_alive()
 
 
@@ -54,7 +54,7 @@ def test_a_piece_larger_than_everything_leaves_others_their_reserve() -> None:
     huge.acquire(10_000)
     call = threading.Thread(target=other.acquire, args=(100,), daemon=True)
     call.start()
-    call.join(5)
+    call.join(30)
     assert not call.is_alive()
 
 
@@ -89,7 +89,7 @@ def test_of_rows_that_are_kept_the_oldest_always_becomes_whole() -> None:
     assert waits(call)  # until it is stored
     old.grow_row(0)  # of a row that failed nothing is kept
     old.release_bytes(0, row_bytes)
-    call.join(5)
+    call.join(30)
     assert not call.is_alive()
     assert budget.statistics()["used_bytes"] == 376
     new.grow_row(0)
@@ -108,7 +108,7 @@ def test_the_stream_of_the_oldest_row_gets_a_piece_though_the_rest_is_taken() ->
     assert waits(call)
     old.grow_row(1)
     new.grow_row(1)
-    call.join(5)
+    call.join(30)
     assert not call.is_alive()
 
     def acquire(stream: Allowance) -> None:
@@ -120,7 +120,7 @@ def test_the_stream_of_the_oldest_row_gets_a_piece_though_the_rest_is_taken() ->
         call.start()
         assert waits(call)
         stream.close()
-        call.join(5)
+        call.join(30)
 
 
 def test_close_gives_kept_rows_back_and_wakes_who_waits_with_one() -> None:
@@ -141,7 +141,7 @@ def test_close_gives_kept_rows_back_and_wakes_who_waits_with_one() -> None:
     call.start()
     assert waits(call)
     new.close()
-    call.join(5)
+    call.join(30)
     assert caught
     old.close()
     assert budget.statistics()["used_bytes"] == 0
@@ -165,7 +165,7 @@ def test_close_gives_everything_back_and_wakes_a_waiting_acquire() -> None:
     call.start()
     assert waits(call)
     stream.close()
-    call.join(5)
+    call.join(30)
     assert caught
     assert budget.statistics()["used_bytes"] == 0
     stream.release_bytes(3100)  # a late release changes nothing

@@ -107,7 +107,7 @@ def test_bulk_work_leaves_half_of_the_common_memory_where_it_is_told_to() -> Non
     interactive.acquire(925, bulk=False)
     interactive.close()
     budget.spare(half=False)
-    call.join(5)
+    call.join(30)
     assert not call.is_alive()
 
 
@@ -123,5 +123,5 @@ def test_streams_that_wait_long_for_memory_starve() -> None:
     now[0] = 61.0
     assert budget.starving(60) == 1
     first.close()
-    call.join(5)
+    call.join(30)
     assert budget.starving(60) == 0

@@ -354,7 +354,7 @@ def test_what_was_cut_off_takes_no_memory_and_comes_again(start: Start, source: 
     with models.lease("b"):  # by a client that never hears of it
         models.unload_model("b", force=True)
         thread, outcome = in_thread(lambda: models.load_model("b"))
-        thread.join(5)
+        thread.join(30)
         assert outcome == ["b@1"]
         with models.lease("a"), models.lease("b"):
             pass
@@ -383,7 +383,7 @@ def test_a_swap_back_while_the_old_one_is_held(start: Start, source: FakeSource)
         assert models.swap_model("a") == "a@2"
         assert states(models)["a@1"] == "retiring"
         thread, outcome = in_thread(lambda: models.swap_model("a@1"))
-        thread.join(5)
+        thread.join(30)
         assert outcome == ["a@1"]
         eventually(lambda: states(models) == {"a@1": "ready"}, "the other one is gone")
     assert leased(models, "a") == "a@1"

@@ -38,6 +38,7 @@ from fletcher.errors import (
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Combination, Comparison, Store
 from fletcher.stores.staging import is_replaced_by, staged_name
+from fletcher.util.locks import FileLock
 from tests.doubles import store_rows as rows
 
 
@@ -70,6 +71,22 @@ def test_an_opening_that_fails_at_its_end_frees_the_dataset(store, monkeypatch):
         patched.setattr(path, failing)
         with pytest.raises(MemoryError):
             store.open_writer("d", rows.schema(), "append")
+    fill(store, rows.batch(0, 10))
+    assert store.dataset("d").num_rows == 10
+
+
+def test_a_lock_that_is_not_released_at_once_frees_the_dataset(store, monkeypatch):
+    errors, release = [MemoryError()], FileLock.release
+
+    def failing(lock):
+        if errors:
+            raise errors.pop()
+        release(lock)
+
+    writer = store.open_writer("d", rows.schema(), "append")
+    monkeypatch.setattr(FileLock, "release", failing)
+    writer.close()
+    assert not errors
     fill(store, rows.batch(0, 10))
     assert store.dataset("d").num_rows == 10
 
@@ -940,6 +957,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     for scheme in ("lance", "parquet"):
         with pytest.raises(StoreError, match="cannot be made"):
             open_store(f"{scheme}:{tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("scheme", ["lance", "parquet"])
+@pytest.mark.parametrize("name", ["a\nb", "tab\t", "\x7f", "\udcff\udcfe"])
+def test_a_folder_whose_name_cannot_be_used_is_refused(tmp_path, scheme, name):
+    """LanceDB failed with an error of its own, and bytes that are not UTF-8 with another."""
+    with pytest.raises(StoreError, match="give `store` or `home` another folder"):
+        open_store(f"{scheme}:{tmp_path / name}")
+    odd = "ünï c%20' $?*"
+    open_store(f"{scheme}:{tmp_path / odd}").close()
 
 
 def test_a_missing_lancedb_names_the_command(tmp_path, monkeypatch):

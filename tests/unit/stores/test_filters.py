@@ -26,6 +26,7 @@ from fletcher.errors import (
 from fletcher.stores.base import Combination, Comparison, Filter, Negation
 from fletcher.stores.filter_parser import MAX_DEPTH, MAX_TESTS, parse_filter
 from fletcher.stores.filters import check_longbow, to_expression, to_json, to_sql
+from fletcher.stores.lance.library import import_lancedb
 from fletcher.storeserver.requests import FilterRequest, convert_request, to_filters
 
 NUM_ROWS = 60
@@ -118,8 +119,8 @@ def rows() -> pa.Table:
 
 @pytest.fixture(scope="module")
 def lance(rows: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    lancedb = pytest.importorskip("lancedb")
-    return lancedb.connect(str(tmp_path_factory.mktemp("lance"))).create_table("d", rows)
+    database = import_lancedb().connect(str(tmp_path_factory.mktemp("lance")))
+    return database.create_table("d", rows)
 
 
 class Draw:

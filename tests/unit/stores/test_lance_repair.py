@@ -16,8 +16,6 @@ from fletcher.stores.lance.repair import find_defect, newest_version, note_synce
 from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
-pytest.importorskip("lancedb")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

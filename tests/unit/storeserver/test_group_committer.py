@@ -23,8 +23,6 @@ from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.key_ledger import KeyLedger
 from tests.doubles import store_rows as rows
 
-pytest.importorskip("lancedb")
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[LanceStore]:
