@@ -625,7 +625,7 @@ def test_a_sink_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: b
     asked, retire = threading.Event(), Delivery._retire_sink
 
     def asks(delivery: Delivery, sink: DatasetSink) -> bool:
-        has_writer.append(sink.committer.holds_dataset)
+        has_writer.append(sink.committer._sender._writer is not None)
         asked.set()
         return retire(delivery, sink)
 
@@ -634,7 +634,7 @@ def test_a_sink_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: b
         upload, sink = delivery.open_upload(options(), SCHEMA)
         if in_use:
             assert not asked.wait(0.3)
-            assert sink.committer.holds_dataset
+            assert sink.committer._sender._writer is not None
         else:
             delivery.close_upload(upload, sink)
             sink.committer.thread.join(30)
