@@ -353,7 +353,8 @@ class DedupeIndex:
 
 
 def _journaled_keys(kind: str, group: JournaledGroup, *, null_vectors: bool) -> dict[bytes, bytes]:
-    excluded = (*group.info.excluded, *(() if null_vectors else group.info.failed))
+    sends_failed = null_vectors and not group.info.upsert
+    excluded = (*group.info.excluded, *(() if sends_failed else group.info.failed))
     try:
         return stored_keys(kind, group.read_batch(), excluded)
     except FletcherError:
