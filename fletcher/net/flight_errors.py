@@ -135,7 +135,9 @@ class RefusalError(ValueError):
 
 @contextmanager
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
-    """Convert any exception of a handler to a Flight error, also a panic of a Rust library.
+    """Convert any exception of a handler to a Flight error.
+
+    A panic of a Rust library is converted, too, although it is no `Exception`.
 
     Use it in a `with` statement or as a decorator.
     Do not decorate a generator, as the decorator does not cover the code that runs during its
