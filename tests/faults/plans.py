@@ -84,13 +84,14 @@ def with_model(schedule: Schedule, model: str) -> Schedule:
     return replace(schedule, uploads=uploads, model=model, backend="auto", constants={})
 
 
-def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
+def draw(seed: int, store: str, *, power: bool = False, more: bool = True) -> Schedule:
     """The schedule of a seed.
 
     Args:
         seed: Any number.
         store: One of STORES.
         power: Each kill is a power cut.
+        more: With the further kinds of faults.
     """
     chance = random.Random(f"{seed} {store} {power}")
     datasets = ["d0", "d1"][: chance.randint(1, 2)]
@@ -116,7 +117,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
         seed,
         store,
         power,
-        _poisoned(seed, store, uploads),
+        _poisoned(seed, store, uploads) if more else uploads,
         options={
             "group-rows": str(_some(most_rows, chance)),
             "group-delay-ms": str(chance.choice([1, 20, 100, 500])),
@@ -145,7 +146,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
         # Longbow and Parquet files replace no rows.
         rewrites=None if store in ("longbow", "parquet") else _rewrites(chance),
     )
-    return _with_more_faults(schedule)
+    return _with_more_faults(schedule) if more else schedule
 
 
 def _with_more_faults(schedule: Schedule) -> Schedule:

@@ -22,11 +22,11 @@ def launcher() -> Iterator[Launcher]:
 @pytest.mark.parametrize(
     ("store", "power", "seed"),
     [
-        # Seeds with few rows and many kinds of faults.
-        *(("lance", False, seed) for seed in (1, 292)),
+        # Seeds with few rows and several kinds of faults.
+        *(("lance", False, seed) for seed in (1, 60)),
         *(("lance", True, seed) for seed in (18, 36)),
-        *(("fletcher", False, seed) for seed in (326,)),
-        *(("fletcher", True, seed) for seed in (163,)),
+        *(("fletcher", False, seed) for seed in (129, 197)),
+        *(("fletcher", True, seed) for seed in (4,)),
         *(("parquet", False, seed) for seed in (198,)),
         *(("longbow", False, seed) for seed in (22,)),
     ],
@@ -34,6 +34,9 @@ def launcher() -> Iterator[Launcher]:
 def test_no_row_is_lost_or_doubled(
     launcher: Launcher, tiny_bundle: ModelBundle, tmp_path: Path, store: str, power: bool, seed: int
 ) -> None:
-    schedule = draw(seed, store, power=power)
+    more = not power and store != "longbow"
+    schedule = draw(seed, store, power=power, more=more)
     report = run(schedule, launcher, tiny_bundle.folder.parent, tmp_path / "schedule")
-    assert sum(report.faults.values()) == len(schedule.events)
+    assert sum(report.faults[kind] for kind in {one.kind for one in schedule.events}) == len(
+        schedule.events
+    )
