@@ -303,6 +303,20 @@ def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> Non
         assert ids(store) == list(range(10))
 
 
+@pytest.mark.parametrize(("mode", "kept"), [("append", [0, 1, 2]), ("upsert", [0, 2])])
+def test_failed_rows_of_an_upsert_replace_nothing(mode: str, kept: list[int]) -> None:
+    # They took the vector from the stored row, and rows without an id replaced each other.
+    store = MemoryStore(null_vectors=True)
+    with delivering(store) as delivery:
+        upload, sink = delivery.open_upload(options(mode=mode), SCHEMA)
+        send(sink, upload, 0, 3, failed=(1,))
+        upload.report_failed_row(1, 1, InvalidCommandError("`text` is null"))
+        assert settled(upload)
+        assert ids(store) == kept
+        counts = upload.counts()
+        assert (counts["rows_stored"], counts["rows_durable"]) == (len(kept), 3)
+
+
 def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> None:
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
