@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,12 +66,28 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
     with pq.ParquetFile(path, **options) as file:
         rows = _rows_per_batch(file, tops, texts, selection.batch_rows)
         total, done = max(1, file.metadata.num_rows), 0
-        for batch in file.iter_batches(batch_size=rows, columns=tops, use_threads=False):
+        groups = [list(range(file.metadata.num_row_groups))]
+        if any(_holds_dictionary(schema.field(one).type) for one in tops):
+            groups = [[one] for one in groups[0]]
+        reads = (
+            file.iter_batches(rows, row_groups=group, columns=tops, use_threads=False)
+            for group in groups
+        )
+        for batch in chain.from_iterable(reads):
             first, done = done, done + batch.num_rows
             part = take_paths(batch, paths)
             check_arrays(part, name, first)
             for one in cut(part, selection.batch_rows):
                 yield one, done / total
+
+
+def _holds_dictionary(kind: pa.DataType) -> bool:
+    """Whether a nested type has a dictionary inside.
+
+    Each row group has a dictionary, and Arrow reads no batch of such values from two row groups.
+    """
+    inner = [kind.field(place).type for place in range(kind.num_fields)]
+    return any(types.is_dictionary(one) or _holds_dictionary(one) for one in inner)
 
 
 def _rows_per_batch(
