@@ -230,9 +230,11 @@ class DedupeIndex:
             self._telemetry.rows_deduplicated.add(rows.num_duplicates)
         try:
             self._index_rows(rows)
-        except Exception:
-            log.exception("`%s`: rows cannot be indexed; its store is read again", self._dataset)
+        except BaseException:
             self.invalidate()
+            with contextlib.suppress(BaseException):
+                text = "`%s`: rows cannot be indexed; its store is read again"
+                log.exception(text, self._dataset)
 
     def invalidate(self) -> None:
         """Mark the index as stale, so that the store is read before the next decision.
