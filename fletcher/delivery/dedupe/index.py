@@ -152,18 +152,20 @@ class DedupeIndex:
                 raise
         return index
 
-    def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
-        """Whether each row is a duplicate of an indexed one. Raises as `load_kind`."""
+    def find_values(self, kind: str, keys: Sequence[RowKey]) -> list[bytes | None]:
+        """The indexed value of each row's key; None: there is none. Raises as `load_kind`."""
         wanted = [key for key, _ in keys]
         while True:
             index = self.load_kind(kind)
             with self._lock:
                 if not index.stale:  # the index may have become stale after `load_kind`
-                    values = index.map.find_values(wanted)
-                    break
+                    return index.map.find_values(wanted)
+
+    def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
+        """Whether each row is a duplicate of an indexed one. Raises as `load_kind`."""
         return [
             value is not None and value == indexed
-            for (_, value), indexed in zip(keys, values, strict=True)
+            for (_, value), indexed in zip(keys, self.find_values(kind, keys), strict=True)
         ]
 
     def acquire_decision(self, wait_s: float) -> bool:
@@ -351,7 +353,8 @@ class DedupeIndex:
 
 
 def _journaled_keys(kind: str, group: JournaledGroup, *, null_vectors: bool) -> dict[bytes, bytes]:
-    excluded = (*group.info.excluded, *(() if null_vectors else group.info.failed))
+    sends_failed = null_vectors and not group.info.upsert
+    excluded = (*group.info.excluded, *(() if sends_failed else group.info.failed))
     try:
         return stored_keys(kind, group.read_batch(), excluded)
     except FletcherError:
