@@ -216,5 +216,5 @@ def from_json(extra_info: bytes | str) -> FletcherError | None:
         if not isinstance(fields.get("retry_after_ms") or 0, (int, float)):
             return None
         return _rebuild(kind, fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

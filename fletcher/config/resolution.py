@@ -86,6 +86,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"`config` {str(path)!r} is not TOML: {error}", field="config") from None
+    except RecursionError:
+        raise ConfigError(f"`config` {str(path)!r} is nested too deep", field="config") from None
     for key, value in values.items():
         if key not in OPTIONS:
             hint = nearest(key, OPTIONS)

@@ -136,7 +136,7 @@ class VectorReader:
         if item == pa.int8() and RANGES in said:
             try:
                 ranges = Ranges.from_json(json.loads(said[RANGES]))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise _unreadable(kind) from None
             if len(ranges.start) != width:
                 raise _unreadable(kind)

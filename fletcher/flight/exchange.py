@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -28,6 +29,7 @@ from fletcher.serving.callers import Caller
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedSession
 from fletcher.serving.slice_result import SliceResult
+from fletcher.util.insist import insist
 
 log = logging.getLogger(__name__)
 
@@ -98,22 +100,27 @@ def exchange(
         answering = BackgroundTask(
             "exchange-writer", answers.write_results, answers.report_failure, expected
         )
-        try:
-            for message in messages:
-                service.admission.check_draining()
-                if message.batch is not None:
-                    _check_size(message.batch.num_rows, session)
-                    ends, row_first = message.metadata.document_end, message.row_first
-                    session.submit_batch(
-                        message.batch, message.batch_id, row_first, document_end=ends
-                    )
-            if not caller.is_cancelled():
-                session.submit_rest()
-        finally:  # an error is raised after earlier batches are answered
-            if caller.is_cancelled():
-                session.abandon(CancelledError("the client ended the exchange before its end"))
-            session.end_input()
-            answering.join()
+        with answering:
+            try:
+                for message in messages:
+                    service.admission.check_draining()
+                    if message.batch is not None:
+                        _check_size(message.batch.num_rows, session)
+                        ends, row_first = message.metadata.document_end, message.row_first
+                        session.submit_batch(
+                            message.batch, message.batch_id, row_first, document_end=ends
+                        )
+                if not caller.is_cancelled():
+                    session.submit_rest()
+            finally:  # an error is raised after earlier batches are answered
+                insist(functools.partial(_end_input, session, caller), "ending a call's input")
+                answering.join()
+
+
+def _end_input(session: EmbedSession, caller: Caller) -> None:
+    if caller.is_cancelled():
+        session.abandon(CancelledError("the client ended the exchange before its end"))
+    session.end_input()
 
 
 class _Writer:

@@ -41,27 +41,26 @@ def put(service: Service, command: EmbedCommand, caller: Caller, reader: Any, wr
             lambda _: session.close(),
         )
         refusal: Exception | None = None
-        try:
-            for message in messages:
-                service.admission.check_draining()
-                if upload.failure is not None:
-                    break
-                if message.batch is not None:
-                    session.submit_batch(message.batch, message.batch_id, message.row_first)
-                if message.metadata.end and message.metadata.rows is not None:
-                    upload.announce_total(message.metadata.rows)
-        except Exception as error:  # noqa: BLE001 - raised below, after accepted rows are safe
-            refusal = error
-        try:
-            if caller.is_cancelled():
-                session.abandon(CancelledError("the client ended the upload before its end"))
-            # After a refusal, rows that were submitted before it still go to the store.
-            session.end_input()
-        except BaseException:
-            session.fail()
-            raise
-        finally:
-            answering.wait()
+        with answering:
+            try:
+                try:
+                    for message in messages:
+                        service.admission.check_draining()
+                        if upload.failure is not None:
+                            break
+                        if message.batch is not None:
+                            session.submit_batch(message.batch, message.batch_id, message.row_first)
+                        if message.metadata.end and message.metadata.rows is not None:
+                            upload.announce_total(message.metadata.rows)
+                except Exception as error:  # noqa: BLE001 - raised once accepted rows are safe
+                    refusal = error
+                if caller.is_cancelled():
+                    session.abandon(CancelledError("the client ended the upload before its end"))
+                # After a refusal, rows that were submitted before it still go to the store.
+                session.end_input()
+            except BaseException:
+                session.fail()
+                raise
         answering.join()
         if refusal is not None and not isinstance(refusal, DrainingError):
             raise refusal

@@ -12,6 +12,7 @@ import pyarrow as pa
 from msgspec import Meta
 from pyarrow import flight
 
+from fletcher.core.schema_text import check_schema_text
 from fletcher.errors import ColumnTypeError, InvalidCommandError
 from fletcher.flight.requests import field_error
 from fletcher.serving.callers import Caller
@@ -134,34 +135,15 @@ def wait_first(
 
 
 def read_schema(reader: Any) -> pa.Schema:
-    """Read the input's schema. Raises ColumnTypeError if Arrow cannot read it."""
+    """Read the input's schema. Raises ColumnTypeError if it cannot be read."""
     try:
         schema = reader.schema
-        for field in schema:
-            _check_text(field)
     except flight.FlightError:
         raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ColumnTypeError(f"the stream's schema cannot be read: {str(error)[:300]}") from None
+    check_schema_text(schema)
     return schema
-
-
-def _check_text(field: pa.Field) -> None:
-    """Decode a field's names and time zone, also nested ones.
-
-    Arrow does not check that they are UTF-8.
-
-    Raises:
-        UnicodeDecodeError: One is not.
-    """
-    _ = field.name
-    kind = getattr(field.type, "storage_type", field.type)
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_timestamp(kind):
-        _ = kind.tz
-    for place in range(kind.num_fields):
-        _check_text(kind.field(place))
 
 
 def _metadata_error(error: Exception, raw: bytes) -> InvalidCommandError:

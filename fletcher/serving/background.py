@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Self
 
 from fletcher.errors import FletcherError, InternalError
 from fletcher.util.insist import insist
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 
 class BackgroundTask:
     """Work of a call on a second thread, which starts immediately.
+
+    The end of a `with` statement waits for the thread, whatever fails: gRPC ends the process if a
+    thread writes to a call that has ended.
 
     Args:
         name: Name of the thread.
@@ -41,6 +45,12 @@ class BackgroundTask:
         self._expected = expected
         self._name = name
         self._thread = start_thread(name, self._run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        insist(self.wait, self._name)
 
     def wait(self) -> None:
         """Wait for the thread's end; its error, if any, is then in `error`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,13 @@ class EmbeddedStore(Store):
         self.writers: set[EmbeddedWriter] = set()
         self.known_whole: set[str] = set()
         self._left_out: set[str] = set()  # datasets that the log named
+        # LanceDB takes no control characters. Surrogates stand for bytes that are not UTF-8.
+        if any(unicodedata.category(one) in ("Cc", "Cs") for one in str(folder)):
+            raise StoreError(
+                f"the store's folder {str(folder)!r} has a control character or a byte that is not "
+                "UTF-8 in its name; give `store` or `home` another folder",
+                field="store",
+            )
         try:
             make_folder(folder)
         except OSError as error:

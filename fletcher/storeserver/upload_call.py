@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from fletcher.core.schema_text import check_schema_text
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
@@ -134,6 +135,7 @@ def _check_rows(batch: pa.RecordBatch) -> None:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
         raise InvalidCommandError(f"the rows are damaged: {str(error)[:200]}") from None
+    check_schema_text(batch.schema, metadata=True)
     names = batch.schema.names
     if len(set(names)) != len(names):
         raise ColumnTypeError("two columns have the same name", field="columns")

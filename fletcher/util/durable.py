@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,17 @@ def sync_path(path: Path | str) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file; refuse anything else, because reading a named pipe may never end.
+
+    Raises:
+        OSError: The path is no regular file, or the file cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def make_folder(path: Path) -> None:

@@ -383,6 +383,10 @@ NONSENSE = {
     "put of another width": lambda c, d: put(c, d, rows.batch(0, 1, dims=9)),
     "put of another type": lambda c, d: put(c, d, plain(0, 1, pa.int64())),
     "put of damaged text": lambda c, d: put(c, d, _damaged()),
+    "put of a damaged name": lambda c, d: put(c, d, _misnamed()),
+    "put of damaged metadata": lambda c, d: put(
+        c, d, plain(0, 1).replace_schema_metadata({b"k": b"\xff"})
+    ),
     "exchange of nothing": lambda c, d: _exchange(c, flight.FlightDescriptor.for_path("x")),
     "exchange to a bad name": lambda c, d: _exchange(
         c, flight.FlightDescriptor.for_path("ingest", "a b")
@@ -416,6 +420,14 @@ def _search_exchange(client):
         writer.write_batch(plain(0, 1))
         writer.done_writing()
         reader.read_chunk()
+
+
+def _misnamed():
+    good = plain(0, 1)
+    field = pa.field("x", pa.struct([("nested", pa.int8())]))
+    wire = pa.schema([*good.schema, field]).serialize().to_pybytes()
+    schema = pa.ipc.read_schema(pa.py_buffer(wire.replace(b"nested", b"nes\x80ed")))
+    return pa.RecordBatch.from_arrays([*good.columns, pa.nulls(1, schema.types[-1])], schema=schema)
 
 
 def _damaged():

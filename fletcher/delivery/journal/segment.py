@@ -32,6 +32,7 @@ from typing import Any
 import pyarrow as pa
 
 from fletcher.errors import InternalError
+from fletcher.util.durable import read_regular
 
 WAITING = ".arrow"
 SENT = ".sent"
@@ -204,7 +205,7 @@ class Segment:
 def read_notes(path: Path) -> list[int]:
     """End offsets of settled groups, from the complete notes in a file."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         return []
     whole = data[: len(data) // _NOTE.size * _NOTE.size]
@@ -260,7 +261,7 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
     """
     ends = set(read_notes(path.with_suffix(SETTLED)))
     try:
-        data = pa.py_buffer(path.read_bytes())
+        data = pa.py_buffer(read_regular(path))
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import batch_key, parse_batch_key
 from fletcher.errors import StoreUnavailableError
-from fletcher.util.durable import sync_path, write_atomically
+from fletcher.util.durable import read_regular, sync_path, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class SettledGroups:
         """Ranges by upload id. The upload that got a key most recently comes last."""
         found: dict[str, RangeSet] = {}
         try:
-            lines = self._path.read_text("utf-8", "replace").splitlines()
+            lines = read_regular(self._path).decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return found
         except OSError as error:

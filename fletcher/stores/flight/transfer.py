@@ -148,7 +148,7 @@ def _next_ack(reader: Any) -> dict[str, Any]:
         if chunk.app_metadata is not None and chunk.app_metadata.size:
             try:
                 answer = json.loads(chunk.app_metadata.to_pybytes())
-            except ValueError:
+            except (ValueError, RecursionError):
                 answer = {}
             return answer if isinstance(answer, dict) else {}
 

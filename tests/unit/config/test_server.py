@@ -218,6 +218,8 @@ def test_a_table_in_the_file_is_refused_as_one(tmp_path: Path) -> None:
 def test_a_broken_and_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not TOML.*line 1"):
         resolve({}, {}, write(tmp_path, "port = = 1"))
+    with pytest.raises(ConfigError, match="nested too deep"):
+        resolve({}, {}, write(tmp_path, "port = " + "[" * 9999))
     with pytest.raises(ConfigError, match="No such file"):
         resolve({}, {}, tmp_path / "none.toml")
 

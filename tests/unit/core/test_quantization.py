@@ -129,6 +129,7 @@ def test_output_columns_and_metadata_say_how_vectors_are_read(minilm):
         (pa.list_(pa.uint8(), 8), {}),
         (pa.list_(pa.int16(), 8), {"fletcher.dtype": "int8"}),
         (pa.list_(pa.int8(), 2), {"fletcher.ranges": "{}"}),
+        (pa.list_(pa.int8(), 2), {"fletcher.ranges": "[" * 9999}),
         (pa.list_(pa.int8(), 2), {"fletcher.ranges": '{"start": [0, 0], "step": [0, 1]}'}),
         (pa.list_(pa.int8(), 2), {"fletcher.ranges": '{"start": [0], "step": [1]}'}),
     ],

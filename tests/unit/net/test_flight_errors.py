@@ -81,6 +81,7 @@ def test_what_nobody_meant_to_send_stays_in_the_log(exc, caplog):
     [
         b"",
         b"[]",
+        b"[" * 9999,
         b'{"code": "nothing", "message": "m"}',
         b'{"code": ["internal"], "message": "m"}',
         b'{"code": "internal", "message": 5}',

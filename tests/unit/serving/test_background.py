@@ -48,3 +48,37 @@ def test_a_failure_is_told_at_once_and_raised_by_join(
         task.join()
     assert ("secret" in caplog.text) == (raised is InternalError)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [None, KeyError("x"), SystemError()])
+def test_a_call_waits_for_its_thread_whatever_fails(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    # gRPC ended the process when the thread wrote to a call that had ended.
+    wait, errors, written = BackgroundTask.wait, [MemoryError(), RuntimeError()], []
+
+    def failing(task: BackgroundTask) -> None:
+        if errors:
+            raise errors.pop()
+        wait(task)
+
+    monkeypatch.setattr(BackgroundTask, "wait", failing)
+    go_on = threading.Event()
+
+    def work() -> None:
+        assert go_on.wait(30)
+        written.append(True)
+
+    def call() -> None:
+        with BackgroundTask("writer", work, lambda _: None):
+            go_on.set()
+            if error is not None:
+                raise error
+
+    if error is None:
+        call()
+    else:
+        with pytest.raises(type(error)):
+            call()
+    assert written
+    assert not errors

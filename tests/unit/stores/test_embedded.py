@@ -959,6 +959,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
             open_store(f"{scheme}:{tmp_path / 'file'}")
 
 
+@pytest.mark.parametrize("scheme", ["lance", "parquet"])
+@pytest.mark.parametrize("name", ["a\nb", "tab\t", "\x7f", "\udcff\udcfe"])
+def test_a_folder_whose_name_cannot_be_used_is_refused(tmp_path, scheme, name):
+    """LanceDB failed with an error of its own, and bytes that are not UTF-8 with another."""
+    with pytest.raises(StoreError, match="give `store` or `home` another folder"):
+        open_store(f"{scheme}:{tmp_path / name}")
+    odd = "ünï c%20' $?*"
+    open_store(f"{scheme}:{tmp_path / odd}").close()
+
+
 def test_a_missing_lancedb_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lancedb", None)
     with pytest.raises(StoreError, match=r"pip install 'longbow-fletcher\[lance\]'"):

@@ -239,6 +239,18 @@ def test_what_cannot_be_read_by_any_schema_is_set_aside_and_its_rows_are_named(
     assert "u:0-9, u:10-19" in caplog.text
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["000000000009.arrow", "000000000000.settled"])
+def test_what_is_no_file_is_named_and_left_alone(tmp_path: Path, name: str, make: Any) -> None:
+    """A server that met a named pipe never started."""
+    fill(tmp_path, 2)
+    make(tmp_path / name)
+    with pytest.raises(StoreUnavailableError, match="not a regular file"):
+        journal(tmp_path).recover()
+    (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}.aside")
+    assert [group.info.first for group in journal(tmp_path).recover()] == [0, 10]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_bytes_changed_anywhere_lose_only_what_they_hit_and_never_silently(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
