@@ -25,8 +25,12 @@ def main() -> int:
     scheme = "grpc+tls" if os.environ.get("FLETCHER_TLS_CERT") else "grpc+tcp"
     headers = []
     if token_file := os.environ.get("FLETCHER_TOKEN_FILE"):
-        lines = (line.strip() for line in Path(token_file).read_text().splitlines())
-        token = next(line for line in lines if line and not line.startswith("#"))
+        try:
+            lines = [line.strip() for line in Path(token_file).read_text().splitlines()]
+        except OSError as error:
+            print(f"FLETCHER_TOKEN_FILE: {error}", file=sys.stderr)
+            return 1
+        token = next((line for line in lines if line and not line.startswith("#")), "")
         headers.append((b"authorization", f"Bearer {token}".encode()))
     # The certificate names the server's public address, not this one, so it is not verified.
     client = flight.FlightClient(

@@ -29,6 +29,8 @@ from fletcher.serving.service import Service
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry, configure
 from fletcher.util.allocator import IdleTrimmer, keep_large_blocks
+from fletcher.util.insist import insist
+from fletcher.util.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +212,8 @@ class Runtime:
     def _shut_down(self, server: FlightServer) -> None:
         # `shutdown` has no deadline. It waits for handlers, which may wait for clients that send
         # nothing. The end of their connections ends them.
-        shutdown = threading.Thread(target=server.shutdown, daemon=True)
-        shutdown.start()
+        start = partial(start_thread, "shutdown", server.shutdown)
+        shutdown = insist(start, "the server's end")
         shutdown.join(_LAST_WORDS_S)
         server.end_calls()
         shutdown.join(_SHUTDOWN_S)

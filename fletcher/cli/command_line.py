@@ -93,6 +93,13 @@ class Command(click.Command):
     examples: Sequence[str] = ()
     context_class = Context
 
+    def invoke(self, ctx: click.Context) -> Any:
+        for param in self.params:
+            value = ctx.params.get(str(param.name))
+            if not isinstance(param.type, click.Path) and _has_other_bytes(value):
+                raise click.BadParameter("expected UTF-8, it holds other bytes", ctx, param)
+        return super().invoke(ctx)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in ctx.command.get_params(ctx):
@@ -235,6 +242,14 @@ def combine(
         return decorated
 
     return decorate
+
+
+def _has_other_bytes(value: object) -> bool:
+    """Whether an argument, or one of several, holds bytes that are not UTF-8."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_other_bytes, value))
+    # Python makes half surrogate pairs of such bytes.
+    return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def usage_message(error: click.UsageError, hint: str = "") -> str:

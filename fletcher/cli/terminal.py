@@ -49,9 +49,15 @@ def say(line: str) -> None:
 def print_json(value: object, indent: int | None = None) -> None:
     """Print a value as JSON; on one line unless `indent` is given.
 
-    Times become ISO 8601 text, and bytes become hexadecimal digits.
+    Times become ISO 8601 text, and bytes become hexadecimal digits. Characters that standard output
+    cannot encode are escaped, such as those of a file's name that is not UTF-8.
     """
-    print(json.dumps(value, ensure_ascii=False, indent=indent, default=_as_text))
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=_as_text)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, default=_as_text)
+    print(text)
 
 
 def _as_text(value: object) -> str:

@@ -1,7 +1,8 @@
 """Owners of uploads, and the ids that their uploads have in journal and stores.
 
-An upload belongs to its caller: the holder of a bearer token, the subject of a client certificate
-(its first alternative name, else its common name), or anonymous. An id of a caller has no dot, so
+An upload belongs to its caller: the holder of a bearer token, the name in a client certificate, or
+anonymous. pyarrow tells a server only the first alternative name of a certificate, else its common
+name, not its subject. A certificate with neither is anonymous. An id of a caller has no dot, so
 the id with the owner's name after a dot cannot be another caller's. Anonymous uploads keep their
 plain id, as all uploads of earlier releases do.
 """
@@ -19,9 +20,9 @@ def token_owner(token: bytes) -> str:
     return hashlib.sha256(token).hexdigest()[:_OWNER_DIGITS]
 
 
-def certificate_owner(subject: bytes) -> str:
+def certificate_owner(name: bytes) -> str:
     """The owner of uploads that are sent with a client certificate."""
-    return hashlib.sha256(b"certificate:" + subject).hexdigest()[:_OWNER_DIGITS]
+    return hashlib.sha256(b"certificate:" + name).hexdigest()[:_OWNER_DIGITS]
 
 
 def owned_id(upload_id: str, owner: str) -> str:

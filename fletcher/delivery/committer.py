@@ -158,10 +158,6 @@ class Committer:
     def num_waiting_rows(self) -> int:
         return self._queue.waiting.num_rows
 
-    @property
-    def holds_dataset(self) -> bool:
-        return self._sender.holds_dataset
-
     def close_writer(self) -> None:
         """Close the dataset's writer. Called on the committer's thread only."""
         self._sender.close_writer()

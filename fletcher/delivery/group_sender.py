@@ -39,10 +39,6 @@ class GroupSender:
         self._kind: WriterKind | None = None
         self._incarnation: str | None = None
 
-    @property
-    def holds_dataset(self) -> bool:
-        return self._writer is not None
-
     def open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         """The writer for rows of `schema`.
 

@@ -101,8 +101,13 @@ class Rows:
         return self.first + self.num_rows - 1
 
     def places_not_stored(self, *, null_vectors: bool) -> list[int]:
-        """Positions of rows not to send. `null_vectors`: the store takes null vectors."""
-        return sorted({*self.excluded, *(() if null_vectors else self.failed)})
+        """Positions of rows not to send. `null_vectors`: the store takes null vectors.
+
+        Failed rows of an upsert are not sent. They would replace stored rows that have a vector,
+        and rows without an id would replace each other.
+        """
+        sends_failed = null_vectors and not self.upload.upsert
+        return sorted({*self.excluded, *(() if sends_failed else self.failed)})
 
     @property
     def kind(self) -> tuple[WriterKind, bool]:

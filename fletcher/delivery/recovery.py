@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -60,9 +61,11 @@ class Recovery:
         for place in places:
             try:
                 num_rows += self._recover_dataset(place)
-            except Exception:
-                log.exception("journal: rows of `%s` cannot be read now; trying again", place[1])
+            except BaseException:
                 failed.append(place)
+                with contextlib.suppress(BaseException):
+                    text = "journal: rows of `%s` cannot be read now; trying again"
+                    log.exception(text, place[1])
         return num_rows, failed
 
 

@@ -125,8 +125,8 @@ def upload_owner(caller: Caller) -> str:
     middleware = caller.get_middleware("token")
     if middleware is not None:
         return str(middleware.owner)
-    subject = caller.peer_identity()
-    return certificate_owner(subject) if subject else ""
+    name = caller.peer_identity()
+    return certificate_owner(name) if name else ""
 
 
 def embed_call(

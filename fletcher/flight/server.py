@@ -139,7 +139,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         with handler_errors(log):
             try:
                 yield
-            except Exception as error:
+            except BaseException as error:
                 code = error.code if isinstance(error, FletcherError) else "internal"
                 self._service.telemetry.errors.add(code=code)
                 raise

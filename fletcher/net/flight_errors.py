@@ -137,13 +137,17 @@ class RefusalError(ValueError):
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
     """Convert any exception of a handler to a Flight error.
 
+    A panic of a Rust library is converted, too, although it is no `Exception`.
+
     Use it in a `with` statement or as a decorator.
     Do not decorate a generator, as the decorator does not cover the code that runs during its
     iteration. Use `with` inside the generator.
     """
     try:
         yield
-    except Exception as exc:  # noqa: BLE001 - only Flight errors may leave a handler
+    except GeneratorExit:  # the reader of a generator stopped early
+        raise
+    except BaseException as exc:  # noqa: BLE001 - only Flight errors may leave a handler
         raise to_flight_error(exc, log) from None
 
 

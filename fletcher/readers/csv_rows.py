@@ -15,12 +15,11 @@ import pyarrow.csv as pa_csv
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.columns import Selection
+from fletcher.readers.csv_body import CSV_BLOCK_BYTES, CsvBody
 
-# A CSV row must fit into one block. The server accepts rows of up to 16 MiB by default.
-CSV_BLOCK_BYTES = 32 << 20
 MAX_HEADER_BYTES = 8 << 20
 _READ_BYTES = 64 << 10
-# Text of the row that `_Body` appends.
+# Text of the row that `CsvBody` appends.
 _END = b"(end of file)"
 
 
@@ -96,16 +95,24 @@ class CsvFile:
         """The rows as texts. A carried value without quotes and content is null.
 
         Raises:
-            InvalidCommandError: A row has another number of values than the header, or a quote is
-                never closed, so that the rest of the file would be one value.
+            InvalidCommandError: A row has another number of values than the header, text after a
+                closing quote, or a quote that is never closed, so that the rest of the file would
+                be one value.
             InvalidUtf8Error: A value is not UTF-8.
         """
         if not self.chosen or not (self._rest or self._stream.peek(1)):
             return
         # Columns are numbered, as names may be empty or repeated in columns that are not read.
         places = {name: str(self._header.index(name)) for name in self.chosen}
+        misfits: list[pa_csv.InvalidRow] = []
+
+        def note_misfit(row: pa_csv.InvalidRow) -> str:
+            misfits.append(row)
+            return "error"
+
         options = {
             "read_options": pa_csv.ReadOptions(
+                use_threads=False,  # with threads, errors have no row
                 block_size=CSV_BLOCK_BYTES,
                 column_names=[str(number) for number in range(len(self._header))],
             ),
@@ -113,6 +120,7 @@ class CsvFile:
                 delimiter=self._dialect.delimiter,
                 quote_char='"' if self._dialect.quoted else False,
                 newlines_in_values=self._dialect.quoted,
+                invalid_row_handler=note_misfit,
             ),
             "convert_options": pa_csv.ConvertOptions(
                 column_types=dict.fromkeys(places.values(), pa.binary()),
@@ -126,13 +134,32 @@ class CsvFile:
         last = self._dialect.delimiter.encode().join(
             _END if number == marked else b"" for number in range(len(self._header))
         )
-        body = _Body(self._rest, self._stream, b"\n" + last + b"\n")
+        body = CsvBody(
+            self._rest,
+            self._stream,
+            b"\n" + last + b"\n",
+            self._dialect.delimiter,
+            quoted=self._dialect.quoted,
+        )
         rows = 0
-        with pa_csv.open_csv(body, **options) as reader:
-            for batch in self._without_last_row(reader, places):
-                texts = {name: self._texts(batch, name, one, rows) for name, one in places.items()}
-                rows += batch.num_rows
-                yield pa.RecordBatch.from_pydict(texts)
+        try:
+            with pa_csv.open_csv(body, **options) as reader:
+                for batch in self._without_last_row(reader, places, body):
+                    texts = {
+                        name: self._texts(batch, name, one, rows) for name, one in places.items()
+                    }
+                    rows += batch.num_rows
+                    yield pa.RecordBatch.from_pydict(texts)
+        except pa.ArrowInvalid:
+            if misfits:
+                row = misfits[-1]
+                raise InvalidCommandError(
+                    f"{self.name}: row {row.number} has {row.actual_columns} values, expected "
+                    f"{row.expected_columns} as its header has: {row.text[:100]!r}"
+                ) from None
+            if body.problem is not None:  # in the first row, so that pyarrow got no bytes
+                raise InvalidCommandError(f"{self.name}: row 1 {body.problem}") from None
+            raise
 
     def _texts(self, batch: pa.RecordBatch, name: str, place: str, rows: int) -> pa.Array:
         raw = batch.column(place)
@@ -149,9 +176,9 @@ class CsvFile:
         return pc.fill_null(texts, "") if name in self._selection.text_columns else texts
 
     def _without_last_row(
-        self, batches: Iterable[pa.RecordBatch], places: dict[str, str]
+        self, batches: Iterable[pa.RecordBatch], places: dict[str, str], body: CsvBody
     ) -> Iterator[pa.RecordBatch]:
-        """The batches without the row that `_Body` appended.
+        """The batches without the row that `CsvBody` appended.
 
         pyarrow accepts the end of a file in place of a closing quote. If a quote is open, the
         appended row becomes part of the quoted value and does not appear as a row.
@@ -164,38 +191,13 @@ class CsvFile:
                     yield held
                 held = batch
                 rows += batch.num_rows
+        if body.problem is not None:
+            raise InvalidCommandError(f"{self.name}: row {rows + 1} {body.problem}")
         place = places[self._selection.text_columns[0]]
         if held is None or held.column(place)[-1].as_py() != _END:
             raise InvalidCommandError(f"{self.name}: row {rows} opens a quote that is never closed")
         if held.num_rows > 1:
             yield held.slice(0, held.num_rows - 1)
-
-
-class _Body:
-    """The rest of a stream with one row appended.
-
-    No part ends between CR and LF: pyarrow's reader would drop the LF, even within quotes.
-    """
-
-    closed = False
-
-    def __init__(self, rest: bytes, stream: io.BufferedReader, row: bytes) -> None:
-        self._rest = rest
-        self._stream = stream
-        self._row = row
-
-    def read(self, size: int) -> bytes:
-        data = self._rest or self._stream.read(size)
-        self._rest = b""
-        if data.endswith(b"\r"):
-            if len(data) == 1:
-                more = self._stream.read(1)
-                data, self._rest = (data + more, b"") if more != b"\r" else (data, more)
-            else:
-                data, self._rest = data[:-1], b"\r"
-        if not data:
-            data, self._row = self._row[:size], self._row[size:]
-        return data
 
 
 def _is_utf8(value: bytes | None) -> bool:

@@ -66,7 +66,8 @@ def _upper(values: pa.Array) -> pa.Array:
 
 
 _NUMBER = r"^-?\d"
-_TIME = r"^\d{4}-\d\d-\d\d"
+# Python has no year 0.
+_TIME = r"^(?:000[1-9]|00[1-9]\d|0[1-9]\d\d|[1-9]\d{3})-\d\d-\d\d"
 _FORMS: tuple[_Form, ...] = (
     *(_Form(pa.bool_(), "(?i)^(true|false)$", write) for write in (_plain, _title, _upper)),
     _Form(pa.int64(), _NUMBER, _plain),

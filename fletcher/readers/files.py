@@ -50,6 +50,19 @@ class InputFile:
     size: int | None
     format: Format | None
 
+    def stamp(self) -> tuple[int, int] | None:
+        """Size and time of the last change of a regular file; None for other inputs.
+
+        Raises InvalidCommandError if the file is gone.
+        """
+        if self.path is None or self.size is None:
+            return None
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise InvalidCommandError(f"cannot read {self.name}: {error.strerror}") from None
+        return status.st_size, status.st_mtime_ns
+
 
 def format_of(path: Path) -> Format | None:
     """Format for the suffix of a file's name; None if unknown.
@@ -77,6 +90,11 @@ def sniff(file: InputFile, opened: OpenFile, text_columns: tuple[str, ...]) -> F
         return "parquet"
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
+    if start.startswith(b"FEA1"):
+        raise InvalidCommandError(
+            f"{file.name} is of Feather's version 1, expected version 2, which is Arrow IPC; write "
+            "it again"
+        )
     if file.format is not None:
         return file.format
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -79,8 +79,9 @@ def _files_at(
 ) -> list[InputFile]:
     try:
         status = path.stat()
-    except OSError as error:
-        raise InvalidCommandError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidCommandError(f"cannot read {path}: {reason}") from None
     if not path.is_dir():
         size = status.st_size if stat.S_ISREG(status.st_mode) else None
         return [InputFile(path, str(path), size, chosen or format_of(path))]

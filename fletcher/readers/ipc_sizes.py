@@ -2,7 +2,7 @@
 
 pyarrow decompresses a whole message before any of it can be looked at, and a few kilobytes may
 stand for gigabytes. No library reads the sizes alone, so this module reads the few fields of
-`Message.fbs` and `RecordBatch.fbs` that hold them.
+`Message.fbs`, `RecordBatch.fbs` and `File.fbs` that hold them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import struct
 
 import pyarrow as pa
 
-from fletcher.errors import BatchTooLargeError
+from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.readers.streams import PieceStream
 
 # Most bytes of a compressed record batch after decompression.
 MAX_DECODED_BYTES = 1 << 30
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
-_FILE_MAGIC_BYTES = 8
+# The index of a file (`File.fbs`): its length and the magic number come last. Two of its fields
+# list messages.
+_TAIL = struct.Struct("<i6s")
+_INDEXED = (2, 3)
+_BLOCK_BYTES = 24
 
 
 def check_message(message: pa.Message, place: str) -> None:
@@ -88,11 +92,13 @@ def _u32(data: bytes, at: int) -> int:
 class CheckedStream(PieceStream):
     """An Arrow IPC stream whose messages are checked before they are decoded.
 
-    Raises the errors of `check_message` when it is read.
+    Raises the errors of `check_message` when it is read, and InvalidCommandError if anything comes
+    after the stream's end.
     """
 
     def __init__(self, stream: io.BufferedReader, name: str) -> None:
         self._messages = pa.ipc.MessageReader.open_stream(stream)
+        self._source = stream
         self._name = name
         self._number = 0
 
@@ -100,6 +106,11 @@ class CheckedStream(PieceStream):
         try:
             message = self._messages.read_next_message()
         except StopIteration:
+            if self._source.read1(1):
+                raise InvalidCommandError(
+                    f"{self._name} goes on after the end of its Arrow stream; give each stream in "
+                    "a separate file"
+                ) from None
             return None
         check_message(message, f"{self._name}: message {self._number}")
         self._number += 1
@@ -107,17 +118,37 @@ class CheckedStream(PieceStream):
 
 
 def check_file(mapped: pa.MemoryMappedFile, name: str) -> None:
-    """Check the messages of a memory-mapped Arrow IPC file, and read none of them.
+    """Check the messages of a memory-mapped Arrow IPC file, and decode none of them.
 
     Raises the errors of `check_message`.
     """
-    mapped.seek(_FILE_MAGIC_BYTES)
-    messages = pa.ipc.MessageReader.open_stream(mapped)
-    number = 0
-    while True:
-        try:
-            message = messages.read_next_message()
-        except (StopIteration, pa.ArrowInvalid):  # the end, or the index at the file's end
-            return
-        check_message(message, f"{name}: message {number}")
-        number += 1
+    # Only the index tells where messages begin: Polars leaves other bytes between them.
+    for number, offset in enumerate(_message_offsets(mapped), 1):
+        mapped.seek(offset)
+        check_message(pa.ipc.read_message(mapped), f"{name}: message {number}")
+
+
+def _message_offsets(mapped: pa.MemoryMappedFile) -> list[int]:
+    """Offsets of the dictionaries and record batches in the index at a file's end.
+
+    Raises pa.ArrowInvalid if the index is damaged.
+    """
+    try:
+        mapped.seek(mapped.size() - _TAIL.size)
+        length, magic = _TAIL.unpack(mapped.read(_TAIL.size))
+        mapped.seek(mapped.size() - _TAIL.size - length)
+        index = mapped.read(length)
+        root = _u32(index, 0)
+        offsets = []
+        for kind in _INDEXED:
+            if _field(index, root, kind):
+                blocks = _table(index, root, kind)
+                starts = range(
+                    blocks + 4, blocks + 4 + _BLOCK_BYTES * _u32(index, blocks), _BLOCK_BYTES
+                )
+                offsets += [int(struct.unpack_from("<q", index, at)[0]) for at in starts]
+    except (struct.error, IndexError, OSError, ValueError):
+        magic = b""
+    if magic != b"ARROW1":
+        raise pa.ArrowInvalid("its end is damaged")
+    return offsets

@@ -11,7 +11,9 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
@@ -163,6 +165,10 @@ class _ArrayText:
                 if size <= MAX_LINE_BYTES and self._read(wanted):
                     wanted = max(wanted, size)
                     continue
+                if size > MAX_LINE_BYTES:
+                    raise InvalidCommandError(
+                        f"{self._name}: {place} has more than {MAX_LINE_BYTES >> 20} MiB"
+                    ) from None
                 syntax = isinstance(error, json.JSONDecodeError)
                 reason = error.msg if syntax else "too deep or too long"  # type: ignore[union-attr]
                 raise InvalidCommandError(f"{self._name}: {place} is not JSON: {reason}") from None
@@ -199,14 +205,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _finite(text: str) -> float:
+@dataclass(frozen=True, slots=True)
+class OutOfRange:
+    """A number that float64 would make infinite or zero, as it is written."""
+
+    text: str
+
+
+def _number(text: str) -> float | OutOfRange:
+    """The number. One out of range is no error here, as its column may not be read."""
     value = float(text)
-    if math.isinf(value):
-        raise _BadJsonError(f"{text[:40]} is beyond the numbers of float64")
+    if math.isinf(value) or (value == 0 and re.match(_NOT_ZERO, text)):
+        return OutOfRange(text)
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+_NOT_ZERO = r"-?[0.]*[1-9]"
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_number)
 
 
 def _object(row: Any, place: str, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from fletcher.errors import ColumnTypeError, InvalidUtf8Error
 from fletcher.readers.columns import DEFAULT_ID_COLUMN, Selection
-from fletcher.readers.json_rows import JsonGroup
+from fletcher.readers.json_rows import JsonGroup, OutOfRange
 
 # Most names of columns that an error lists.
 _MAX_NAMES = 1000
@@ -108,6 +108,7 @@ class _JsonColumn:
     def observe_values(self, values: Sequence[Any], places: Sequence[str], where: str) -> None:
         kinds = set(map(type, values))
         kinds.discard(type(None))
+        self._check_numbers(kinds, values, places, where)
         new = {}
         for kind in kinds - self._first.keys():
             new[next(row for row, value in enumerate(values) if type(value) is kind)] = kind
@@ -156,6 +157,7 @@ class _JsonColumn:
         kind = self.kind
         fits = _FITTING.get(kind, (dict, list))
         kinds = set(map(type, values)) - {type(None)}
+        self._check_numbers(kinds, values, places, where)
         if not kinds.issubset(fits):
             row = next(
                 n for n, one in enumerate(values) if one is not None and type(one) not in fits
@@ -186,9 +188,18 @@ class _JsonColumn:
 
     def _json(self, value: Any, place: str, where: str) -> str | None:
         try:
-            return None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
+            return None if value is None else _ENCODER.encode(value)
+        except _RangeError as error:
+            self._refuse(f"{where}: {place}", f"nested and holds {error}{_BEYOND}")
         except ValueError:
             self._refuse(f"{where}: {place}", "not JSON: it holds NaN or Infinity")
+
+    def _check_numbers(
+        self, kinds: set[type], values: Sequence[Any], places: Sequence[str], where: str
+    ) -> None:
+        if OutOfRange in kinds:
+            row = next(row for row, value in enumerate(values) if type(value) is OutOfRange)
+            self._refuse(f"{where}: {places[row]}", f"{values[row].text[:40]}{_BEYOND}")
 
     def _check_kinds(self, new: type) -> None:
         """Refuse kinds that no type holds together."""
@@ -239,6 +250,16 @@ class _JsonColumn:
         raise ColumnTypeError(f"{place}: `{self._name}` is {found}", field=self._name)
 
 
+class _RangeError(Exception):
+    """A nested value holds a number that is beyond float64."""
+
+
+def _refuse_number(value: OutOfRange) -> NoReturn:
+    raise _RangeError(value.text[:40])
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_refuse_number)
+_BEYOND = ", which is beyond the numbers of float64; write it as a string"
 _REMEDY = "the types of a pipe are those of its first rows: give a file"
 _FITTING: dict[pa.DataType, tuple[type, ...]] = {
     pa.null(): (),

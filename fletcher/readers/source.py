@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from fletcher.errors import InvalidCommandError
+from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.arrays import Batches
 from fletcher.readers.columns import Selection
 from fletcher.readers.csv_rows import check_delimiter
@@ -92,6 +92,8 @@ def open_source(
     files = find_files(
         listed, format_name, notice, whole_files=whole_files, excluded=tuple(excluded)
     )
+    if source or whole_files:
+        _check_names(files)
     options = ReadOptions(check_delimiter(delimiter), encoding, stdin, notice)
     return TextSource(files, FileReader(selection, options))
 
@@ -119,6 +121,8 @@ class TextSource:
         self.rows_read = 0
         self._bytes_read = 0
         self._parts: list[TextSource] | None = None
+        # Stamps of files when they were hashed or first read.
+        self._stamps: dict[str, tuple[int, int] | None] = {}
         sizes = [file.size for file in files if file.size is not None]
         self.total_bytes: int | None = sum(sizes) if len(sizes) == len(files) else None
         self._first_pass: Iterable[tuple[pa.RecordBatch, str]] | None = None
@@ -189,6 +193,7 @@ class TextSource:
         digest.update(json.dumps(read).encode())
         for file in self.files:
             assert file.path is not None
+            self._stamps[file.name] = file.stamp()
             try:
                 with file.path.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -228,11 +233,37 @@ class TextSource:
                     return
 
     def _read_files(self) -> Iterator[tuple[pa.RecordBatch, str]]:
-        """Unconverted batches, each with its file's name; updates `bytes_read`."""
+        """Unconverted batches, each with its file's name; updates `bytes_read`.
+
+        Raises InvalidCommandError if a file changed after it was hashed, or in a reading: its rows
+        would be those of another upload.
+        """
         before = 0
         for file in self.files:
+            stamp = self._stamps.setdefault(file.name, file.stamp())
+            _check_unchanged(file, stamp)
             for batch, position in self._reader.read(file):
                 self._bytes_read = before + position
                 yield batch, file.name
+            _check_unchanged(file, stamp)
             before += file.size or 0
             self._bytes_read = before
+
+
+def _check_unchanged(file: InputFile, stamp: tuple[int, int] | None) -> None:
+    if file.stamp() != stamp:
+        raise InvalidCommandError(
+            f"{file.name} changed while it was read; give a copy that does not change"
+        )
+
+
+def _check_names(files: list[InputFile]) -> None:
+    """Raise InvalidUtf8Error unless all names can be stored as text."""
+    for file in files:
+        try:
+            file.name.encode()
+        except UnicodeEncodeError:
+            raise InvalidUtf8Error(
+                f"the name of {file.name!r} is not UTF-8, and rows hold names with `source` and "
+                "`whole_files`; rename the file"
+            ) from None

@@ -33,7 +33,13 @@ _MAGIC: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"BZh[1-9]\x31\x41\x59|BZh[1-9]\x17\x72\x45", re.DOTALL), "bz2"),
     (re.compile(rb"\xfd7zXZ\x00"), "xz"),
 )
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Longer marks first: that of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +178,7 @@ def check_encoding(encoding: str) -> None:
     try:
         "".encode(encoding)
         codecs.getincrementaldecoder(encoding)
-    except (LookupError, UnicodeError):
+    except (LookupError, ValueError):  # a UnicodeError is a ValueError
         raise InvalidCommandError(
             f"`encoding` is {encoding!r}, expected the name of a text encoding such as utf-8, "
             "latin-1, cp1252 or utf-16",
@@ -184,14 +190,17 @@ def utf8_stream(stream: io.BufferedReader, encoding: str | None, name: str) -> i
     """The stream's text as UTF-8. Without `encoding` it is UTF-8 already.
 
     Raises:
-        InvalidUtf8Error: The stream begins like UTF-16, and no encoding was given.
+        InvalidUtf8Error: The stream begins like UTF-16 or UTF-32, and no encoding was given.
     """
     if encoding is not None:
         return cast(
             "io.BufferedReader", io.BufferedReader(_Recoded(stream, encoding, name), BUFFER_BYTES)
         )
-    if stream.peek(2)[:2] in _UTF16:
-        raise InvalidUtf8Error(f"{name} is UTF-16; give --encoding utf-16", field="encoding")
+    start = stream.peek(4)
+    if found := next((kind for mark, kind in _MARKS.items() if start.startswith(mark)), None):
+        raise InvalidUtf8Error(
+            f"{name} is {found.upper()}; give --encoding {found}", field="encoding"
+        )
     return stream
 
 

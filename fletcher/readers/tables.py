@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from fletcher.core.encodings import is_text
+from fletcher.errors import ColumnTypeError, InvalidCommandError
 from fletcher.readers.arrays import BATCH_BYTES, Batches, check_arrays, cut
 from fletcher.readers.columns import Selection, arrow_paths, take_paths
 from fletcher.readers.ipc_sizes import CheckedStream, check_file
@@ -51,50 +52,135 @@ def _selected(schema: pa.Schema, name: str, selection: Selection) -> pa.Schema:
 
 
 def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShare:
-    """Batches of a Parquet file, each with the share of the rows read so far, 0 to 1."""
+    """Batches of a Parquet file, each with the share of the rows read so far, 0 to 1.
+
+    Raises:
+        InvalidCommandError: A column is encrypted.
+        ColumnTypeError: A time of the type INT96 is beyond timestamp[ns].
+    """
     with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        paths = arrow_paths(selection, schema, name)
-    tops = list(dict.fromkeys(path[0] for path in paths.values()))
-    # One long text may stand in a dictionary for millions of rows, so the size of the rows is
-    # looked at before the dictionary is decoded.
-    texts = [one for one in tops if is_text(schema.field(one).type)]
-    texts += [one for one in tops if types.is_binary(schema.field(one).type)]
-    # Reads are buffered because pyarrow would otherwise load each column chunk completely.
-    options = {"buffer_size": 1 << 20, "pre_buffer": False, "read_dictionary": texts}
-    with pq.ParquetFile(path, **options) as file:
-        rows = _rows_per_batch(file, tops, texts, selection.batch_rows)
+        paths = arrow_paths(selection, file.schema_arrow, name)
+        tops = list(dict.fromkeys(path[0] for path in paths.values()))
+        _check_keys(file, name, tops)
+        chunks = _chunks(file, tops)
+        texts = _dictionary_columns(file.schema_arrow, chunks)
+        rows = _rows_per_batch(file, chunks, texts, selection.batch_rows)
         total, done = max(1, file.metadata.num_rows), 0
-        for batch in file.iter_batches(batch_size=rows, columns=tops, use_threads=False):
+    int96 = [top for top, ones in chunks.items() if any(c.physical_type == "INT96" for c in ones)]
+    # Reads are buffered because pyarrow would otherwise load each column chunk completely.
+    options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
+    with (
+        pq.ParquetFile(path, read_dictionary=texts, **options) as file,
+        pq.ParquetFile(path, coerce_int96_timestamp_unit="ms", **options) as wide_file,
+    ):
+        batches = file.iter_batches(batch_size=rows, columns=tops, use_threads=False)
+        wide = wide_file.iter_batches(batch_size=rows, columns=int96, use_threads=False)
+        for batch in batches:
             first, done = done, done + batch.num_rows
+            if int96:
+                _check_int96(batch, next(wide), name, first)
             part = take_paths(batch, paths)
             check_arrays(part, name, first)
             for one in cut(part, selection.batch_rows):
                 yield one, done / total
 
 
+def _check_keys(file: pq.ParquetFile, name: str, tops: list[str]) -> None:
+    """Refuse encrypted columns.
+
+    pyarrow ends the process when it is asked for their metadata.
+    """
+    if file.metadata.num_row_groups == 0:
+        return
+    rows = file.iter_batches(batch_size=1, row_groups=[0], columns=tops, use_threads=False)
+    try:
+        next(rows, None)
+    except OSError as error:
+        if "decrypt" not in str(error).lower():
+            raise
+        raise InvalidCommandError(
+            f"{name}: one of the columns {', '.join(f'`{top}`' for top in tops)} is encrypted; "
+            "write the file without encryption"
+        ) from None
+
+
+def _chunks(file: pq.ParquetFile, tops: list[str]) -> dict[str, list[pq.ColumnChunkMetaData]]:
+    """The column chunks of each of some columns, in all row groups."""
+    leaves = [file.schema.column(number).path for number in range(len(file.schema))]
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    return {
+        top: [
+            group.column(number)
+            for group in groups
+            for number, leaf in enumerate(leaves)
+            if leaf == top or leaf.startswith(f"{top}.")
+        ]
+        for top in tops
+    }
+
+
+def _dictionary_columns(
+    schema: pa.Schema, chunks: dict[str, list[pq.ColumnChunkMetaData]]
+) -> list[str]:
+    """The columns to read as dictionaries.
+
+    One long text may stand in a dictionary for millions of rows, so the size of the rows is looked
+    at before the dictionary is decoded. pyarrow reads no dictionaries from delta encodings.
+    """
+    return [
+        top
+        for top, ones in chunks.items()
+        if (is_text(schema.field(top).type) or types.is_binary(schema.field(top).type))
+        and not any("DELTA" in encoding for one in ones for encoding in one.encodings)
+    ]
+
+
 def _rows_per_batch(
-    file: pq.ParquetFile, tops: list[str], texts: list[str], batch_rows: int
+    file: pq.ParquetFile,
+    chunks: dict[str, list[pq.ColumnChunkMetaData]],
+    texts: list[str],
+    batch_rows: int,
 ) -> int:
     """Rows per batch of about BATCH_BYTES, by the row group with the largest rows."""
     rows = float(batch_rows)
-    for index in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(index)
-        columns = [group.column(number) for number in range(group.num_columns)]
-        names = [column.path_in_schema.partition(".")[0] for column in columns]
-        size = sum(
-            column.total_uncompressed_size
-            for column, name in zip(columns, names, strict=True)
-            if name in tops
-        )
-        rows = min(rows, BATCH_BYTES / max(1.0, size / max(1, group.num_rows)))
-        nested = [
-            column.total_uncompressed_size
-            for column, name in zip(columns, names, strict=True)
-            if name in tops and name not in texts and column.physical_type.endswith("BYTE_ARRAY")
-        ]
-        rows = min(rows, _MAX_NESTED_BYTES / max(1, sum(nested)))
+    num_groups = file.metadata.num_row_groups
+    for index in range(num_groups):
+        size = nested = 0
+        for top, ones in chunks.items():
+            leaves = len(ones) // num_groups
+            for chunk in ones[index * leaves : (index + 1) * leaves]:
+                size += chunk.total_uncompressed_size
+                if top not in texts and chunk.physical_type.endswith("BYTE_ARRAY"):
+                    nested += chunk.total_uncompressed_size
+        num_rows = file.metadata.row_group(index).num_rows
+        rows = min(rows, BATCH_BYTES / max(1.0, size / max(1, num_rows)))
+        rows = min(rows, _MAX_NESTED_BYTES / max(1, nested))
     return int(max(1, rows))
+
+
+def _check_int96(batch: pa.RecordBatch, wide: pa.RecordBatch, name: str, row_first: int) -> None:
+    """Refuse times that do not fit into timestamp[ns].
+
+    pyarrow makes other times of them. `wide` has the same rows with the times in milliseconds.
+    """
+    for top in wide.schema.names:
+        column, kind = wide.column(top), batch.schema.field(top).type
+        if _is_castable(column, kind):
+            continue
+        row = next(n for n in range(len(column)) if not _is_castable(column.take([n]), kind))
+        raise ColumnTypeError(
+            f"{name}: row {row_first + row + 1}: `{top}` is an INT96 time before 1677 or after "
+            "2262, which timestamp[ns] cannot hold; write such times as timestamps in microseconds",
+            field=top,
+        )
+
+
+def _is_castable(column: pa.Array, kind: pa.DataType) -> bool:
+    try:
+        column.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithShare:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -68,7 +69,8 @@ class BackgroundTask:
         except self._expected as error:
             self.error = error
         except BaseException:  # also a panic of a Rust library
-            log.exception("%s failed", self._name)
             self.error = InternalError("the server failed on this call; its log has more")
+            with contextlib.suppress(BaseException):  # there may be no memory for the log, either
+                log.exception("%s failed", self._name)
         if self.error is not None:
             insist(functools.partial(self._on_failure, self.error), self._name)

@@ -10,6 +10,7 @@ and its place is given back. Then its connection is shut down, unless other call
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -186,8 +187,9 @@ class CallWatch:
         while not self._closed.wait(timing.poll_s if self._callers else timing.quiet_poll_s):
             try:
                 self.look()
-            except Exception:
-                log.exception("the callers cannot be watched")
+            except BaseException:
+                with contextlib.suppress(BaseException):  # or callers that left go unnoticed
+                    log.exception("the callers cannot be watched")
 
     def _ask(self, caller: Caller, question: Callable[[Caller], Any]) -> Any:
         """Ask a caller's context; None if the call's handler has returned."""

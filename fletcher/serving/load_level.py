@@ -16,6 +16,7 @@ open, or if at least half of the open streams have waited very long for memory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -173,5 +174,6 @@ class LoadMonitor:
         while not self._closed.wait(self.timing.interval_s):
             try:
                 self.observe()
-            except Exception:
-                log.exception("the load level cannot be determined")
+            except BaseException:
+                with contextlib.suppress(BaseException):  # or the level stays as it is
+                    log.exception("the load level cannot be determined")

@@ -187,9 +187,12 @@ class ModelLifecycle:
             self.changed.notify_all()
         if self._loading.acquire(timeout=self.timing.close_s):
             self._loading.release()
-        closing = [threading.Thread(target=model.embedder.close) for _, model in self.running()]
-        for thread in closing:
-            thread.start()
+        closing = []
+        for version, model in self.running():
+            try:
+                closing.append(start_thread(f"close {version.name}", model.embedder.close))
+            except OverloadedError:  # one after the other takes longer
+                model.embedder.close()
         for thread in closing:
             thread.join()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -193,8 +194,10 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         except FletcherError:
             raise
         except BaseException as error:
-            log.exception("upload %s: a batch cannot be submitted", self.upload.upload_id)
-            raise self.fail() from error
+            failure = self.fail()
+            with contextlib.suppress(BaseException):
+                log.exception("upload %s: a batch cannot be submitted", self.upload.upload_id)
+            raise failure from error
 
     def fail(self) -> FletcherError:
         """Fail the upload after an error of an unknown kind, and return its error."""

@@ -34,6 +34,7 @@ from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fiel
 from fletcher.storeserver.key_ledger import KeyLedger
 from fletcher.util.closing import close_for_good
 from fletcher.util.insist import insist
+from fletcher.util.threads import start_thread
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +94,11 @@ class SubmittedCall:
 
 
 class GroupCommitter:
-    """One dataset's writer, its ledger of keys, and the thread that owns both."""
+    """One dataset's writer, its ledger of keys, and the thread that owns both.
+
+    Raises:
+        OverloadedError: The thread cannot start.
+    """
 
     def __init__(self, store: LanceStore, dataset: str) -> None:
         self._store = store
@@ -106,8 +111,7 @@ class GroupCommitter:
         self._changed = threading.Condition()
         self._stopped = False
         self._last_commit = -LINGER_S
-        self._thread = threading.Thread(target=self._loop, name=f"commit-{dataset}", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(f"commit-{dataset}", self._loop)
 
     @property
     def pressure(self) -> float:

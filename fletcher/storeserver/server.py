@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_r
 from fletcher.storeserver.upload_call import AckWriter, read_groups
 from fletcher.util.insist import insist
 from fletcher.util.locks import FileLock
+from fletcher.util.threads import start_thread
 
 _log = logging.getLogger(__name__)
 
@@ -109,13 +110,11 @@ class StoreServer:
         """
         committed = self._ingest.close(timeout_s)
         # `shutdown` waits for open calls without a time limit, so each one runs on its own thread.
-        threads = [
-            threading.Thread(target=server.shutdown, name="shutdown", daemon=True)
-            for server in (self._data, self._meta)
-        ]
         deadline = time.monotonic() + END_CALLS_S
-        for thread in threads:
-            thread.start()
+        threads = []
+        for server in (self._data, self._meta):
+            start = partial(start_thread, "shutdown", server.shutdown)
+            threads.append(insist(start, "the end of a port"))
         for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0))
         self._store.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -24,6 +23,7 @@ from fletcher.stores.protocol import GroupHeader
 from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import decode_request
+from fletcher.util.threads import start_thread
 
 _log = logging.getLogger(__name__)
 
@@ -79,14 +79,17 @@ def read_groups(
 
 
 class AckWriter:
-    """Writer of one call's acknowledgements, on one thread, in message order."""
+    """Writer of one call's acknowledgements, on one thread, in message order.
+
+    Raises:
+        OverloadedError: The thread cannot start.
+    """
 
     def __init__(self, writer: Any) -> None:
         self.error: Exception | None = None
         self._writer = writer
         self._queue: queue.Queue[tuple[int, int, Future[int]] | None] = queue.Queue(MAX_UNREAD_ACKS)
-        self._thread = threading.Thread(target=self._loop, name="acks", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("acks", self._loop)
 
     def queue_ack(self, batch_id: int, rows: int, done: Future[int]) -> None:
         """Queue the acknowledgement of a message with `rows` rows.

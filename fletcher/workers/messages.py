@@ -144,6 +144,16 @@ def receive(connection: Connection) -> Any:
     return pickle.loads(head[_SIZE.size * (1 + num_arrays) :], buffers=arrays)  # noqa: S301 - our own
 
 
+def is_answer(message: Any) -> bool:
+    """Whether a message has the form of an answer to a request."""
+    match message:
+        case Response(job_id=int(), seconds=int() | float()):
+            return True
+        case Failure(job_id=int(), error=Exception(), traceback=str()):
+            return True
+    return False
+
+
 def _short(message: Any) -> bytes | None:
     """Encodes a small run, or its answer, without pickle; None for other messages."""
     if isinstance(message, WorkerRequest) and isinstance(message.payload, MicroBatch):

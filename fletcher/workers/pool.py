@@ -257,10 +257,10 @@ class WorkerPool:
         try:
             handle.send_job(job)
         except BaseException as error:
-            log.exception("%s: a job cannot be sent", self._config.name)
             reason = f"{type(error).__name__} while sending to a worker; the log has more"
             job.attempts += 1
             self.retry_job(job, InternalError(reason))
+            log.exception("%s: a job cannot be sent", self._config.name)
             return
         try:
             with self.changed:

@@ -27,6 +27,7 @@ from fletcher.workers.messages import (
     WorkerRequest,
     WorkerSpec,
     encode,
+    is_answer,
     receive,
     send,
 )
@@ -269,6 +270,8 @@ class WorkerHandle:
                 if isinstance(message.error, InternalError):
                     log.error("%s: %s", self.spec.name, message.traceback)
                 raise message.error
+            if not isinstance(message, Ready):
+                raise BackendError(f"{self.spec.name} sent {type(message).__name__} at its start")
         except (EOFError, OSError):
             self._reap(connection)
             raise BackendError(
@@ -277,7 +280,6 @@ class WorkerHandle:
         except BaseException:
             self._reap(connection)
             raise
-        assert isinstance(message, Ready)
         self.description = message.description
         self.concurrency, self.urgent_concurrency = message.concurrency, message.urgent_concurrency
         return connection
@@ -291,6 +293,11 @@ class WorkerHandle:
                 return
             except BaseException:
                 log.exception("%s sent an answer that cannot be read", self.spec.name)
+                return
+            with self._owner.changed:
+                known = is_answer(message) and message.job_id in self._jobs
+            if not known:
+                log.error("%s sent an answer that belongs to no request", self.spec.name)
                 return
             # Such errors are not the request's fault: another worker may succeed.
             failed = isinstance(message, Failure) and isinstance(

@@ -59,8 +59,8 @@ def kind_of(function: Any) -> int:
     if not isinstance(module, str):
         return -1
     top = module.partition(".")[0]
-    if (module, name) == ("fletcher.util.insist", "insist"):
-        return -1  # it never raises; the step that it repeats may fail
+    if name in ("insist", "close_for_good") and module.startswith("fletcher.util."):
+        return -1  # they never raise; the steps that they repeat may fail
     kind = ""
     if module.startswith("pyarrow._flight") or module == "pyarrow.flight":
         kind = "flight"

@@ -120,7 +120,7 @@ def test_what_comes_meanwhile_goes_to_the_replica(real: Runtime, stopped: list[i
 def test_an_isolated_engine_is_in_no_other_process(start_server: StartServer) -> None:
     server = start_server(backend="openvino", precision="float32", threads=2, isolate_engine=True)
     path = path_of(server)
-    assert not path.has_engine
+    assert path._engine is None
     assert path.tokenize(TextBatch(b"hi", np.array([0, 2]))) is None
     with flight.connect(server.address) as client:
         assert vectors(client, texts("one")).shape[0] == 1

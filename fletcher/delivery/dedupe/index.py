@@ -230,9 +230,11 @@ class DedupeIndex:
             self._telemetry.rows_deduplicated.add(rows.num_duplicates)
         try:
             self._index_rows(rows)
-        except Exception:
-            log.exception("`%s`: rows cannot be indexed; its store is read again", self._dataset)
+        except BaseException:
             self.invalidate()
+            with contextlib.suppress(BaseException):
+                text = "`%s`: rows cannot be indexed; its store is read again"
+                log.exception(text, self._dataset)
 
     def invalidate(self) -> None:
         """Mark the index as stale, so that the store is read before the next decision.
@@ -349,7 +351,8 @@ class DedupeIndex:
 
 
 def _journaled_keys(kind: str, group: JournaledGroup, *, null_vectors: bool) -> dict[bytes, bytes]:
-    excluded = (*group.info.excluded, *(() if null_vectors else group.info.failed))
+    sends_failed = null_vectors and not group.info.upsert
+    excluded = (*group.info.excluded, *(() if sends_failed else group.info.failed))
     try:
         return stored_keys(kind, group.read_batch(), excluded)
     except FletcherError:

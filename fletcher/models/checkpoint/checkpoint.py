@@ -238,7 +238,7 @@ def _prompts(
     prompts = settings.get("prompts") or {}
     default = settings.get("default_prompt_name")
     valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
-    if not valid or not (default is None or default in prompts):
+    if not valid or not (default is None or (isinstance(default, str) and default in prompts)):
         raise ModelError(
             f"{_SETTINGS}: expected texts by name as `prompts`, and one of the names or null as "
             "`default_prompt_name`",

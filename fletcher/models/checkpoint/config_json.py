@@ -17,6 +17,10 @@ from fletcher.models.onnx.encoder import ACTIVATIONS
 Config = Mapping[str, Any]
 
 _MAX_NUMBER = 2**31  # larger numbers would overflow in NumPy and ONNX
+_MAX_THETA = 1e30
+# Lists are made of so many layers and heads before the weights show that there are fewer.
+_MAX_LAYERS = 10_000
+_MAX_HEAD_NUMBER = 2**16
 
 # Advice for a model that Fletcher writes no graph for: `sources.onnx` takes such a file.
 EXPORT = (
@@ -64,9 +68,17 @@ def sizes(
     def number(name: str) -> int:
         return positive(config, *((names[name], name) if name in names else (name,)))
 
-    hidden, num_heads = number("hidden_size"), number("num_attention_heads")
+    def bounded(name: str, most: int) -> int:
+        if (value := number(name)) > most:
+            raise invalid_value("config.json", names.get(name, name), value, f"1 to {most:,}")
+        return value
+
+    hidden = number("hidden_size")
+    num_heads = bounded("num_attention_heads", _MAX_HEAD_NUMBER)
     if head_dim:
         head_dim = positive(config, "head_dim", default=head_dim)
+        if head_dim > _MAX_HEAD_NUMBER:
+            raise invalid_value("config.json", "head_dim", head_dim, f"1 to {_MAX_HEAD_NUMBER:,}")
     elif hidden % num_heads:
         heads = names.get("num_attention_heads", "num_attention_heads")
         raise ModelError(
@@ -81,7 +93,7 @@ def sizes(
         "intermediate": number("intermediate_size"),
         "num_heads": num_heads,
         "head_dim": head_dim,
-        "num_layers": number("num_hidden_layers"),
+        "num_layers": bounded("num_hidden_layers", _MAX_LAYERS),
         "pad_token_id": pad_token_id(config, 0),
     }
 
@@ -201,7 +213,8 @@ def theta(
     value = next((config[key] for key in keys if config.get(key) is not None), default)
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
-        rope = rope.get(layers, rope) if isinstance(rope, dict) else {"rope_type": rope}
+        rope = rope.get(layers, rope) if isinstance(rope, dict) else rope
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in kinds:
             raise ModelError(
@@ -213,8 +226,8 @@ def theta(
         only(rope, partial_rotary_factor=1.0)
         value = rope.get("rope_theta", value)
     only(config, partial_rotary_factor=1.0)
-    if type(value) not in (int, float) or value <= 0:
-        raise invalid_value("config.json", "rope_theta", value, "a number above 0")
+    if type(value) not in (int, float) or not 1 < value < _MAX_THETA:
+        raise invalid_value("config.json", "rope_theta", value, f"above 1 and below {_MAX_THETA:g}")
     return float(value)
 
 

@@ -105,7 +105,8 @@ class TokenizerFiles:
         model = self._part("model")
         words = model.get("vocab")
         if isinstance(words, list):  # Unigram: pieces with their scores
-            words = {one[0]: index for index, one in enumerate(words) if isinstance(one, list)}
+            with damage_named(self.name):
+                words = {one[0]: index for index, one in enumerate(words) if isinstance(one, list)}
         if not isinstance(words, dict) or not all(type(one) is int for one in words.values()):
             raise ModelError(f"{self.name}: `model.vocab` has no ids of words; get the file again")
         return {**words, **{one["content"]: one["id"] for one in self._added()}}
@@ -157,9 +158,14 @@ class TokenizerFiles:
         return min(length, MAX_STATIC_LENGTH)
 
     def write(self, path: Path) -> None:
-        """Write the tokenizer. An unchanged one keeps its bytes, and so its hash."""
+        """Write the tokenizer. An unchanged one keeps its bytes, and so its hash.
+
+        Raises:
+            ModelError: A word is not Unicode text.
+        """
         if self._is_changed:
-            path.write_text(json.dumps(self._content, ensure_ascii=False), encoding="utf-8")
+            with damage_named(self.name):  # half a surrogate pair
+                path.write_text(json.dumps(self._content, ensure_ascii=False), encoding="utf-8")
         else:
             path.write_bytes(self._path.read_bytes())
 

@@ -75,12 +75,12 @@ class Weights:
                 "the model's"
             )
         file, stored = self._places[name]
-        tensor = file.float32(stored)
-        if tensor.shape != shape:
+        if (found := file.tensor_shape(stored)) != shape:
             raise ModelError(
-                f"tensor `{stored}` has shape {list(tensor.shape)}, config.json asks for "
+                f"tensor `{stored}` has shape {str(list(found))[:200]}, config.json asks for "
                 f"{list(shape)}"
             )
+        tensor = file.float32(stored)
         if name not in self._digests:
             if not np.isfinite(tensor).all():
                 raise ModelError(

@@ -81,11 +81,6 @@ class InteractivePath:
         """Loads the engine. Raises FletcherError if that fails."""
         self._engine = self._model.load()
 
-    @property
-    def has_engine(self) -> bool:
-        """Whether this process has an engine that can embed texts."""
-        return self._engine is not None
-
     def tokenize(self, texts: TextBatch) -> TokenBatch | None:
         """Tokenizes a few short texts; None if there is no tokenizer in this process."""
         if self._model.tokenize is None:

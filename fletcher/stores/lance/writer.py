@@ -17,6 +17,7 @@ from pyarrow import types
 from fletcher.errors import (
     ColumnTypeError,
     InvalidCommandError,
+    OverloadedError,
     RequestError,
     StoreUnavailableError,
 )
@@ -35,6 +36,7 @@ from fletcher.stores.schemas import (
 )
 from fletcher.util.allocator import trim_heap
 from fletcher.util.locks import FileLock
+from fletcher.util.threads import start_thread
 
 _log = logging.getLogger(__name__)
 
@@ -240,10 +242,12 @@ class LanceWriter(EmbeddedWriter):
         # Compact in the background, since a million rows take some 4 s. Appends continue meanwhile:
         # Lance commits an append and a rewrite of other fragments in any order.
         self._join_compaction()
-        self._small_fragments = self._rows_since = 0
-        name = f"compact-{self.dataset}"
-        self._compaction = threading.Thread(target=self._compact, name=name, daemon=True)
-        self._compaction.start()
+        try:
+            self._compaction = start_thread(f"compact-{self.dataset}", self._compact)
+        except OverloadedError as error:  # the rows are stored; the next append tries again
+            _log.warning("dataset %s is not compacted now: %s", self.dataset, error)
+        else:
+            self._small_fragments = self._rows_since = 0
 
     def _join_compaction(self) -> None:
         if self._compaction is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -343,3 +344,37 @@ def test_serve_main_is_serve(
     monkeypatch.setattr(sys, "argv", ["fletcher-serve", "--print-config"])
     assert fletcher.cli.serve_main() == 0
     assert "port = 8815" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["embed", "ok", "\udcff"],
+        ["search", "\udcff", "--dataset", "d"],
+        ["similar", "a", "\udcff"],
+        ["ingest", "x.csv", "--dataset", "d", "--prompt", "\udcff"],
+    ],
+)
+def test_arguments_that_are_not_utf8_are_refused(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "expected UTF-8, it holds other bytes" in err
+    assert "unexpected" not in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_output_fits_any_encoding(encoding: str) -> None:
+    value = {"file": "\udcff.csv", "text": "é 雪"}
+    script = (
+        "import sys; from fletcher.cli import main; from fletcher.cli.terminal import print_json\n"
+        f"main(['version']); print_json({value!a}); print('雪')"
+    )
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=False)
+    assert done.returncode == 0
+    _, line, plain = done.stdout.decode(encoding).splitlines()
+    assert json.loads(line) == value
+    assert plain == ("雪" if encoding == "utf-8" else r"\u96ea")

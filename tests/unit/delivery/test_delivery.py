@@ -303,6 +303,20 @@ def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> Non
         assert ids(store) == list(range(10))
 
 
+@pytest.mark.parametrize(("mode", "kept"), [("append", [0, 1, 2]), ("upsert", [0, 2])])
+def test_failed_rows_of_an_upsert_replace_nothing(mode: str, kept: list[int]) -> None:
+    # They took the vector from the stored row, and rows without an id replaced each other.
+    store = MemoryStore(null_vectors=True)
+    with delivering(store) as delivery:
+        upload, sink = delivery.open_upload(options(mode=mode), SCHEMA)
+        send(sink, upload, 0, 3, failed=(1,))
+        upload.report_failed_row(1, 1, InvalidCommandError("`text` is null"))
+        assert settled(upload)
+        assert ids(store) == kept
+        counts = upload.counts()
+        assert (counts["rows_stored"], counts["rows_durable"]) == (len(kept), 3)
+
+
 def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> None:
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
@@ -611,7 +625,7 @@ def test_a_sink_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: b
     asked, retire = threading.Event(), Delivery._retire_sink
 
     def asks(delivery: Delivery, sink: DatasetSink) -> bool:
-        has_writer.append(sink.committer.holds_dataset)
+        has_writer.append(sink.committer._sender._writer is not None)
         asked.set()
         return retire(delivery, sink)
 
@@ -620,7 +634,7 @@ def test_a_sink_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: b
         upload, sink = delivery.open_upload(options(), SCHEMA)
         if in_use:
             assert not asked.wait(0.3)
-            assert sink.committer.holds_dataset
+            assert sink.committer._sender._writer is not None
         else:
             delivery.close_upload(upload, sink)
             sink.committer.thread.join(30)

@@ -61,8 +61,18 @@ def test_errors_cross_the_wire_whole(kind):
     assert got.to_dict() == sent.to_dict()
 
 
+class PanicException(BaseException):
+    """Stands for that of pyo3, which is no Exception either."""
+
+
 @pytest.mark.parametrize(
-    "exc", [RuntimeError("secret /srv/x"), errors.ModelError("/srv/models/m is damaged")]
+    "exc",
+    [
+        RuntimeError("secret /srv/x"),
+        errors.ModelError("/srv/models/m is damaged"),
+        PanicException("called `unwrap` in /srv/x.rs"),
+        KeyboardInterrupt("/srv/x"),
+    ],
 )
 def test_what_nobody_meant_to_send_stays_in_the_log(exc, caplog):
     received = over_the_wire(exc)

@@ -1,11 +1,13 @@
 """CSV, TSV and JSON as they are in the wild, encodings, compressions, templates, folders."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
 import lzma
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.readers import open_source
-from fletcher.readers.csv_rows import CSV_BLOCK_BYTES
+from fletcher.readers.csv_body import CSV_BLOCK_BYTES, CsvBody
 from fletcher.readers.lines import raw_lines
 
 
@@ -140,6 +142,50 @@ def test_a_header_is_cut_as_the_body_is(tmp_path):
     assert read(tmp_path / "t.csv", 'a "b"\r\nc', '5" disk').to_pylist() == [
         {"text": "x", 'a "b"\r\nc': 1, '5" disk': 2}
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('3,"a \\"quoted\\" b"', "row 3 has text after a closing quote: '3,\"a"),
+        ('3,"a" ', "row 3 has text after a closing quote"),
+        ('"3"x,a', "row 3 has text after a closing quote"),
+        ('3,"a\nb"" c"d"', "row 3 has text after a closing quote"),
+        ("3", "row 3 has 1 values, expected 2 as its header has: '3'"),
+        ('3, "a, b"', "row 3 has 3 values, expected 2 as its header has"),
+        ('3,"a', "row 3 opens a quote that is never closed"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_csv_rows_that_would_be_misread_are_named(tmp_path, row, said, end):
+    path = tmp_path / "t.csv"
+    for before in ('1,"well ""quoted"""\n\n2,5" pipe\n', "1,a\n2,b\n"):
+        path.write_text(f"id,text\n{before}{row}\n4,c\n".replace("\n", end), newline="")
+        with pytest.raises(InvalidCommandError, match=re.escape(f"t.csv: {said}")):
+            read(path)
+    path.write_text(f"id,text\n{row}{end}", newline="")
+    with pytest.raises(InvalidCommandError, match=re.escape(said.replace("row 3", "row 1"))):
+        read(path)
+
+
+def test_quoted_csv_is_read_the_same_however_it_is_cut(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv"
+    texts = ['a "b" c', '""', "x\r\ny", "\n", 'end"', '"', "", ",", '5" pipe', "é\r", "plain"]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["id", "text"], *enumerate(texts)])
+        stream.write('11,5" x 3"\r\n')
+    read_part = CsvBody.read
+    for size in range(60, 90):
+        monkeypatch.setattr(CsvBody, "read", lambda body, _, n=size: read_part(body, n))
+        assert read(path)["text"].to_pylist() == [*texts, '5" x 3"']
+
+
+def test_a_csv_row_that_is_too_long_is_named(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"id,text\n1,a\n2,b\n3," + b"x" * (CSV_BLOCK_BYTES + (1 << 20)))
+    with pytest.raises(InvalidCommandError, match=r"t\.csv: row 3 has more than 32 MiB"):
+        read(path)
 
 
 def test_tsv_has_no_quotes_unless_asked(tmp_path):

@@ -307,7 +307,7 @@ def test_json_values_that_are_nested_travel_as_json(tmp_path):
         ("t.jsonl", b"[" * 100000, InvalidCommandError, "element 1 is not JSON"),
         ("t.jsonl", b'{"a":' * 100000, InvalidCommandError, "line 1 is not JSON"),
         ("t.txt", b"a\n\xff\n", InvalidUtf8Error, "line 2 is not UTF-8"),
-        ("t.csv", b"text,n\na,1\nb,2,3\n", InvalidCommandError, "Expected 2 columns, got 3"),
+        ("t.csv", b"text,n\na,1\nb,2,3\n", InvalidCommandError, "row 2 has 3 values, expected 2"),
         ("t.csv", b"text,text\na,1\n", InvalidCommandError, "2 columns `text`"),
         ("t.csv", b"body,n\na,1\n", UnknownColumnError, "`text`; it has `body`, `n`"),
         ("t.csv", b'text\na\n"b\nc\n', InvalidCommandError, "row 2 opens a quote"),
@@ -439,3 +439,30 @@ def test_a_limit_reads_no_further_than_it_must(tmp_path):
     source = open_source(path, limit=1, batch_rows=1)
     assert rows_of(source).num_rows == 1
     assert source.bytes_read < source.total_bytes / 2
+
+
+@pytest.mark.parametrize("moment", ["hash", "read", "resume"])
+def test_a_file_that_changes_in_an_upload_is_named(tmp_path, moment):
+    # The upload is named after the content, so other rows would count as those of that content.
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    source = open_source(path, batch_rows=1)
+    source.content_hash()
+    batches = source.batches()
+    if moment != "hash":
+        next(batches)
+    if moment == "resume":
+        assert len(list(batches)) == 1
+        batches = source.batches()
+    os.truncate(path, 14)
+    with pytest.raises(InvalidCommandError, match=r"t\.jsonl changed while it was read"):
+        list(batches)
+
+
+def test_names_that_are_not_utf8_are_refused_where_rows_hold_them(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text('{"text": "a"}\n')
+    assert rows_of(open_source(path)).num_rows == 1
+    for options in ({"source": True}, {"whole_files": True}):
+        with pytest.raises(InvalidUtf8Error, match=r"the name of .*dcff\.jsonl' is not UTF-8"):
+            open_source(tmp_path, **options)

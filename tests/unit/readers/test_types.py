@@ -4,6 +4,7 @@ import datetime as dt
 import io
 import json
 import os
+import re
 import uuid
 
 import pyarrow as pa
@@ -94,7 +95,6 @@ def test_an_id_that_a_later_row_of_a_pipe_has_is_no_row_without_one():
     "data",
     [
         '{"text": "a", "text": "b"}',
-        '{"text": "a", "v": 1e999}',
         '{"text": "a", "v": {"k": 1, "k": 2}}',
     ],
 )
@@ -102,6 +102,20 @@ def test_json_that_python_would_read_with_a_loss_is_refused(tmp_path, data):
     (tmp_path / "t.jsonl").write_text(data)
     with pytest.raises(FletcherError, match=r"t\.jsonl: line 1: "):
         read(tmp_path / "t.jsonl", "v")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e-400", "0.0012e-399"])
+@pytest.mark.parametrize("value", ["NUMBER", '{"k": [NUMBER]}'])
+def test_a_json_number_beyond_float64_is_named_where_it_is_read(tmp_path, number, value):
+    path = tmp_path / "t.jsonl"
+    row = '{"text": "a", "v": ' + value + "}\n"
+    path.write_text("".join(row.replace("NUMBER", one) for one in ("0.5", "-0.0e0001", number)))
+    assert read(path).num_rows == 3
+    said = rf"line 3: `v` is .*{re.escape(number)}, which is beyond the numbers of float64"
+    with pytest.raises(ColumnTypeError, match=said):
+        read(path, "v")
+    with pytest.raises(ColumnTypeError, match=said):
+        list(open_source("-", columns=["v"], stdin=io.BytesIO(path.read_bytes())).batches())
 
 
 def pair(tmp_path, one, other):

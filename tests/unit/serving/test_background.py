@@ -82,3 +82,18 @@ def test_a_call_waits_for_its_thread_whatever_fails(
             call()
     assert written
     assert not errors
+
+
+def test_a_failure_that_cannot_be_logged_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The call ended well, without a summary.
+    def failing(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fletcher.serving.background.log.exception", failing)
+    told: list[Exception] = []
+    task = BackgroundTask("w", failing, told.append)
+    with pytest.raises(InternalError):
+        task.join()
+    assert told == [task.error]

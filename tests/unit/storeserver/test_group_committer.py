@@ -13,7 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
+from fletcher.errors import (
+    FletcherError,
+    OverloadedError,
+    RequestError,
+    StoreUnavailableError,
+)
+from fletcher.stores.address import open_store
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.lance import writer as lance_writer
 from fletcher.stores.lance.store import LanceStore
@@ -21,6 +27,7 @@ from fletcher.stores.lance.writer import LanceWriter
 from fletcher.storeserver.group_committer import CommitStream, GroupCommitter, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.key_ledger import KeyLedger
+from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
 
 
@@ -71,6 +78,66 @@ def nan(first: int, count: int) -> pa.RecordBatch:
     field = batch.schema.field("vector")
     values = pa.array(np.full(count * field.type.list_size, np.nan, np.float16))
     return batch.set_column(1, field, pa.FixedSizeListArray.from_arrays(values, type=field.type))
+
+
+@pytest.fixture
+def refuse_thread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Prefixes of threads that cannot start once; the start removes the prefix."""
+    refused: list[str] = []
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if refused and thread.name.startswith(refused[0]):
+            refused.pop()
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    return refused
+
+
+def test_a_commit_thread_that_cannot_start_refuses_the_call_alone(
+    store: LanceStore, refuse_thread: list[str]
+) -> None:
+    ingest = Ingest(store)
+    refuse_thread.append("commit-")
+    with pytest.raises(OverloadedError, match="try again later"):
+        submit(ingest, rows.batch(0, 10))
+    assert refuse_thread == []
+    assert submit(ingest, rows.batch(0, 10)).result(30) == 10
+    assert ingest.close(30)
+
+
+def test_a_compaction_that_cannot_start_costs_no_row_and_starts_later(
+    store: LanceStore, refuse_thread: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rows were stored, the append failed, and the writer could not be closed.
+    monkeypatch.setattr(lance_writer, "COMPACT_FRAGMENTS", 2)
+    writer = store.open_writer("d", rows.schema(), "append")
+    refuse_thread.append("compact-")
+    for first in range(0, 30, 10):
+        writer.append([rows.batch(first, 10)])
+    assert refuse_thread == []
+    assert writer._compaction is not None  # the third append started it
+    writer.close()
+    assert num_rows(store) == 30
+
+
+@pytest.mark.parametrize("name", ["acks", "shutdown"])
+def test_other_threads_of_the_store_server_may_not_start_once(
+    tmp_path: Path, refuse_thread: list[str], name: str
+) -> None:
+    server = StoreServer(tmp_path / "served", host="127.0.0.1", port=0, meta_port=0)
+    refuse_thread.append(name)
+    with contextlib.closing(open_store(f"{server.address}?meta={server.meta_port}")) as client:
+        if name == "acks":
+            with pytest.raises(OverloadedError):
+                client.open_writer("d", rows.schema(), "append")
+        writer = client.open_writer("d", rows.schema(), "append")
+        writer.append([rows.batch(0, 10)])
+        assert client.dataset("d").num_rows == 10
+    assert server.close(30)
+    assert refuse_thread == []
 
 
 def test_rows_that_were_stored_though_their_commit_failed_are_repeats(

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fletcher.errors import BackendError, InternalError, OverloadedError
-from fletcher.workers.messages import WorkerSpec
+from fletcher.workers import worker_handle
+from fletcher.workers.messages import Failure, Ready, Response, WorkerSpec
 from fletcher.workers.pool import WorkerPool
 from fletcher.workers.roster import PoolConfig, PoolEvents, PoolTiming
 from fletcher.workers.worker_handle import WorkerHandle
@@ -142,6 +143,38 @@ def test_a_worker_that_hangs_is_replaced_and_its_jobs_go_elsewhere() -> None:
         assert [answer.wait() for answer in answers] == list(range(20))
         eventually(lambda: len(pool.process_ids()) == 2, "it is replaced")
         assert hung not in pool.process_ids()
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        None,
+        Ready(1, 0, {}),
+        Response(1 << 40, 2, 0.1),
+        Response("0", 2, 0.1),  # type: ignore[arg-type]
+        Response(1, 2, "soon"),  # type: ignore[arg-type]
+        Failure(1, "a text", ""),  # type: ignore[arg-type]
+    ],
+)
+def test_an_answer_that_makes_no_sense_costs_only_its_worker(
+    monkeypatch: pytest.MonkeyPatch, nonsense: Any
+) -> None:
+    receive, armed = worker_handle.receive, threading.Event()
+
+    def receive_nonsense(connection: Any) -> Any:
+        message = receive(connection)
+        if armed.is_set() and isinstance(message, Response):
+            armed.clear()
+            return nonsense
+        return message
+
+    monkeypatch.setattr(worker_handle, "receive", receive_nonsense)
+    with running([spec("cuda-0", "load_echo", 1)]) as (pool, submit):
+        assert submit("a").wait() == "a"
+        before = pool.process_ids()
+        armed.set()
+        assert submit("b").wait() == "b"
+        assert pool.process_ids() != before
 
 
 def test_urgent_work_does_not_wait_for_a_worker_that_reads_nothing() -> None:

@@ -462,6 +462,28 @@ def test_a_job_is_not_lost_when_the_step_that_sends_it_fails(
     assert failed
 
 
+def test_a_job_is_not_lost_when_its_failure_cannot_be_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send, failed = WorkerHandle.send_job, []
+
+    def fail_once(handle: WorkerHandle, job: Job) -> None:
+        if not failed:
+            failed.append(job)
+            raise MemoryError
+        send(handle, job)
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(WorkerHandle, "send_job", fail_once)
+    monkeypatch.setattr("fletcher.workers.pool.log.exception", failing)
+    with running() as (_, submit):
+        answer = submit("work")
+        assert answer.wait() == "work"
+        assert answer.calls == 1
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_worker_goes_on_when_urgent_jobs_cannot_be_sent_after_its_answer(
     monkeypatch: pytest.MonkeyPatch, restarted: bool

@@ -180,6 +180,22 @@ def test_a_cut_off_safetensors_file_is_refused(
         add(folder, tmp_path / "models")
 
 
+@pytest.mark.parametrize("shape", [[2**63, 0], [0], [], [2**40, 2**40], [1] * 200])
+def test_a_tensor_of_an_impossible_shape_is_refused(
+    checkpoint: EditCheckpoint, tmp_path: Path, shape: list[int]
+) -> None:
+    weights = checkpoint() / "model.safetensors"
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = header["embeddings.word_embeddings.weight"]
+    header["embeddings.word_embeddings.weight"] = {**entry, "shape": shape, "data_offsets": [0, 0]}
+    changed = json.dumps(header).encode()
+    weights.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+    with pytest.raises(ModelError, match=r"word_embeddings.weight` has shape \["):
+        add(weights.parent, tmp_path / "models")
+
+
 def test_element_types_are_widened_exactly(tmp_path: Path) -> None:
     half = np.array([1.5, -2.25, 65504.0], np.float16)
     bits = np.array([0x3FC0, 0xC010, 0x7F7F], np.uint16)  # the same numbers' bfloat16, and its max

@@ -58,6 +58,37 @@ BERT = {"tokenizer_class": "BertTokenizer"}
         ("families/distilbert", {"config.json": {"pruned_heads": {"0": [1]}}}, "`pruned_heads`"),
         ("families/mpnet", {"config.json": {"embedding_size": 8}}, "`embedding_size` is 8"),
         ("families/nomic_bert", {"config.json": {"head_dim": 4}}, "`head_dim` is 4, expected 8"),
+        # Numbers of which lists are made before a weight is read.
+        (
+            "families/modernbert",
+            {"config.json": {"num_hidden_layers": 2**31 - 1}},
+            "`num_hidden_layers` is 2147483647, expected 1 to 10,000",
+        ),
+        (
+            "families/distilbert",
+            {"config.json": {"n_heads": 2**17}},
+            "`n_heads` is 131072, expected 1 to 65,536",
+        ),
+        ("families/qwen3", {"config.json": {"head_dim": 2**30}}, "`head_dim` is 1073741824"),
+        # Rotary positions of which no angle can be computed.
+        (
+            "families/modernbert",
+            {"config.json": {"rope_parameters": {"full_attention": 5}}},
+            "`rope_parameters` is of type 5",
+        ),
+        *(
+            (
+                "families/qwen3",
+                {"config.json": {"rope_theta": theta, "rope_parameters": None}},
+                "`rope_theta` is",
+            )
+            for theta in (1, 0.5, float("nan"), float("inf"), 10**400)
+        ),
+        (
+            "families/distilbert",
+            {"config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": [1]}},
+            "expected texts by name as `prompts`",
+        ),
         ("families/jina_bert", {"config.json": {"use_qk_norm": True}}, "`use_qk_norm` is True"),
         ("tiny", {"config.json": {"auto_map": {"AutoModel": "x.Y"}}}, "`auto_map`.*other code"),
         ("tiny", {"config.json": {"quantization_config": {"bits": 4}}}, "changes the weights"),
@@ -207,6 +238,16 @@ def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
     spec["added_tokens"].append({**spec["added_tokens"][0], "id": 300, "content": "<product>"})
     path.write_text(json.dumps(spec))
     with pytest.raises(ModelError, match=r"'<product>' has id 300.*below 300"):
+        Registry(tmp_path / "models").add_model(str(folder), progress=print)
+
+
+def test_a_token_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
+    folder = change(tmp_path, "families/distilbert", {})
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["added_tokens"][0]["content"] = "\ud800"
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ModelError, match=r"tokenizer\.json is damaged"):
         Registry(tmp_path / "models").add_model(str(folder), progress=print)
 
 
