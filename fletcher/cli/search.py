@@ -232,8 +232,8 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
             pa.array([query]),
             model=qualified,
             prompt=prompt,
-            dims=None if dims == known["dim"] else dims,
-            layers=None if layers == known["num_layers"] else layers,
+            dims=dims,
+            layers=layers,
             dtype="float32",
         )
     given = asked[0].schema.metadata[b"fletcher.model"].decode()

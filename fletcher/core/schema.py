@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fletcher.core.chunking import Chunking
 from fletcher.core.quantization import QUANTIZATION, ROW, Ranges, pack_signs, quantize_rows
-from fletcher.core.similarity import SIMILARITY
+from fletcher.core.similarity import OUTPUT, SIMILARITY
 from fletcher.errors import InvalidCommandError
 
 ELEMENT_TYPES: dict[str, pa.DataType] = {
@@ -23,6 +23,12 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
     "float16": pa.float16(),
     "int8": pa.int8(),
     "ubinary": pa.uint8(),
+}
+# Element types of each kind of vectors, see VectorSpec.
+DTYPES = {
+    "dense": tuple(ELEMENT_TYPES),
+    "sparse": ("float32", "float16"),
+    "multi": ("float32", "float16", "int8"),
 }
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
 # Microseconds: pandas, Polars and DuckDB narrow or refuse nanoseconds with a zone.
@@ -107,7 +113,7 @@ class VectorSpec:
         if self.dtype == "int8":
             fields |= self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
         if self.output != "dense":
-            fields["fletcher.output"] = self.output
+            fields[OUTPUT] = self.output
         return fields
 
 

@@ -20,6 +20,7 @@ from fletcher.core.quantization import FloatArray, VectorReader
 from fletcher.errors import ColumnTypeError
 
 SIMILARITY = "fletcher.similarity"
+OUTPUT = "fletcher.output"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 OUTPUTS = ("dense", "sparse", "multi")
 
@@ -52,7 +53,7 @@ class Similarity:
                 names something unknown.
         """
         said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        metric, output = said.get(SIMILARITY, "cosine"), said.get("fletcher.output", "dense")
+        metric, output = said.get(SIMILARITY, "cosine"), said.get(OUTPUT, "dense")
         if metric not in SIMILARITIES or output not in OUTPUTS:
             raise ColumnTypeError(
                 f"the metadata names the similarity {metric[:100]!r} and the output "
@@ -147,17 +148,16 @@ class Similarity:
         column = batch.column("vector")
         lengths, first = _extents(column)
         tokens = self._tokens(batch, first, int(lengths.sum()))
-        asked = np.concatenate(queries)
         if self.metric == "cosine":
-            asked, tokens = _unit(asked), _unit(tokens)
+            tokens = _unit(tokens)
         full = np.flatnonzero(lengths)
         found = np.full((len(queries), len(column)), -np.inf, np.float32)
-        if len(full):
-            best = np.maximum.reduceat(
-                asked @ tokens.T, np.cumsum(lengths)[full] - lengths[full], axis=1
-            )
-            starts = np.cumsum([0, *(len(one) for one in queries[:-1])])
-            found[:, full] = np.add.reduceat(best, starts, axis=0)
+        if not len(full):
+            return found
+        starts = np.cumsum(lengths)[full] - lengths[full]
+        for place, query in enumerate(queries):  # all products at once would take gigabytes
+            asked = _unit(query) if self.metric == "cosine" else query
+            found[place, full] = np.maximum.reduceat(asked @ tokens.T, starts, axis=1).sum(axis=0)
         return found
 
     def _tokens(self, batch: pa.RecordBatch, first: int, number: int) -> FloatArray:

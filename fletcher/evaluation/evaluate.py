@@ -22,6 +22,7 @@ from fletcher.evaluation.vectors import Embedded, embed
 if TYPE_CHECKING:
     from fletcher.client import Client
 
+_NO_GEOMETRY: dict[str, float | None] = dict.fromkeys(("alignment", "uniformity", "mean_cosine"))
 RowPairs = tuple[Int64Array, Int64Array]
 OpenClient = Callable[[Engine], AbstractContextManager["Client"]]
 
@@ -48,15 +49,15 @@ class Row:
         top: Share of the reference's first 10 documents that are among this variant's first 10.
         top_rescored: Share of the reference's first 10 documents that are among this variant's
             first 40. Ranking these 40 again by their exact vectors would find this share.
-        cosine: Cosine between this variant's document vectors and those of the reference: mean, p1
-            (1st percentile) and min.
+        cosine: `metrics.text_cosines` of this variant's documents and those of the reference: mean,
+            p1 (1st percentile) and min.
         spearman: Rank correlation between the similarities in this variant and in the reference,
             for random pairs of a query and a document.
-        alignment: `metrics.alignment` of the queries and their documents.
-        uniformity: `metrics.uniformity` of random pairs of documents.
-        mean_cosine: Mean cosine of random pairs of documents.
-        num_alike: Number of documents whose vector equals another document's, bit for bit.
-        bytes_per_vector: Size of a vector on the wire and in a store.
+        alignment: `metrics.alignment` of the queries and their documents; None unless dense.
+        uniformity: `metrics.uniformity` of random pairs of documents; None unless dense.
+        mean_cosine: Mean cosine of random pairs of documents; None unless dense.
+        num_alike: Number of documents whose vectors equal another document's, bit for bit.
+        bytes_per_vector: Size of a document's vectors on the wire and in a store, on average.
         texts_per_s: Documents per second, timed from sending the first document to receiving the
             last vector. Variants that differ only in width or type share one run of the model and
             its speed, because width and type are applied after the run. None if unknown.
@@ -71,9 +72,9 @@ class Row:
     top_rescored: float
     cosine: Mapping[str, float]
     spearman: float
-    alignment: float
-    uniformity: float
-    mean_cosine: float
+    alignment: float | None
+    uniformity: float | None
+    mean_cosine: float | None
     num_alike: int
     bytes_per_vector: int
     texts_per_s: float | None
@@ -108,7 +109,7 @@ class EvaluationReport:
                 f"{self.num_truncated:,} of {len(pairs.documents):,} documents are longer than "
                 f"{self.model['max_length']} tokens; their ends were cut off"
             )
-        if first.mean_cosine > ANISOTROPIC:
+        if first.mean_cosine is not None and first.mean_cosine > ANISOTROPIC:
             yield (
                 f"random documents have a cosine of {first.mean_cosine:.2f} on average: all "
                 "vectors point in similar directions (anisotropy), so a single cosine says "
@@ -166,7 +167,7 @@ def evaluate(
                 if documents.texts_per_s is not None:
                     rates[variant.layers, variant.chunking] = documents.texts_per_s
                 if reference is None:
-                    reference = _Reference.from_vectors(queries.vectors, documents.vectors, pairs)
+                    reference = _Reference.from_vectors(queries, documents, pairs)
                     num_truncated = documents.num_truncated
                 rate = rates.get((variant.layers, variant.chunking))
                 rows[variant] = _compare(variant, queries, documents, pairs, reference, rate)
@@ -175,11 +176,14 @@ def evaluate(
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EmbedCommand for a variant, without fields that have their default."""
+    """Fields of EmbedCommand for a variant.
+
+    All are given, because a model may have another default width than all dimensions.
+    """
     return {
         "model": f"{model['name']}@{model['hash']}",  # the name may be an alias
-        "layers": variant.layers if variant.layers != model["num_layers"] else None,
-        "dims": variant.dims if variant.dims != model["dim"] else None,
+        "layers": variant.layers,
+        "dims": variant.dims,
         "dtype": variant.dtype,
     }
 
@@ -204,7 +208,7 @@ class _Reference:
     """Results of the reference, which all variants are compared with.
 
     Attributes:
-        documents: float32 [num_documents, dim], vectors of the documents.
+        documents: The documents.
         found: int64 [num_queries, k], indexes of the first documents for each query.
         gains: float64 [num_queries], NDCG@10 of each query.
         drawn: Random pairs of a query and a document: two arrays of indexes, int64 [num_pairs].
@@ -212,7 +216,7 @@ class _Reference:
         random: Random pairs of different documents: two arrays of indexes, int64 [num_pairs].
     """
 
-    documents: FloatArray
+    documents: Embedded
     found: Int64Array
     gains: Float64Array
     drawn: RowPairs
@@ -220,20 +224,19 @@ class _Reference:
     random: RowPairs
 
     @classmethod
-    def from_vectors(cls, queries: FloatArray, documents: FloatArray, pairs: Pairs) -> _Reference:
+    def from_vectors(cls, queries: Embedded, documents: Embedded, pairs: Pairs) -> _Reference:
         draw = np.random.default_rng(_SEED).integers
-        num_queries, num_documents = len(queries), len(documents)
+        num_queries, num_documents = queries.batch.num_rows, documents.batch.num_rows
         drawn = draw(num_queries, size=_NUM_PAIRS), draw(num_documents, size=_NUM_PAIRS)
         first = draw(num_documents, size=_NUM_PAIRS)
         second = (first + draw(1, num_documents, size=_NUM_PAIRS)) % num_documents
-        queries, unit = metrics.unit(queries), metrics.unit(documents)
-        found = search(queries, unit, _DEPTH)
+        found = search(queries, documents, _DEPTH)
         return cls(
             documents=documents,
             found=found[:, :_TOP],
             gains=metrics.ndcg(metrics.ranks(found, pairs.relevant), _TOP),
             drawn=drawn,
-            similarities=_products(queries, unit, drawn),
+            similarities=_similarities(queries, documents, drawn),
             random=(first, second),
         )
 
@@ -246,13 +249,12 @@ def _compare(
     reference: _Reference,
     texts_per_s: float | None,
 ) -> Row:
-    asked, unit = metrics.unit(queries.vectors), metrics.unit(documents.vectors)
-    found = search(asked, unit, _DEPTH)
+    found = search(queries, documents, _DEPTH)
     places = metrics.ranks(found, pairs.relevant)
     gains = metrics.ndcg(places, _TOP)
     lost, lost_95 = metrics.loss(gains, reference.gains)
-    cosines = metrics.cosines(documents.vectors, reference.documents)
-    first, second = reference.random
+    cosines = metrics.text_cosines(documents.rows(), reference.documents.rows())
+    is_dense = documents.similarity.output == "dense"
     return Row(
         variant=variant,
         recall={k: metrics.recall(places, k) for k in (1, _TOP, _DEPTH)},
@@ -266,16 +268,35 @@ def _compare(
             "p1": float(np.percentile(cosines, 1)),
             "min": float(cosines.min()),
         },
-        spearman=metrics.spearman(_products(asked, unit, reference.drawn), reference.similarities),
-        alignment=metrics.alignment(asked, unit[pairs.relevant]),
-        uniformity=metrics.uniformity(unit[first], unit[second]),
-        mean_cosine=float(_products(unit, unit, reference.random).mean()),
-        num_alike=metrics.num_alike(documents.vectors),
+        spearman=metrics.spearman(
+            _similarities(queries, documents, reference.drawn), reference.similarities
+        ),
+        **_geometry(queries, documents, pairs, reference.random) if is_dense else _NO_GEOMETRY,
+        num_alike=metrics.num_alike(documents.rows()),
         bytes_per_vector=documents.bytes_per_vector,
         texts_per_s=texts_per_s,
     )
 
 
-def _products(left: FloatArray, right: FloatArray, pairs: RowPairs) -> FloatArray:
-    products: FloatArray = np.einsum("nd,nd->n", left[pairs[0]], right[pairs[1]])
-    return products
+def _geometry(
+    queries: Embedded, documents: Embedded, pairs: Pairs, random: RowPairs
+) -> dict[str, float | None]:
+    """Properties of dense vectors on the sphere, as in `Row`."""
+    asked, unit = metrics.unit(queries.vectors), metrics.unit(documents.vectors)
+    first, second = unit[random[0]], unit[random[1]]
+    return {
+        "alignment": metrics.alignment(asked, unit[pairs.relevant]),
+        "uniformity": metrics.uniformity(first, second),
+        "mean_cosine": float(np.einsum("nd,nd->n", first, second).mean()),
+    }
+
+
+def _similarities(queries: Embedded, documents: Embedded, pairs: RowPairs) -> FloatArray:
+    """Similarity of each pair of a query and a document: float32 [num_pairs]."""
+    found = np.empty(len(pairs[0]), np.float32)
+    for query in np.unique(pairs[0]).tolist():
+        places = np.flatnonzero(pairs[0] == query)
+        asked = queries.similarity.queries(queries.batch.slice(query, 1))
+        batch = documents.batch.take(pa.array(pairs[1][places]))
+        found[places] = documents.similarity.scores(asked, batch)[0]
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +23,31 @@ def unit(vectors: FloatArray) -> FloatArray:
 def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
     """Cosine of each vector with the reference vector in the same row: float64 [n].
 
-    The cosine is 0 for a zero vector. `vectors`, float32 [n, dims], may have fewer dimensions than
-    `reference`, float32 [n, dim]. The missing last dimensions count as zeros.
+    The cosine of a zero vector is 0, or 1 if both are zero. `vectors`, float32 [n, dims], may have
+    fewer dimensions than `reference`, float32 [n, dim]. The missing last dimensions count as zeros.
     """
     ours, right = vectors.astype(np.float64), reference.astype(np.float64)
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(right, axis=1)
+    lengths = np.linalg.norm(ours, axis=1), np.linalg.norm(right, axis=1)
+    norms = lengths[0] * lengths[1]
     products = np.einsum("nd,nd->n", ours, right[:, : ours.shape[1]])
-    return np.asarray(products / np.where(norms > 0, norms, 1))
+    both_zero = (lengths[0] == 0) & (lengths[1] == 0)
+    return np.where(both_zero, 1.0, products / np.where(norms > 0, norms, 1))
+
+
+def text_cosines(rows: Iterable[FloatArray], reference: Iterable[FloatArray]) -> Float64Array:
+    """Cosine of each text's vectors with those of the reference: float64 [num_texts].
+
+    A row is float32 [dims], or [num_vectors, dims] for a text with several vectors. Vectors in the
+    same place are compared, and a text's cosine is their mean. A vector without a counterpart
+    counts as 0.
+    """
+    found = []
+    for ours, theirs in zip(rows, reference, strict=True):
+        left, right = np.atleast_2d(ours), np.atleast_2d(theirs)
+        number = min(len(left), len(right))
+        sums = cosines(left[:number], right[:number]).sum()
+        found.append(sums / max(len(left), len(right), 1))
+    return np.array(found, np.float64)
 
 
 def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
@@ -120,7 +140,7 @@ def uniformity(first: FloatArray, second: FloatArray) -> float:
     return float(np.log(np.exp(-2 * distances).mean()))
 
 
-def num_alike(vectors: npt.NDArray[np.generic]) -> int:
-    """Number of rows of an array [n, dims] that equal another row, bit for bit."""
-    counts = Counter(row.tobytes() for row in vectors)
+def num_alike(rows: Iterable[npt.NDArray[np.generic]]) -> int:
+    """Number of arrays that equal another one, bit for bit."""
+    counts = Counter(blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return sum(count for count in counts.values() if count > 1)

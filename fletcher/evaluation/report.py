@@ -65,8 +65,8 @@ def _described(row: Row) -> tuple[str, ...]:
     return (
         *(f"{value:.5f}" for value in row.cosine.values()),
         f"{row.spearman:.4f}",
-        f"{row.alignment:.3f}",
-        f"{row.uniformity:.3f}",
+        "-" if row.alignment is None else f"{row.alignment:.3f}",
+        "-" if row.uniformity is None else f"{row.uniformity:.3f}",
         "-" if row.texts_per_s is None else f"{row.texts_per_s:.0f}",
         str(row.bytes_per_vector),
     )

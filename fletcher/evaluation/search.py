@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fletcher.core.batches import FloatArray, Int64Array
+from fletcher.evaluation.vectors import Embedded
 
-# (queries, documents) of a block. Its float32 scores and the int64 keys made of them take 24 MiB.
-BLOCK_SHAPE = (256, 8192)
+# Documents that are compared with a block of queries at once. Several vectors of a text take more.
+_DOCUMENTS = {"dense": 8192, "sparse": 8192, "multi": 256}
 
 
 class Nearest:
@@ -60,31 +61,20 @@ def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def search(
-    queries: FloatArray,
-    documents: FloatArray,
-    k: int,
-    *,
-    block_shape: tuple[int, int] = BLOCK_SHAPE,
-) -> Int64Array:
-    """The k documents with the greatest dot product for each query, best first.
+def search(queries: Embedded, documents: Embedded, k: int) -> Int64Array:
+    """The k most similar documents for each query, best first.
 
-    Args:
-        queries: float32 [num_queries, dims].
-        documents: float32 [num_documents, dims].
-        k: Number of documents to find for each query.
-        block_shape: Number of queries and of documents that are compared in one step.
+    The similarity is that of the documents, as in `fletcher search`.
 
     Returns:
         int64 [num_queries, min(k, num_documents)], indexes of documents. Documents with equal
         scores keep their order.
     """
     found = []
-    num_queries, num_documents = block_shape
-    for start in range(0, len(queries), num_queries):
-        block = queries[start : start + num_queries]
-        nearest = Nearest(len(block), k)
-        for first in range(0, len(documents), num_documents):
-            nearest.add_scores(block @ documents[first : first + num_documents].T)
+    for block in queries.blocks():
+        asked = queries.similarity.queries(block)
+        nearest = Nearest(len(asked), k)
+        for batch in documents.blocks(_DOCUMENTS[documents.similarity.output]):
+            nearest.add_scores(documents.similarity.scores(asked, batch))
         found.append(nearest.found)
-    return np.concatenate(found) if found else np.empty((0, min(k, len(documents))), np.int64)
+    return np.concatenate(found)

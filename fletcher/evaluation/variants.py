@@ -11,6 +11,7 @@ from typing import Any
 from fletcher.config.option import nearest
 from fletcher.core.chunking import AGGREGATIONS, Chunking
 from fletcher.core.command import CHOICES
+from fletcher.core.schema import DTYPES
 from fletcher.errors import InvalidCommandError
 
 # Keys in a list of variants, with their default values. An empty text stands for the value of the
@@ -128,7 +129,8 @@ def usual_variants(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[
     first = engines[0]
     layers = [one for one in model["layers"] if one != model["num_layers"]]
     variants = [Variant(engine) for engine in engines] + [Variant(first, one) for one in layers]
-    for dims, dtype in itertools.product(sorted(model["dims"], reverse=True), CHOICES["dtype"]):
+    dtypes = DTYPES[model.get("output", "dense")]
+    for dims, dtype in itertools.product(sorted(model["dims"], reverse=True), dtypes):
         if dtype != "ubinary" or dims % 8 == 0:  # ubinary packs eight dimensions into a byte
             variants.append(Variant(first, None, dims, dtype))
     return [variant.resolved(model) for variant in variants]

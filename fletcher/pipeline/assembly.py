@@ -99,6 +99,8 @@ class Assembler:
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
         }
+        if row_slice.stored is not None:
+            columns |= row_slice.stored.fill(columns)
         for name in self._names:
             if name not in columns:
                 columns[name] = self._carried(row_slice, name)

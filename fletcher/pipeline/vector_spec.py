@@ -8,14 +8,13 @@ from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.quantization import Ranges
-from fletcher.core.schema import VectorSpec
+from fletcher.core.schema import DTYPES, VectorSpec
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.calibration import Cut
 from fletcher.pipeline.prompts import resolve_prompt
 
-# Element types of sparse and multi-vector output, and the pooling that the output schema names.
-_DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "int8")}
+# The pooling that the output schema names for sparse and multi-vector output.
 _POOLINGS = {"sparse": "max", "multi": "none"}
 
 
@@ -105,7 +104,7 @@ def _check_output(
                 field=name,
                 allowed=[str(own)],
             )
-    possible = tuple(one for one in _DTYPES[model.output] if one in dtypes)
+    possible = tuple(one for one in DTYPES[model.output] if one in dtypes)
     if options.dtype not in (None, *possible):
         raise InvalidCommandError(
             f"`dtype` is {options.dtype}, expected one of the {model.output} vectors that "

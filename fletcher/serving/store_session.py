@@ -18,6 +18,7 @@ from fletcher.core.chunking import AGGREGATIONS
 from fletcher.core.command import EmbedCommand
 from fletcher.core.owner import plain_id
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
+from fletcher.delivery.dedupe.stored_vector_reader import StoredVectorReader
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
@@ -170,7 +171,11 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._acks = AckQueue(plain_id(upload.upload_id), covers)
         self._skip = None
         if upload.dedupe_by is not None:
-            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).find_duplicates
+            vectors = None
+            if self._command.mode == "delta":
+                vectors = StoredVectorReader(self._sink.committer.destination, self._output)
+            index = self._sink.dedupe_index
+            self._skip = DedupePrefilter(index, upload, vectors).check_rows
         self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)
@@ -293,6 +298,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         """Submit the claimed rows of a slice to the sink."""
         row_slice, errors, ranges = result.row_slice, result.errors, result.ranges or []
         ids = result.failed_ids()
+        reused = [] if row_slice.stored is None else row_slice.stored.rows.tolist()
         for index, (first, last) in enumerate(ranges):
             low, high = first - row_slice.row_first, last - row_slice.row_first
             failed = sorted(row for row in errors if low <= row <= high)
@@ -314,6 +320,8 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                 )
             )
             self._num_delivered += last - first + 1
+            num_reused = sum(low <= row <= high for row in reused)
+            self._service.telemetry.rows_reused.add(num_reused)
 
     def _fail(self, error: Exception) -> None:
         """Fail the upload; a client may resume it and send unacknowledged rows again."""
@@ -359,7 +367,8 @@ def _check_output(session: EmbedSession, store: Store) -> None:
     if spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(
             f"`model` {session.model.bundle.name} gives {spec.output} vectors, which this store "
-            "does not take; `lance:` and `parquet:` stores do, and DoExchange gives them back",
+            "does not take; `lance:`, `parquet:` and `fletcher store` do, and DoExchange gives "
+            "them back",
             field="model",
         )
     chunking = spec.chunking

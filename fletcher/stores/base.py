@@ -33,7 +33,7 @@ class StoreCapabilities:
         durable: Rows survive a crash of the store's process once `append` has returned.
         counts_groups: A group counts as stored if the store has as many of its rows as the key
             says. The store therefore cannot confirm a group of which some rows were not sent.
-        outputs: Kinds of `vector` that are stored, as in VectorSpec. Only `dense` is searched.
+        outputs: Kinds of `vector` that are stored and searched, as in VectorSpec.
     """
 
     dtypes: tuple[str, ...]

@@ -94,7 +94,7 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
         raise InvalidCommandError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
     if not np.isfinite(vector).all() or not vector.any():
         raise InvalidCommandError(
-            "`vector` is zero or holds NaN or infinity; its cosine to anything is undefined",
+            f"`vector` is zero or holds NaN or infinity, which has no {similarity.name} to rank by",
             field="vector",
         )
     return RowScores(similarity, np.asarray(vector, np.float32))
@@ -108,13 +108,14 @@ def nearest(
     Holds at most k rows and one batch in memory. Rows with a score of -inf are left out.
     """
     fields = [rows.schema.field(name) for name in columns]
-    best = pa.schema(fields, metadata=rows.schema.metadata).empty_table()
-    best_scores = np.empty(0, np.float32)
+    score = pa.field("score", pa.float32())
+    schema = pa.schema([*fields, score], metadata=rows.schema.metadata)
+    best = schema.empty_table()
     for batch in rows:
-        values = np.concatenate([best_scores, scores(batch)])
-        best = pa.concat_tables([best, pa.Table.from_batches([batch.select(list(columns))])])
+        arrays = [*(batch.column(name) for name in columns), pa.array(scores(batch), score.type)]
+        best = pa.concat_tables([best, pa.Table.from_arrays(arrays, schema=schema)])
+        values = best.column("score").to_numpy()
         # A stable sort keeps the order of rows with equal scores.
         order = np.argsort(-values, kind="stable")[:k]
-        order = order[np.isfinite(values[order])]
-        best, best_scores = best.take(order), values[order]
-    return best.append_column("score", pa.array(best_scores, pa.float32()))
+        best = best.take(order[np.isfinite(values[order])])
+    return best

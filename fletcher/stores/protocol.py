@@ -33,6 +33,7 @@ class CapabilitiesAnswer(msgspec.Struct, kw_only=True):
     upsert: bool
     drops_repeated_keys: bool
     durable: bool
+    outputs: tuple[str, ...] = ("dense",)
     meta_port: int | None = None
 
 

@@ -105,17 +105,17 @@ class Actions:
         if not request.text_query or request.alpha == 1:
             return self.store.search(request.dataset, vector, k=k, columns=columns, filters=filters)
         schema = self._schema(request.dataset)
-        dense = check_query(request.dataset, schema, vector, k)
+        by_vector = check_query(request.dataset, schema, vector, k)
         if "text" not in schema.names:
             raise ColumnTypeError(
                 f"dataset `{request.dataset}` has no column `text` to search for words; leave "
                 "`text_query` out",
                 field="text_query",
             )
-        read = list(dict.fromkeys([*columns, "text", *dense.columns]))
+        read = list(dict.fromkeys([*columns, "text", *by_vector.columns]))
         return nearest(
             self.store.scan(request.dataset, columns=read, filters=filters),
-            _mixed(dense, request.text_query, request.alpha),
+            _mixed(by_vector, request.text_query, request.alpha),
             k=k,
             columns=columns,
         )
@@ -138,7 +138,9 @@ class Actions:
                 f"dataset `{request.dataset}` has no vector under that `id`", field="id"
             )
         vector = similarity.queries(table.combine_chunks().to_batches()[0])[0].tolist()
-        found = self.search_rows(replace(request, vector=vector, vectors=None))
+        name = "token_vectors" if similarity.output == "multi" else "vector"
+        query: dict[str, Any] = {"vector": None, "vectors": None, "token_vectors": None}
+        found = self.search_rows(replace(request, **{**query, name: vector}))
         return [to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 
     def _hybrid_search(self, request: HybridSearchRequest) -> list[bytes]:
@@ -288,18 +290,21 @@ def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[by
     return action.answer(decode_request(action.request, body, f"the body of the action {name}"))
 
 
-def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
-    """Scoring function: alpha * cosine + (1 - alpha) * share of found words.
+def _mixed(by_vector: Scores, words: str, alpha: float) -> Scores:
+    """Scoring function: alpha * similarity + (1 - alpha) * share of found words.
 
-    `dense` computes the cosines. The second term is the share of the distinct `words` that are in
-    the row's text.
+    `by_vector` computes the similarities. The second term is the share of the distinct `words` that
+    are in the row's text.
     """
     asked = set(words.casefold().split())
 
     def scores(batch: pa.RecordBatch) -> Vector:
         texts = (text or "" for text in batch.column("text").to_pylist())
         shares = [len(asked & set(text.casefold().split())) / max(len(asked), 1) for text in texts]
-        return (alpha * dense(batch) + (1 - alpha) * np.asarray(shares)).astype(np.float32)
+        found = (1 - alpha) * np.asarray(shares)
+        if alpha:  # else rows without a vector count, too
+            found = found + alpha * by_vector(batch)
+        return found.astype(np.float32)
 
     return scores
 

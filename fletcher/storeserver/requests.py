@@ -145,14 +145,17 @@ class SearchRequest(msgspec.Struct, kw_only=True):
     """Body of `VectorSearch`. If `vectors` is given, `vector` is ignored.
 
     Attributes:
+        token_vectors: The vectors of one query, for a dataset with several vectors per row. If they
+            are given, `vector` and `vectors` are ignored.
         text_query: Words to search for in the column `text`, in addition to the vector.
-        alpha: Weight of the cosine in the score, from 0 (only words count) to 1 (only the vector
-            counts).
+        alpha: Weight of the similarity to the vector in the score, from 0 (only words count) to 1
+            (only the vector counts).
     """
 
     dataset: str = ""
     vector: list[float] | None = None
     vectors: list[list[float]] | None = None
+    token_vectors: list[list[float]] | None = None
     k: Annotated[int, Meta(ge=1, le=MAX_K)] = DEFAULT_K
     filters: Filters = None
     text_query: str = ""
@@ -161,24 +164,25 @@ class SearchRequest(msgspec.Struct, kw_only=True):
     columns: list[str] | None = None
 
     @property
-    def query_vectors(self) -> npt.NDArray[np.float32]:
-        """The query vectors, float32 [num_queries, dims].
+    def query_vectors(self) -> list[npt.NDArray[np.float32]]:
+        """The queries: each float32 [dims], or [num_vectors, dims] for `token_vectors`.
 
         Raises:
             InvalidCommandError: There are no query vectors, or their lengths differ.
         """
+        rows = self.vectors if self.vectors is not None else [self.vector or []]
         try:
-            rows = self.vectors if self.vectors is not None else [self.vector or []]
-            matrix = np.asarray(rows, np.float32)
+            matrix = np.asarray(rows if self.token_vectors is None else self.token_vectors)
+            matrix = matrix.astype(np.float32)
         except ValueError:
             matrix = np.empty(0, np.float32)
         if matrix.ndim != 2 or not matrix.size:
             raise InvalidCommandError(
-                "`vector` is not a list of numbers (or `vectors` a list of such, all of one "
-                "length); give the query's embedding",
+                "`vector` is not a list of numbers (or `vectors` or `token_vectors` a list of "
+                "such, all of one length); give the query's embedding",
                 field="vector",
             )
-        return matrix
+        return list(matrix) if self.token_vectors is None else [matrix]
 
 
 class HybridSearchRequest(SearchRequest, kw_only=True):

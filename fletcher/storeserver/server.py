@@ -253,7 +253,9 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
                 allowed=["dataset", "k", "ef", "query_vector"],
             )
     for row in batch.to_pylist():
-        fields = {"dataset": row["dataset"], "vector": row["query_vector"]}
+        query = row["query_vector"]
+        is_multi = bool(query) and isinstance(query[0], list)
+        fields = {"dataset": row["dataset"], "token_vectors" if is_multi else "vector": query}
         if row.get("k") is not None:
             fields["k"] = row["k"]
         yield convert_request(SearchRequest, fields, "a row of VectorSearch")

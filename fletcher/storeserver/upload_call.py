@@ -23,6 +23,7 @@ from fletcher.stores.protocol import GroupHeader
 from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import decode_request
+from fletcher.storeserver.vector_checks import check_vectors
 from fletcher.util.threads import start_thread
 
 _log = logging.getLogger(__name__)
@@ -149,17 +150,14 @@ def _check_rows(batch: pa.RecordBatch) -> None:
                 field=name,
                 allowed=["id", "vector", "timestamp"],
             )
-    id_type, vector_type = batch.schema.field("id").type, batch.schema.field("vector").type
+    id_type = batch.schema.field("id").type
     if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type)):
         raise ColumnTypeError(
             f"`id` is {id_type}, expected utf8 or an integer",
             field="id",
             allowed=["utf8", "int64", "uint64"],
         )
-    if not pa.types.is_fixed_size_list(vector_type):
-        raise ColumnTypeError(
-            f"`vector` is {vector_type}, expected a fixed size list of numbers", field="vector"
-        )
+    check_vectors(batch)
     key_type = batch.schema.field("batch_key").type if "batch_key" in names else pa.utf8()
     if not pa.types.is_string(key_type):
         raise ColumnTypeError(f"`batch_key` is {key_type}, expected utf8", field="batch_key")

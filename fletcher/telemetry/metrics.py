@@ -236,6 +236,9 @@ class Instruments:
         self.rows_stored = Counter("rows.stored", "{row}", "Rows that the store has")
         self.rows_failed = Counter("rows.failed", "{row}", "Rows that failed one by one")
         self.rows_deduplicated = Counter("rows.deduplicated", "{row}", "Rows dropped as duplicates")
+        self.rows_reused = Counter(
+            "rows.reused", "{row}", "Rows stored anew with the vector that the store had"
+        )
         self.cache_hits = Counter("cache.hits", "{text}", "Texts found in the cache")
         self.cache_misses = Counter("cache.misses", "{text}", "Texts not found in the cache")
         self.cache_memory = Gauge("cache.memory", "By", "Size of the embedding cache")

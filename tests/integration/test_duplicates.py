@@ -157,6 +157,25 @@ def test_delta_replaces_what_changed_or_is_refused_in_its_own_name(
     assert table.column("text")[5].as_py() == "edited"
 
 
+def test_delta_into_a_store_server_takes_vectors_from_there(
+    client: flight.FlightClient, stores: dict[str, Served]
+) -> None:
+    served, schema = stores["fletcher"], SCHEMA.append(pa.field("url", pa.utf8()))
+    fields = {"dataset": next(names), "store": served.name, "mode": "delta", "columns": ["url"]}
+    for url in ("u", "v"):
+        batch = rows(0, 50).append_column("url", pa.array([url] * 50))
+        summary = put(client, [batch], schema, end=50, durability="store", **fields)[-1]
+        assert summary["rows_stored"] == 50
+        counted = action(client, "stats")["fletcher.rows.reused"]
+        assert counted == (50 if url == "v" else 0)
+    store = open_store(served.address)
+    table = store.scan(fields["dataset"]).read_all()
+    store.close()
+    assert sorted(table["id"].to_pylist()) == list(range(50))
+    assert set(table["url"].to_pylist()) == {"v"}
+    assert table["vector"].null_count == 0
+
+
 def test_what_was_acknowledged_is_durable_after_a_restart(
     stores: dict[str, Served], home: Callable[[], Path], tiny_bundle: ModelBundle
 ) -> None:

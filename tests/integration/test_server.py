@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.errors import ConfigError
+from fletcher.errors import ConfigError, StoreUnavailableError
 from fletcher.runtime import Runtime
+from fletcher.stores.lance.writer import LanceWriter
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import TIMEOUT, action, command, error_of, exchange, put
 
@@ -478,6 +479,104 @@ def test_delta_embeds_what_changed(server: Runtime, client: flight.FlightClient)
     assert table.column("text")[7] == rows(7, 8).column("text")[0]  # changed, and back
     ((alone, _),) = exchange(client, [changed], SCHEMA, dtype="float16")
     assert alone.column("vector")[0].as_py() == table.column("vector")[5].as_py()
+
+
+LINKED = SCHEMA.append(pa.field("url", pa.utf8()))
+
+
+def linked(ids: list[int], texts: list[str], urls: list[str]) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(ids), pa.array(texts), pa.array(urls)], schema=LINKED)
+
+
+def test_delta_stores_another_carried_column_with_the_same_vector(
+    server: Runtime, client: flight.FlightClient
+) -> None:
+    name, telemetry = next(names), server.service.telemetry
+    fields = {"dataset": name, "mode": "delta", "columns": ["url"], "durability": "store"}
+    texts = [f"text {one}" for one in range(300)]
+    first = linked(list(range(300)), texts, ["u"] * 300)
+    put(client, [first], LINKED, end=300, **fields)
+    before = stored(server, name)
+    tokens, reused = telemetry.device_tokens.values(), sum(telemetry.rows_reused.values().values())
+    # The id 3 comes twice in one batch, and 5 again in a later one: the last row counts.
+    changed = linked([1, 3, 3, 299], [texts[one] for one in (1, 3, 3, 299)], ["v", "a", "b", "v"])
+    later = linked([5, 1, 5], [texts[5], texts[1], texts[5]], ["a", "w", "u"])
+    upload = {**fields, "upload_id": f"u-{name}"}
+    put(client, [changed], LINKED, **upload)  # without an end, and resumed
+    summary = put(client, [changed, later], LINKED, end=7, **upload)[-1]
+    assert summary["complete"] is True
+    assert telemetry.device_tokens.values() == tokens
+    assert sum(telemetry.rows_reused.values().values()) - reused in (6, 7)
+    table = stored(server, name)
+    urls = dict.fromkeys(range(300), "u") | {1: "w", 3: "b", 299: "v"}
+    assert dict(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True)) == urls
+    for column in ("id", "text", "vector", "token_count", "truncated"):
+        assert table[column].equals(before[column])
+    # A text that changed too is embedded, beside one that did not.
+    mixed = linked([7, 8], ["other", texts[8]], ["z", "z"])
+    put(client, [mixed], LINKED, end=2, **fields)
+    assert telemetry.device_tokens.values() != tokens
+    table = stored(server, name)
+    assert table["url"].to_pylist()[6:10] == ["u", "z", "z", "u"]
+    assert table["vector"][8] == before["vector"][8]
+    ((alone, _),) = exchange(client, [mixed.select(["text"])], pa.schema({"text": pa.utf8()}))
+    assert table["vector"][7].as_py() == pytest.approx(alone["vector"][0].as_py(), abs=2e-3)
+
+
+def test_delta_embeds_again_if_the_store_cannot_be_read(
+    server: Runtime, client: flight.FlightClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, telemetry = next(names), server.service.telemetry
+    fields = {"dataset": name, "mode": "delta", "columns": ["url"], "durability": "store"}
+    put(client, [linked([1, 2], ["a", "b"], ["u", "u"])], LINKED, end=2, **fields)
+    put(client, [linked([1], ["a"], ["u"])], LINKED, end=1, **fields)  # the index is filled
+    reused = telemetry.rows_reused.values()
+    store = server.service.delivery.stores["default"]
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "scan", lambda *_, **__: 1 / 0)
+        summary = put(client, [linked([1, 2], ["a", "b"], ["v", "v"])], LINKED, end=2, **fields)[-1]
+    assert summary["complete"] is True
+    assert telemetry.rows_reused.values() == reused
+    table = stored(server, name)
+    assert (table["url"].to_pylist(), table["vector"].null_count) == (["v", "v"], 0)
+
+
+def test_delta_keeps_the_vector_if_the_store_fails_after_it_was_read(
+    server: Runtime, client: flight.FlightClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, telemetry = next(names), server.service.telemetry
+    fields = {"dataset": name, "mode": "delta", "columns": ["url"], "durability": "store"}
+    put(client, [linked([1, 2], ["a", "b"], ["u", "u"])], LINKED, end=2, **fields)
+    before, tokens = stored(server, name), telemetry.device_tokens.values()
+    append, failed = LanceWriter.append, []
+
+    def failing(writer: LanceWriter, batches: Any) -> bool:
+        if not failed:
+            failed.append(writer)
+            raise StoreUnavailableError("away for a moment", field="dataset")
+        return append(writer, batches)
+
+    monkeypatch.setattr(LanceWriter, "append", failing)
+    summary = put(client, [linked([2, 1], ["b", "a"], ["v", "w"])], LINKED, end=2, **fields)[-1]
+    assert failed
+    assert summary["complete"] is True
+    table = stored(server, name)
+    assert table["url"].to_pylist() == ["w", "v"]
+    assert table["vector"].equals(before["vector"])
+    assert telemetry.device_tokens.values() == tokens
+
+
+def test_delta_makes_a_vector_for_a_row_that_had_none(
+    server: Runtime, client: flight.FlightClient
+) -> None:
+    name = next(names)
+    fields = {"dataset": name, "columns": ["url"], "durability": "store"}
+    long = "word " * 2000
+    put(client, [linked([1], [long], ["u"])], LINKED, end=1, truncate="error", **fields)
+    assert stored(server, name)["vector"].null_count == 1
+    put(client, [linked([1], [long], ["v"])], LINKED, end=1, mode="delta", **fields)
+    table = stored(server, name)
+    assert (table["url"].to_pylist(), table["vector"].null_count) == (["v"], 0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from fletcher.errors import BatchTooLargeError, FletcherError
 from fletcher.models.bundle.registry import Registry
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
+from fletcher.storeserver.server import StoreServer
 
 OUTPUTS = Path(__file__).parents[1] / "golden" / "outputs"
 
@@ -30,9 +32,24 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vectors")
 
 
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory, vectors: Path) -> Iterator[dict[str, str]]:
+    """Stores that keep such vectors, by the server's names of them."""
+    folder = tmp_path_factory.mktemp("stores")
+    served = StoreServer(folder / "served", host="127.0.0.1", port=0, meta_port=0)
+    yield {
+        "lance": f"lance:{vectors}",
+        "parquet": f"parquet:{folder / 'files'}",
+        "fletcher": f"{served.address}?meta={served.meta_port}",
+    }
+    served.close(10)
+
+
 @pytest.fixture(scope="module", params=["splade", "colbert"])
 def client(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vectors: Path
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    addresses: dict[str, str],
 ) -> Iterator[Client]:
     home = tmp_path_factory.mktemp("home")
     Registry(home / "models").add_model(str(OUTPUTS / request.param), progress=print)
@@ -42,7 +59,10 @@ def client(
         model=request.param,
         backend="onnxruntime",
         device="cpu",
-        store=(f"lance:{vectors}", "far=grpc://127.0.0.1:1?profile=longbow"),
+        store=(
+            *(f"{name}={address}" for name, address in addresses.items()),
+            "far=grpc://127.0.0.1:1?profile=longbow",
+        ),
         max_journal=0,
         embedding_cache=1 << 20,
     )
@@ -192,6 +212,108 @@ def test_stores_of_ones_own_take_them(
         weights = [{one["index"]: one["value"] for one in vector} for vector in right]
         best = max(sum(w * weights[number].get(i, 0) for i, w in one.items()) for one in weights)
         assert scores[0] == pytest.approx(best, rel=1e-2)
+
+
+def test_delta_keeps_them_if_other_columns_change(client: Client, vectors: Path) -> None:
+    texts = list(expected(client.list_models()[0]["name"]))
+    found = []
+    for url in ("u", "v"):
+        urls = [url] * len(texts)
+        data = pa.table({"id": [str(n) for n in range(len(texts))], "text": texts, "url": urls})
+        command = EmbedCommand(
+            dataset=f"kept-{kind(client)}", mode="delta", columns=("url",), durability="store"
+        )
+        assert client.put(data, command).complete
+        stored = open_store(f"lance:{vectors}").scan(command.dataset or "").read_all()
+        assert set(stored["url"].to_pylist()) == {url}
+        found.append(stored.sort_by("id")["vector"].to_pylist())
+    # Which end of a cut text was cut is not stored, so that it is embedded again.
+    assert client.stats()["fletcher.rows.reused"] == 4
+    assert found[0] == found[1]
+
+
+def plain_scores(client: Client, queries: list[str], documents: list[str]) -> np.ndarray:
+    """Scores by loops over the vectors that an exchange gives: [num_queries, num_documents]."""
+    prompts = {"prompt": "query"} if kind(client) == "multi" else {}
+    asked = exchanged(client, pa.table({"text": queries}), dtype="float32", **prompts)
+    given = exchanged(client, pa.table({"text": documents}), dtype="float32")
+
+    def score(query: list[Any], document: list[Any]) -> float:
+        if kind(client) == "multi":
+            one, other = np.array(query), np.array(document)
+            return float((one @ other.T).max(axis=1).sum())
+        weights = {item["index"]: item["value"] for item in document}
+        return sum(item["value"] * weights.get(item["index"], 0) for item in query)
+
+    rows = given["vector"].to_pylist()
+    return np.array([[score(one, row) for row in rows] for one in asked["vector"].to_pylist()])
+
+
+WORDS = "fast search of vectors and words in an arrow flight store of documents".split()
+DOCUMENTS = [" ".join(WORDS[n % 5 : n % 5 + 2 + n % 7]) + f" {n}" for n in range(40)]
+
+
+@pytest.mark.parametrize("name", ["lance", "parquet", "fletcher"])
+def test_search_ranks_as_plain_loops_on_every_store(
+    client: Client, addresses: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, query = f"found-{kind(client)}", "words of the flight store"
+    data = pa.table({"id": list(range(40)), "text": DOCUMENTS, "even": [n % 2 for n in range(40)]})
+    command = EmbedCommand(
+        dataset=dataset, store=name, columns=("even",), dtype="float32", durability="store"
+    )
+    assert client.put(data, command).complete
+    (right,) = plain_scores(client, [query], DOCUMENTS)
+    argv = ["search", query, "--dataset", dataset, "--store", addresses[name], "--json"]
+    argv += ["--server", client.address]
+    for words, allowed in ((["--k", "40"], range(40)), (["--filter", "even = 1"], range(1, 40, 2))):
+        assert main([*argv, *words]) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        best = sorted(right[list(allowed)], reverse=True)[: len(found)]
+        assert len(found) == (40 if len(allowed) == 40 else 5)
+        assert {row["id"] for row in found} <= set(allowed)
+        assert [row["score"] for row in found] == pytest.approx(best, rel=1e-4)
+        assert [right[row["id"]] for row in found] == pytest.approx(best, rel=1e-4)
+
+
+def test_similar_ranks_as_plain_loops(
+    client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = ["words of the flight store", "fast search"]
+    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "texts.parquet")
+    argv = ["similar", *queries, "--candidates", str(tmp_path / "texts.parquet"), "--k", "40"]
+    assert main([*argv, "--json", "--server", client.address]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    metric = "maxsim" if kind(client) == "multi" else "dot"
+    for query, right in zip(queries, plain_scores(client, queries, DOCUMENTS), strict=True):
+        rows = [row for row in found if row["text"] == query]
+        assert [row[metric] for row in rows] == pytest.approx(sorted(right)[::-1], rel=1e-4)
+        assert {row["row"]: row[metric] for row in rows} == pytest.approx(
+            dict(enumerate(right)), rel=1e-4
+        )
+
+
+def test_eval_ranks_as_plain_loops(
+    client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = [" ".join(one.split()[:2] + one.split()[-1:]) for one in DOCUMENTS]
+    table = pa.table({"query": queries, "document": DOCUMENTS})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    argv = ["eval", str(tmp_path / "pairs.parquet"), "--query", "query", "--document", "document"]
+    assert main([*argv, "--queries", "40", "--json", "--server", client.address]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    dtypes = ["float32", "float16", *(["int8"] if kind(client) == "multi" else [])]
+    assert [row["dtype"] for row in rows] == dtypes
+    scores = plain_scores(client, queries, DOCUMENTS)
+    own = np.diag(scores)[:, None]
+    # Documents with almost equal scores may be in any order.
+    most, least = ((scores > own + sign * 1e-4).sum(axis=1) for sign in (-1, 1))
+    for k in (1, 10, 100):
+        low, high = (most - 1 < k).mean(), (least < k).mean()
+        assert low <= rows[0]["recall"][str(k)] <= high
+    assert (rows[0]["ndcg_loss"], rows[0]["alignment"]) == (0, None)
+    assert all(row["cosine"]["min"] > 0.99 for row in rows)
+    assert rows[0]["bytes_per_vector"] > rows[1]["bytes_per_vector"]
 
 
 def test_a_store_that_takes_dense_vectors_alone_says_so(client: Client) -> None:

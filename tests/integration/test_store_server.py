@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from pyarrow import flight
 
+from fletcher.core.similarity import Similarity
 from fletcher.errors import (
     ConfigError,
     DimensionMismatchError,
@@ -33,6 +35,7 @@ from fletcher.stores.base import Comparison
 from fletcher.stores.staging import INCARNATION, is_replaced_by, staged_name
 from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
+from tests.doubles.list_search import check_list_search
 
 MAIN = "import sys; from fletcher.cli import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", MAIN, "store"]
@@ -465,6 +468,70 @@ def store(server):
     store = open_store(server.address, timeout_s=30)  # the meta port comes from its capabilities
     yield store
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("output", "dtype"),
+    [("sparse", "float32"), ("sparse", "float16"), ("multi", "float16"), ("multi", "int8")],
+)
+def test_sparse_and_token_vectors_are_kept_and_searched(server, data, store, name, output, dtype):
+    assert store.capabilities.outputs == ("dense", "sparse", "multi")
+    batches = [rows.list_batch(first, 30, output, dtype) for first in (0, 30)]
+    with closing(store.open_writer(name, batches[0].schema, "append")) as writer:
+        for batch in (*batches, batches[0]):  # the last one is a repeat
+            writer.append([batch])
+    with closing(store.open_writer(name, batches[0].schema, "upsert")) as writer:
+        newer = rows.list_batch(25, 10, output, dtype)
+        writer.append([newer])
+    sent = pa.Table.from_batches([batches[0].slice(0, 25), newer, batches[1].slice(5)])
+    found = store.scan(name).read_all()
+    assert found.schema.metadata.items() >= sent.schema.metadata.items()
+    for column in {*sent.schema.names} - {"timestamp"}:
+        assert found.sort_by("id")[column].to_pylist() == sent.sort_by("id")[column].to_pylist()
+    check_list_search(store, name, sent, output)
+    # By a stored row, by the exchange, and with words.
+    (answer,) = act(data, "VectorSearchByID", {"dataset": name, "id": "id3", "k": 4})
+    similarity = Similarity.from_schema(sent.schema)
+    (row,) = sent.filter(pc.equal(sent["id"], "id3")).combine_chunks().to_batches()
+    (query,) = similarity.queries(row)
+    best = store.search(name, query, k=4, columns=["id"])
+    assert json.loads(answer)["ids"] == best["id"].to_pylist()
+    column = pa.array([query.tolist()])
+    descriptor = flight.FlightDescriptor.for_command(b"VectorSearch")
+    writer, reader = data.do_exchange(descriptor, DEADLINE)
+    with writer:
+        asked = pa.record_batch({"dataset": [name], "k": [4], "query_vector": column})
+        writer.begin(asked.schema)
+        writer.write_batch(asked)
+        writer.done_writing()
+        assert reader.read_all()["id"].to_pylist() == best["id"].to_pylist()
+    field = "token_vectors" if output == "multi" else "vector"
+    asked = {"dataset": name, field: query.tolist(), "text_query": "text 6", "alpha": 0, "k": 1}
+    (answer,) = act(data, "HybridSearch", asked)
+    assert json.loads(answer)[0]["ID"] == "id6"  # which has no vector
+    with pytest.raises(DimensionMismatchError):
+        store.search(name, np.ones((2, 8), np.float32) if output == "sparse" else query[0], k=1)
+    bad = batches[0].set_column(
+        1, batches[0].schema.field(1), pa.array([[None]] * 30, batches[0].schema.field(1).type)
+    )
+    with pytest.raises(flight.FlightServerError, match="row 0 of a batch"):
+        put(data, name, bad)
+    staged = staged_name(name, "u")
+    with closing(store.open_writer(staged, newer.schema, "append")) as writer:
+        writer.append([newer])
+    store.replace_dataset(name, staged)
+    assert store.scan(name).read_all()["vector"].to_pylist() == newer["vector"].to_pylist()
+
+
+def test_a_store_of_before_keeps_one_vector_per_row(store, name, monkeypatch):
+    # Its capabilities name no outputs.
+    can = {"dtypes": ["float32"], "null_vectors": True, "upsert": True}
+    can |= {"drops_repeated_keys": True, "durable": True}
+    answer = json.dumps(can).encode()
+    monkeypatch.setattr(store._connection, "run_action", lambda *_: answer)
+    assert store.capabilities.outputs == ("dense",)
+    with pytest.raises(DimensionMismatchError, match="this store keeps one per row"):
+        store.search(name, np.ones((2, 8), np.float32), k=1)
 
 
 def test_a_flight_store_keeps_types_keys_and_nulls(server, name):

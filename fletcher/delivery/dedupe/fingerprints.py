@@ -70,7 +70,13 @@ def compared_columns(kind: str) -> list[str]:
 
 
 def value_bytes(kind: str) -> int:
-    return _SIZE if is_delta(kind) else len(_ANY)
+    """Size of a value: fingerprints of the text and of carried columns, if any."""
+    return _SIZE * (1 + bool(compared_columns(kind))) if is_delta(kind) else len(_ANY)
+
+
+def has_same_text(value: bytes | None, indexed: bytes | None) -> bool:
+    """Whether two values of a delta upload stand for the same text."""
+    return value is not None and indexed is not None and value[:_SIZE] == indexed[:_SIZE]
 
 
 def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
@@ -79,11 +85,15 @@ def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
     if not is_delta(kind):
         return [(key, _ANY) for key in keys]
     values = fingerprints(rows.column("text"))
-    for name in compared_columns(kind):
-        texts = _value_texts(rows, name)
+    names = compared_columns(kind)
+    if names:
+        carried = [blake2b(digest_size=_SIZE) for _ in values]
+        for name in names:
+            for hashed, text in zip(carried, _value_texts(rows, name), strict=True):
+                hashed.update(b"%d:" % len(text) + text)
         values = [
-            None if value is None else blake2b(value + text, digest_size=_SIZE).digest()
-            for value, text in zip(values, texts, strict=True)
+            None if value is None else value + hashed.digest()
+            for value, hashed in zip(values, carried, strict=True)
         ]
     return list(zip(keys, values, strict=True))
 
@@ -108,7 +118,7 @@ def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dic
     """Keys and values of stored or journaled rows.
 
     `excluded` holds the positions of rows to leave out. The column `text` is missing if the upload
-    had no texts. The value of an id without a text is 16 zero bytes, which no text has.
+    had no texts. The value of an id without a text consists of zero bytes, which no text has.
     """
     needed = needed_columns(kind)
     if not set(needed) <= set(rows.schema.names):
@@ -118,7 +128,7 @@ def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dic
         rows = pa.record_batch({"id": rows.column("id"), "text": texts})
     left_out = set(excluded)
     return {
-        key: value or bytes(_SIZE)
+        key: value or bytes(value_bytes(kind))
         for place, (key, value) in enumerate(row_keys(kind, rows))
         if key is not None and place not in left_out
     }

@@ -152,18 +152,20 @@ class DedupeIndex:
                 raise
         return index
 
-    def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
-        """Whether each row is a duplicate of an indexed one. Raises as `load_kind`."""
+    def find_values(self, kind: str, keys: Sequence[RowKey]) -> list[bytes | None]:
+        """The indexed value of each row's key; None: there is none. Raises as `load_kind`."""
         wanted = [key for key, _ in keys]
         while True:
             index = self.load_kind(kind)
             with self._lock:
                 if not index.stale:  # the index may have become stale after `load_kind`
-                    values = index.map.find_values(wanted)
-                    break
+                    return index.map.find_values(wanted)
+
+    def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
+        """Whether each row is a duplicate of an indexed one. Raises as `load_kind`."""
         return [
             value is not None and value == indexed
-            for (_, value), indexed in zip(keys, values, strict=True)
+            for (_, value), indexed in zip(keys, self.find_values(kind, keys), strict=True)
         ]
 
     def acquire_decision(self, wait_s: float) -> bool:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from fletcher.core.batches import BoolArray, Int32Array, Int64Array, Priority, TextBatch, Truncate
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
+from fletcher.core.stored_vectors import StoredVectors
 from fletcher.pipeline.input.arrays import distinct, large_utf8, text_offsets, validate
 from fletcher.pipeline.input.columns import InputColumns
 from fletcher.pipeline.input.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
@@ -28,8 +29,8 @@ from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
 # Takes the used columns of consecutive rows, and the offset of the first row in the upload. Returns
-# bool [num_rows], True for rows that need no vector.
-Skip = Callable[[pa.RecordBatch, int], BoolArray]
+# bool [num_rows], True for rows that need no vector, and the vectors that the store has for others.
+Skip = Callable[[pa.RecordBatch, int], tuple[BoolArray, StoredVectors | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,8 @@ class Intake:
             row_first: Offset of the batch's first row in the upload.
             keep: Returns whether the vectors of a dictionary may be kept for later batches. Gets
                 their size in bytes.
-            skip: Returns a mask of the rows in a slice that need no vector. None: all rows need
-                one.
+            skip: Returns a mask of the rows in a slice that need no vector, and vectors of rows
+                that need not be embedded. None: all rows are embedded.
             ends: Whether the last row ends its text. Only `DocumentIntake` uses this argument.
 
         Raises:
@@ -158,10 +159,14 @@ class Intake:
             rows = used.slice(first, last - first)
             own_errors, wanted = errors.between(first, last), np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
-            unwanted = np.zeros(0, np.int64)
+            unwanted, stored = np.zeros(0, np.int64), None
             if skip is not None:
-                unwanted = np.flatnonzero(wanted & skip(rows, row_first + first))
+                unneeded, stored = skip(rows, row_first + first)
+                unwanted = np.flatnonzero(wanted & unneeded)
                 wanted[unwanted] = False
+            if stored is not None:
+                stored = stored.among(wanted)
+                wanted[stored.rows] = False
             new_values: Int32Array | None = None
             if dictionary is not None:
                 found = self._wanted(codes[first:last], dictionary, wanted, shared=shared)
@@ -186,6 +191,7 @@ class Intake:
                 last=index == len(bounds) - 1,
                 errors=own_errors,
                 skipped=unwanted,
+                stored=stored,
                 new_values=new_values,
                 new_table=len(self._seen) if shared and new_table and index == 0 else None,
             )

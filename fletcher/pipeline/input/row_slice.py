@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.batches import Int32Array, Int64Array, Priority, TextBatch
+from fletcher.core.stored_vectors import StoredVectors
 from fletcher.errors import FletcherError
 
 
@@ -31,6 +32,7 @@ class RowSlice:
             parts follow is in `texts.continued`.
         errors: Errors of failed rows, by the row's index in the slice.
         skipped: int64 [n], indices of rows in the slice that need no vector and have no error.
+        stored: Vectors of rows that are not embedded, because the store has them.
         new_values: int32 [num_texts], indices of the vectors of `texts` in a table that several
             slices share. None: the table consists of the vectors of `texts` alone.
         new_table: Number of vectors in the shared table, if a new table begins with this slice.
@@ -49,6 +51,7 @@ class RowSlice:
     part: int = 0
     errors: dict[int, FletcherError] = field(default_factory=dict)
     skipped: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    stored: StoredVectors | None = None
     new_values: Int32Array | None = None
     new_table: int | None = None
 

@@ -220,13 +220,14 @@ class FlightStore(Store):
         """
         check_stored(dataset)
         wanted = list(columns) if columns is not None else None
-        if vector.ndim != 1:
+        is_multi = vector.ndim > 1
+        if is_multi and "multi" not in self.capabilities.outputs:
             raise DimensionMismatchError(
                 "`vector` has several vectors, expected one: this store keeps one per row",
                 field="vector",
             )
-        numbers = [float(value) for value in vector]
-        search: dict[str, Any] = {"dataset": dataset, "vector": numbers, "k": k}
+        name = "token_vectors" if is_multi else "vector"
+        search: dict[str, Any] = {"dataset": dataset, name: vector.tolist(), "k": k}
         search["filters"] = to_json(filters)
         if self._is_fletcher:
             if wanted is None:

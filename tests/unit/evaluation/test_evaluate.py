@@ -154,8 +154,8 @@ def test_types_and_widths_are_asked_for_and_measured(run):
     assert {options.dtype for _, options in log if options.prompt == "query"} == {"float32"}
     # That very version, even if its name stands for another one meanwhile.
     assert {options.model for _, options in log} == {"m@0"}
-    # What is as usual is not asked for: servers without a choice refuse the question.
-    assert {(options.dims, options.layers) for _, options in log} == {(None, None), (4, None)}
+    # All of them are asked for: a model may have other defaults.
+    assert {(options.dims, options.layers) for _, options in log} == {(16, 6), (4, 6)}
     small, half = found.rows[1:]
     assert small.cosine["mean"] == pytest.approx(0.5, abs=0.05)  # sqrt(4 / 16)
     assert half.cosine["min"] > 0.999999
@@ -212,7 +212,7 @@ def test_what_a_server_refuses_is_known_before_the_work(pairs):
 
     with pytest.raises(DimensionMismatchError, match="`dims` is 5"):
         evaluate(pairs, EXACT, [EXACT], variants, open_client, print)
-    assert [(engine, options.dims) for engine, options in log] == [(EXACT, None), (EXACT, 5)]
+    assert [(engine, options.dims) for engine, options in log] == [(EXACT, DIM), (EXACT, 5)]
 
 
 def test_warnings_say_what_makes_rows_doubtful(pairs):
@@ -262,3 +262,117 @@ def test_table_json_and_plot(run, tmp_path):
     plot.check_matplotlib()
     plot.draw_report(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+class ListServer(Server):
+    """Every text has several weights or vectors, made from its number."""
+
+    def __init__(self, output, *args):
+        super().__init__(*args)
+        self.output = output
+        draw = np.random.default_rng(5)
+        self.counts = draw.integers(1, 6, NUM).astype(np.int32)
+        width = 2 if output == "sparse" else DIM
+        self.rows = [draw.normal(size=(number, width)).astype(np.float32) for number in self.counts]
+        for row in self.rows:
+            if output == "sparse":
+                row[:, 0] = np.sort(draw.choice(DIM, len(row), replace=False))
+                row[:, 1] = np.abs(row[:, 1])
+            else:
+                row[:] = row / np.linalg.norm(row, axis=1, keepdims=True)
+
+    def list_models(self):
+        return [MODEL | {"output": self.output}]
+
+    def exchange(self, data, options):
+        self.log.append((self.engine, options))
+        spec = VectorSpec(
+            *("m@0", DIM, options.dtype, 6, "none"), normalized=True, output=self.output
+        )
+        answers = []
+        for batch in data:
+            texts = batch.column("text").to_pylist()
+            numbers = [int(text) if text.isdigit() else 0 for text in texts]
+            rows = np.concatenate([self.rows[number] for number in numbers])
+            columns = vector_columns(rows, spec, None, self.counts[numbers])
+            answer = pa.record_batch({**columns, "truncated": [False] * len(numbers)})
+            answers.append(answer.replace_schema_metadata(spec.metadata()))
+        return Answers(answers)
+
+
+def ranking(server, output, queries, documents):
+    """Documents of each query by plain loops, best first."""
+    scores = np.empty((len(queries), len(documents)))
+    for place, query in enumerate(queries):
+        asked = server.rows[query]
+        for other, document in enumerate(documents):
+            row = server.rows[document]
+            if output == "sparse":
+                weights = {int(index): value for index, value in row}
+                scores[place, other] = sum(w * weights.get(int(i), 0) for i, w in asked)
+            else:
+                scores[place, other] = sum(max(one @ each for each in row) for one in asked)
+    return np.argsort(-scores, axis=1, kind="stable")
+
+
+@pytest.mark.parametrize(
+    ("output", "sizes"),
+    [("sparse", {"float32": 8, "float16": 6}), ("multi", {"float32": 64, "float16": 32})],
+)
+def test_sparse_and_token_vectors_are_ranked_as_by_plain_loops(pairs, tmp_path, output, sizes):
+    server = ListServer(output, EXACT, [])
+
+    @contextlib.contextmanager
+    def open_client(engine):
+        yield server
+
+    found = evaluate(pairs, EXACT, [EXACT], None, open_client, print)
+    dtypes = ["float32", "float16", *(["int8"] if output == "multi" else [])]
+    assert [row.variant.dtype for row in found.rows] == dtypes
+    queries = [int(text) for text in pairs.queries.to_pylist()]
+    documents = [int(text) for text in pairs.documents.to_pylist()]
+    order = ranking(server, output, queries, documents)
+    places = (order == pairs.relevant[:, None]).argmax(axis=1) + 1
+    first = found.rows[0]
+    assert first.recall == {k: (places <= k).mean() for k in (1, 10, 100)}
+    gains = np.where(places <= 10, 1 / np.log2(1 + places), 0)
+    assert first.ndcg == pytest.approx(gains.mean())
+    assert (first.ndcg_loss, first.top, first.top_rescored) == (0, 1, 1)
+    assert first.spearman == pytest.approx(1)
+    assert first.cosine == pytest.approx({"mean": 1, "p1": 1, "min": 1})
+    assert (first.alignment, first.uniformity, first.mean_cosine) == (None, None, None)
+    assert first.num_alike == 0
+    for row in found.rows[:2]:
+        size = sizes[row.variant.dtype] * server.counts[documents].mean()
+        assert row.bytes_per_vector == round(size)
+        assert 0.999 < row.cosine["min"] <= 1 + 1e-9
+    assert {options.dtype for _, options in server.log if options.prompt == "query"} == {"float32"}
+    assert any(" - " in line for line in report.table(found))
+    json.dumps(report.as_json(found), allow_nan=False)
+    list(found.warnings())
+    plot.draw_report(found, tmp_path / "plot.png")
+
+
+def test_a_model_for_dot_products_is_ranked_by_them(pairs):
+    class Long(Server):
+        """Documents point the same way; only their lengths tell them apart."""
+
+        def exchange(self, data, options):
+            answers = super().exchange(data, options)
+            said = {b"fletcher.similarity": b"dot"}
+            answers._batches = [
+                one.replace_schema_metadata({**one.schema.metadata, **said}) for one in answers
+            ]
+            return answers
+
+    @contextlib.contextmanager
+    def open_client(engine):
+        server = Long(engine, [])
+        server.table = np.outer(np.arange(1, NUM + 1), np.ones(DIM)).astype(np.float32)
+        yield server
+
+    found = evaluate(pairs, EXACT, [EXACT], [Variant(EXACT)], open_client, print)
+    # For every query, the longest document is the most similar one.
+    longest = pairs.documents.to_pylist().index(str(NUM - 1))
+    asked = longest < len(pairs.queries)
+    assert found.rows[0].recall[1] == pytest.approx(asked / len(pairs.queries))

@@ -24,6 +24,17 @@ def test_cosines_row_by_row():
     assert metrics.cosines(ours, theirs) == pytest.approx([1, math.sqrt(0.5), 0, -1])
 
 
+def test_cosines_of_texts_with_several_vectors_are_their_mean():
+    one, other = vectors([1, 0], [0, 1]), vectors([1, 0], [1, 0], [5, 5])
+    ours = [one, one, vectors([1, 1])[0], vectors([0, 0])[0]]
+    theirs = [one, other, vectors([1, 0])[0], vectors([0, 0])[0]]
+    # The third vector of the second text has no counterpart.
+    assert metrics.text_cosines(ours, theirs) == pytest.approx([1, 1 / 3, math.sqrt(0.5), 1])
+    assert metrics.text_cosines([], []).shape == (0,)
+    with pytest.raises(ValueError, match="zip"):
+        metrics.text_cosines(ours, [])
+
+
 def test_cosines_of_fewer_dims_take_the_rest_for_zeros():
     # (3, 4, 0) and (3, 4, 12): 25 / (5 * 13)
     assert metrics.cosines(vectors([3, 4]), vectors([3, 4, 12])) == pytest.approx([25 / 65])

@@ -40,6 +40,7 @@ from fletcher.stores.base import Combination, Comparison, Store
 from fletcher.stores.staging import is_replaced_by, staged_name
 from fletcher.util.locks import FileLock
 from tests.doubles import store_rows as rows
+from tests.doubles.list_search import check_list_search
 
 
 @pytest.fixture(params=["lance", "parquet"])
@@ -133,6 +134,8 @@ def test_quantized_rows_are_searched_with_the_query_in_float32(store, dtype):
     only = [Comparison("id", "=", "id3")]
     assert store.search("d", vectors[42], k=5, filters=only).column("id").to_pylist() == ["id3"]
     assert store.search("d", vectors[0], k=1000, columns=["id"]).num_rows == 299
+    alone = store.search("d", vectors[42], k=2, columns=[])  # failed for want of a column
+    assert (alone.column_names, alone.num_rows) == (["score"], 2)
     with pytest.raises(DimensionMismatchError, match=r"8 dimensions.*has 64"):
         store.search("d", np.ones(8, np.float32), k=5)
 
@@ -168,50 +171,13 @@ def test_sparse_and_token_vectors_come_back_as_they_were_sent(store, output, dty
         assert found[name].to_pylist() == sent[name].to_pylist(), name
     assert found["vector"].null_count == 12
     assert store.stored_ranges("d", "u") == [(0, 89)]
-    check_search(store, sent, output)
+    check_list_search(store, "d", sent, output)
     for other, kind in (("sparse", "float32"), ("multi", "float32")):
         if (other, kind) != (output, dtype):
             with pytest.raises(ColumnTypeError, match="schema mismatch: `vector` is list"):
                 fill(store, rows.list_batch(90, 1, other, kind))
     with pytest.raises(ColumnTypeError, match="schema mismatch: `vector` is fixed_size_list"):
         fill(store, rows.batch(90, 1).replace_schema_metadata(None))
-
-
-def check_search(store, sent, output):
-    """Search as plain loops do: sparse dot products, or the best match of each query vector."""
-    draw = np.random.default_rng(3)
-    if output == "sparse":
-        query = (draw.random(30_000) * (draw.random(30_000) < 0.3)).astype(np.float32)
-        scores = [
-            None if row is None else sum(query[one["index"]] * one["value"] for one in row)
-            for row in sent["vector"].to_pylist()
-        ]
-    else:
-        query = draw.standard_normal((3, 8)).astype(np.float32)
-        unit = [
-            None if row is None else [np.array(one) / np.linalg.norm(one) for one in row]
-            for row in sent["vector"].to_pylist()
-        ]
-        asked = query / np.linalg.norm(query, axis=1, keepdims=True)
-        scores = [
-            None if row is None else sum(max(one @ each for each in row) for one in asked)
-            for row in unit
-        ]
-    best = sorted(
-        (
-            (score, name)
-            for score, name in zip(scores, sent["id"].to_pylist(), strict=True)
-            if score is not None
-        ),
-        reverse=True,
-    )[:5]
-    found = store.search("d", query, k=5, columns=["id"])
-    assert found["id"].to_pylist() == [name for _, name in best]
-    assert found["score"].to_pylist() == pytest.approx([score for score, _ in best], rel=1e-4)
-    with pytest.raises(DimensionMismatchError):
-        store.search("d", np.ones(7, np.float32), k=3)
-    only = store.search("d", query, k=90, filters=[Comparison("id", "=", best[2][1])])
-    assert only["id"].to_pylist() == [best[2][1]]
 
 
 @pytest.mark.parametrize("output", ["sparse", "multi"])

@@ -66,7 +66,7 @@ def test_a_missing_field_is_named() -> None:
     with pytest.raises(InvalidCommandError, match="`id` is missing"):
         decode_request(DeleteRequest, b'{"dataset": "d"}', "the body")
     with pytest.raises(InvalidCommandError, match="`vector` is not a list of numbers"):
-        assert search(vector=None).query_vectors.size
+        assert search(vector=None).query_vectors
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,11 @@ def test_several_vectors_make_a_matrix_and_ragged_ones_none() -> None:
     vectors = search(vectors=[[1, 2], [3, 4]]).query_vectors
     np.testing.assert_array_equal(vectors, np.array([[1, 2], [3, 4]], np.float32))
     with pytest.raises(InvalidCommandError, match="all of one length"):
-        assert search(vectors=[[1], [1, 2]]).query_vectors.size
+        assert search(vectors=[[1], [1, 2]]).query_vectors
+    with pytest.raises(InvalidCommandError, match="`token_vectors` a list"):
+        assert search(token_vectors=[[1], [1, 2]]).query_vectors
+    (query,) = search(vector=[9], token_vectors=[[1, 2], [3, 4]]).query_vectors
+    np.testing.assert_array_equal(query, np.array([[1, 2], [3, 4]], np.float32))
 
 
 def test_a_ticket_is_a_name_or_an_object() -> None:

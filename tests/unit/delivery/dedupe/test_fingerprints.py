@@ -10,6 +10,7 @@ import pytest
 from fletcher.delivery.dedupe.fingerprints import (
     compared_columns,
     delta_kind,
+    has_same_text,
     is_delta,
     needed_columns,
     row_keys,
@@ -52,7 +53,7 @@ def test_a_delta_upload_compares_its_carried_columns() -> None:
     assert is_delta(kind)
     assert compared_columns(kind) == ["a:b", "url"]
     assert needed_columns(kind) == ("id", "text")
-    assert value_bytes(kind) == value_bytes("delta") == 16
+    assert (value_bytes(kind), value_bytes("delta")) == (32, 16)
     assert compared_columns("id") == compared_columns("delta") == []
 
 
@@ -64,6 +65,8 @@ def test_a_changed_carried_column_is_a_change(kind: pa.DataType, value: Any, oth
     assert received[0] == received[2]
     assert received[0] != received[1]
     assert received[0][0] == received[1][0]
+    assert has_same_text(received[0][1], received[1][1])
+    assert len(received[0][1] or b"") == value_bytes(delta)
     stored = stored_keys(delta, rows(kind, value), ())
     assert stored == {received[0][0]: received[0][1]}
 
@@ -74,3 +77,23 @@ def test_a_dataset_without_the_column_has_nulls_there() -> None:
     null, given = row_keys(delta, rows(pa.utf8(), None, "u"))
     assert row_keys(delta, without) == [null]
     assert row_keys(delta, without) != [given]
+
+
+def test_values_of_two_columns_do_not_run_together() -> None:
+    delta = delta_kind(pa.schema([*_OWN, ("x", pa.utf8()), ("y", pa.utf8())]))
+    batch = pa.record_batch(
+        {"id": ["a", "a"], "text": ["t", "t"], "x": ["1", "1', '2"], "y": ["2', '3", "3"]}
+    )
+    one, other = row_keys(delta, batch)
+    assert one != other
+
+
+def test_an_id_without_a_text_has_the_text_of_no_row() -> None:
+    delta = delta_kind(pa.schema([*_OWN, ("x", pa.utf8())]))
+    batch = pa.record_batch({"id": ["a"], "text": pa.array([None], pa.utf8()), "x": ["1"]})
+    (indexed,) = stored_keys(delta, batch, ()).values()
+    assert len(indexed) == value_bytes(delta)
+    ((_, value),) = row_keys(delta, rows(pa.utf8(), "1"))
+    assert not has_same_text(value, indexed)
+    assert not has_same_text(None, indexed)
+    assert not has_same_text(value, None)

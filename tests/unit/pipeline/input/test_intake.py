@@ -13,6 +13,7 @@ import pytest
 from fletcher.core.batches import EmbeddingBatch
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, output_schema
+from fletcher.core.stored_vectors import StoredVectors
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
@@ -149,7 +150,7 @@ def test_the_short_way_of_a_single_row_makes_the_same_piece(
     intake = make(batch.schema, truncate="start")
     (short,) = intake.row_slices(batch, 7, 70)
     (long,) = intake.row_slices(
-        batch, 7, 70, skip=lambda rows, _: np.zeros(rows.num_rows, np.bool_)
+        batch, 7, 70, skip=lambda rows, _: (np.zeros(rows.num_rows, np.bool_), None)
     )
     assert texts_of(short) == texts_of(long)
     assert short.values.tolist() == long.values.tolist()
@@ -247,7 +248,7 @@ def test_rows_that_are_not_wanted_are_not_embedded_and_have_no_error(encoded: bo
 
     def skip(rows: pa.RecordBatch, row_first: int) -> Any:
         seen.append((row_first, rows.num_rows))
-        return np.isin(np.arange(row_first, row_first + rows.num_rows), [10, 11, 13, 14])
+        return np.isin(np.arange(row_first, row_first + rows.num_rows), [10, 11, 13, 14]), None
 
     row_slices = list(make(batch.schema).row_slices(batch, 0, 10, skip=skip))
     assert seen == [(10, 4), (14, 2)]
@@ -589,3 +590,39 @@ def test_more_rows_fit_a_slice_of_bulk_work_whose_vectors_are_float16(
     assert all(
         row_slice.num_bytes - 6 * len(row_slice.texts.data) <= most for row_slice in row_slices
     )
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_rows_whose_vectors_are_stored_are_not_embedded(encoded: bool) -> None:
+    texts = pa.array(["a", None, "b", "a", "bad"])
+    batch = pa.record_batch({"text": texts.dictionary_encode() if encoded else texts})
+    # The second row fails by itself, and stays without a vector whatever the store has.
+    known = pa.record_batch(
+        {
+            "vector": pa.array([[7, 8], [9, 9], [5, 6]], SPEC.arrow_type),
+            "token_count": pa.array([3, 9, 4], pa.int32()),
+            "truncated": [False, False, False],
+        }
+    )
+
+    def skip(rows: pa.RecordBatch, row_first: int) -> Any:
+        if row_first:
+            return np.zeros(rows.num_rows, np.bool_), None
+        return np.zeros(rows.num_rows, np.bool_), StoredVectors(np.array([0, 1, 3]), known)
+
+    first, last = make(batch.schema).row_slices(batch, 0, 0, skip=skip)
+    assert (texts_of(first), texts_of(last)) == (["b"], ["bad"])
+    assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
+    outcome = EmbeddingBatch(
+        np.array([[1, 2]], np.float32), None, np.ones(1, np.int32), np.zeros(1, np.bool_)
+    )
+    output, errors = assembled(assembler, first, outcome)
+    assert sorted(errors) == [1]
+    assert output.column("vector").to_pylist() == [[7, 8], None, [1, 2], [5, 6]]
+    assert output.column("token_count").to_pylist() == [3, 0, 1, 4]
+    assert output.column("text").to_pylist() == ["a", None, "b", "a"]
+    # A run that fails concerns only the rows that need it.
+    (first, _) = make(batch.schema).row_slices(batch, 0, 0, skip=skip)
+    output, errors = assembled(assembler, first, RowTooLargeError("too long"))
+    assert sorted(errors) == [1, 2]
+    assert output.column("vector").to_pylist() == [[7, 8], None, None, [5, 6]]
