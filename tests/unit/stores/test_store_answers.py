@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores import protocol
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.store import FlightStore
+from fletcher.stores.flight.transfer import _await_acks
 from fletcher.stores.flight.writers import FletcherWriter
 
 ANSWERS = [
@@ -42,7 +45,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(answer: bytes) -> None
         connection(answer).ask(protocol.STORED_RANGES, {}, protocol.StoredRangesAnswer)
 
 
-@pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]"])
+@pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]", b"[[0, 9], [20, 15]]"])
 def test_ranges_that_are_no_rows_are_no_answer(
     monkeypatch: pytest.MonkeyPatch, ranges: bytes
 ) -> None:
@@ -51,6 +54,25 @@ def test_ranges_that_are_no_rows_are_no_answer(
     store._connection = connection(b'{"ranges": %b}' % ranges)
     with pytest.raises(StoreUnavailableError, match="no rows"):
         store.stored_ranges("d", "u")
+
+
+@pytest.mark.parametrize(
+    ("acks", "said"),
+    [
+        ([{"status": "acked", "rows": 9}], "acknowledged 9 rows of 10"),
+        ([{"status": "acked"}], "acknowledged None rows of 10"),
+        ([{"status": "acked", "rows": 10}], "1 of 2 messages"),
+        ([], "0 of 2 messages"),
+    ],
+)
+def test_an_acknowledgement_of_other_rows_is_none(acks: list[dict[str, Any]], said: str) -> None:
+    def read_chunk() -> Any:
+        if not acks:
+            raise StopIteration
+        return SimpleNamespace(app_metadata=pa.py_buffer(json.dumps(acks.pop(0)).encode()))
+
+    with pytest.raises(StoreUnavailableError, match=said):
+        _await_acks(SimpleNamespace(read_chunk=read_chunk), [10, 5], "writing")
 
 
 class _Refusing(flight.FlightServerBase):  # type: ignore[misc]
