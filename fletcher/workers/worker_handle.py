@@ -197,7 +197,8 @@ class WorkerHandle:
             # The worker is gone, or may have half a request: the reader retries its jobs.
             self.kill()
             if not isinstance(error, BrokenPipeError | ConnectionResetError):
-                log.exception("%s: a request cannot be sent; replacing the worker", self.spec.name)
+                with contextlib.suppress(BaseException):  # the caller would retry the job, too
+                    log.exception("%s: a request cannot be sent; replacing it", self.spec.name)
 
     def kill(self) -> None:
         process = self.process

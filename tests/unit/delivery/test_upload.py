@@ -80,3 +80,21 @@ def test_what_becomes_of_a_failed_uploads_rows_counts_for_the_resumed_one() -> N
     failed.settle_rows(0, 9, stored=10)
     assert resumed.counts()["rows_stored"] == 10
     assert resumed.pending == 10
+
+
+def test_rows_of_a_failed_upload_are_taken_in_again_unless_they_are_acknowledged() -> None:
+    one = upload()
+    assert one.claim_rows(0, 9) == [(0, 9)]
+    one.secure_rows(0, 3)
+    one.fail(StoreUnavailableError("the store is out"))
+    assert one.claim_rows(0, 9) == [(4, 9)]
+
+
+def test_rows_that_are_settled_once_more_count_once() -> None:
+    one = upload()
+    one.claim_rows(0, 9)
+    for _ in range(2):
+        one.settle_rows(0, 9, stored=8)
+    assert one.counts()["rows_stored"] == 8
+    one.settle_rows(10, 11, stored=2)
+    assert one.counts()["rows_stored"] == 10

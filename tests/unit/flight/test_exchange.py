@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, CancelledError
-from fletcher.flight.exchange import _Answers, _check_size, _Writer
+from fletcher.flight.exchange import _Answers, _check_size, _Writer, exchange
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.callers import Caller
 from fletcher.serving.session import EmbedCall, EmbedSession
@@ -68,9 +69,21 @@ def answer(fakes: FakeService, writer: Any, *sizes: int) -> int:
         return session.spec.num_bytes
 
 
-def test_parts_of_an_answer_and_the_answer_itself_count(fakes: FakeService) -> None:
+def test_parts_of_an_answer_and_the_answer_itself_count(
+    fakes: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = Writer(fakes)
+    kept: list[int] = []
+    keep_bytes = EmbedSession.keep_bytes
+
+    def note(session: EmbedSession, num_bytes: int) -> None:
+        kept.append(num_bytes)
+        keep_bytes(session, num_bytes)
+
+    monkeypatch.setattr(EmbedSession, "keep_bytes", note)
     vector_bytes = answer(fakes, writer, ROWS, 1, ROWS)
+    assert max(kept) // (ROWS * vector_bytes) == 2
+    assert kept[-1] == 0
     assert writer.answers == [(0, ROWS), (1, 1), (2, ROWS)]
     assert writer.used[0] >= 2 * ROWS * vector_bytes
 
@@ -89,6 +102,25 @@ def test_a_batch_whose_answer_would_take_too_much_is_refused_at_receipt() -> Non
     _check_size(100, session)
     with pytest.raises(BatchTooLargeError, match="101 rows"):
         _check_size(101, session)
+
+
+def test_such_a_batch_is_refused_before_it_is_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[int] = []
+    session = MagicMock()
+    session.__enter__.return_value = session
+    session.spec = SimpleNamespace(output="dense", num_bytes=1536, chunking=None)
+    session.max_kept_bytes = 2 * 1536 * 100
+    session.submit_batch = lambda batch, *_, **__: submitted.append(batch.num_rows)
+    session.results.return_value = iter(())
+    monkeypatch.setattr("fletcher.flight.exchange.EmbedSession", lambda *_: session)
+    chunks = [SimpleNamespace(data=batch(size), app_metadata=None) for size in (100, 101, 1)]
+    reader = SimpleNamespace(schema=SCHEMA, read_chunk=lambda: chunks.pop(0))
+    context = SimpleNamespace(is_cancelled=lambda: False, get_middleware=lambda _: None)
+    context.peer = lambda: "ipv4:127.0.0.1:1"
+    with pytest.raises(BatchTooLargeError, match="101 rows"):
+        exchange(MagicMock(), EmbedCommand(), Caller(context), reader, MagicMock(), MagicMock())
+    assert submitted == [100]
+    session.end_input.assert_called_once_with()
 
 
 def test_a_client_that_is_gone_is_no_failure_of_the_server(fakes: FakeService) -> None:

@@ -9,6 +9,7 @@ import lzma
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -22,6 +23,7 @@ from fletcher.errors import (
 )
 from fletcher.readers import open_source
 from fletcher.readers.csv_body import CSV_BLOCK_BYTES, CsvBody
+from fletcher.readers.lines import raw_lines
 
 
 def rows_of(source):
@@ -116,6 +118,12 @@ def test_lines_end_in_three_ways(tmp_path, suffix, end):
         assert read(tmp_path / f"t{suffix}")["text"].to_pylist() == ["a", "b"]
     stdin = io.BytesIO(end.join(lines).encode())
     assert rows_of(open_source("-", stdin=stdin))["text"].to_pylist() == ["a", "b"]
+
+
+def test_a_line_end_across_two_chunks_ends_one_line():
+    chunks = [b"a\r", b"\nb\r", b"c\r\n", b"\nd", b""]
+    stream = SimpleNamespace(read1=lambda _size: chunks.pop(0))
+    assert list(raw_lines(stream, "name")) == [b"a", b"b", b"c", b"", b"d"]
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from fletcher.stores import protocol
 from fletcher.stores.address import FlightStoreAddress
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.store import FlightStore
+from fletcher.stores.flight.transfer import _await_acks
 from fletcher.stores.flight.writers import FletcherWriter
 
 ANSWERS = [
@@ -57,7 +60,7 @@ def test_a_dataset_is_replaced_only_if_the_store_says_so(
     store.replace_dataset("d", "d.staged-0123456789abcdef")
 
 
-@pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]"])
+@pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]", b"[[0, 9], [20, 15]]"])
 def test_ranges_that_are_no_rows_are_no_answer(
     monkeypatch: pytest.MonkeyPatch, ranges: bytes
 ) -> None:
@@ -98,6 +101,25 @@ def test_a_dataset_without_vectors_is_no_answer(
     monkeypatch.setattr(FlightConnection, "call_options", lambda _: None)
     with pytest.raises(StoreUnavailableError, match="no column `vector`"):
         store.incarnation("d")
+
+
+@pytest.mark.parametrize(
+    ("acks", "said"),
+    [
+        ([{"status": "acked", "rows": 9}], "acknowledged 9 rows of 10"),
+        ([{"status": "acked"}], "acknowledged None rows of 10"),
+        ([{"status": "acked", "rows": 10}], "1 of 2 messages"),
+        ([], "0 of 2 messages"),
+    ],
+)
+def test_an_acknowledgement_of_other_rows_is_none(acks: list[dict[str, Any]], said: str) -> None:
+    def read_chunk() -> Any:
+        if not acks:
+            raise StopIteration
+        return SimpleNamespace(app_metadata=pa.py_buffer(json.dumps(acks.pop(0)).encode()))
+
+    with pytest.raises(StoreUnavailableError, match=said):
+        _await_acks(SimpleNamespace(read_chunk=read_chunk), [10, 5], "writing")
 
 
 class _Refusing(flight.FlightServerBase):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from fletcher.errors import BackendError, InternalError, RowTooLargeError
+from fletcher.workers import worker_handle
 from fletcher.workers.health import Health
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
@@ -482,6 +483,31 @@ def test_a_job_is_not_lost_when_its_failure_cannot_be_logged(
         answer = submit("work")
         assert answer.wait() == "work"
         assert answer.calls == 1
+
+
+@pytest.mark.parametrize("error", [OSError(12, "no memory"), BrokenPipeError(), MemoryError()])
+def test_a_request_that_cannot_be_sent_is_retried_once(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    # A worker that was alive was waited for; without memory for the log, the job ran twice.
+    send, errors = worker_handle.send, [error]
+
+    def fail_once(*args: Any) -> None:
+        if errors and threading.current_thread().name != "echo-0-reader":
+            raise errors.pop()
+        send(*args)
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    with running() as (_, submit):
+        assert submit(0).wait() == 0
+        monkeypatch.setattr(worker_handle, "send", fail_once)
+        monkeypatch.setattr(worker_handle.log, "exception", failing)
+        answer = submit("work")
+        assert answer.wait() == "work"
+        assert (answer.calls, answer.job.attempts) == (1, 1)
+    assert not errors
 
 
 @pytest.mark.parametrize("restarted", [False, True])
