@@ -73,8 +73,8 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
         pq.ParquetFile(path, read_dictionary=texts, **options) as file,
         pq.ParquetFile(path, coerce_int96_timestamp_unit="ms", **options) as wide_file,
     ):
-        batches = file.iter_batches(batch_size=rows, columns=tops, use_threads=False)
-        wide = wide_file.iter_batches(batch_size=rows, columns=int96, use_threads=False)
+        batches = _batches(file, rows, tops)
+        wide = _batches(wide_file, rows, int96, like=tops)
         for batch in batches:
             first, done = done, done + batch.num_rows
             if int96:
@@ -83,6 +83,27 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
             check_arrays(part, name, first)
             for one in cut(part, selection.batch_rows):
                 yield one, done / total
+
+
+def _batches(
+    file: pq.ParquetFile, rows: int, columns: list[str], like: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Batches of some columns, with as many rows as those of the columns `like`.
+
+    Each row group has dictionaries, and Arrow reads no batch of nested values from two of them.
+    """
+    kinds = [file.schema_arrow.field(one).type for one in like or columns]
+    numbers: list[list[int] | None] = [None]  # all at once
+    if any(map(_holds_dictionary, kinds)):
+        numbers = [[number] for number in range(file.metadata.num_row_groups)]
+    for groups in numbers:
+        yield from file.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False)
+
+
+def _holds_dictionary(kind: pa.DataType) -> bool:
+    """Whether a nested type has a dictionary inside."""
+    inner = [kind.field(place).type for place in range(kind.num_fields)]
+    return any(types.is_dictionary(one) or _holds_dictionary(one) for one in inner)
 
 
 def _check_keys(file: pq.ParquetFile, name: str, tops: list[str]) -> None:

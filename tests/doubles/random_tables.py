@@ -322,6 +322,8 @@ def check_table(draw: Draw, folder: Path, stores: Sequence[Store], dataset: str)
 
 def _names_place(message: str, table: pa.Table) -> bool:
     names = {*table.schema.names, *(name.replace(".", "_") for name in table.schema.names)}
+    if "" in names and message.startswith("`columns` has 0 characters"):
+        return True
     return any(f"`{name}`" in message or repr(name) in message for name in names)
 
 
@@ -391,8 +393,8 @@ def stand_in(kind: pa.DataType) -> pa.DataType:
 
 def _store(source: TextSource, store: Store, dataset: str) -> str | None:
     """Store the rows as delivery does; the message if they are refused."""
-    options = EmbedCommand(columns=source.selection.carried_columns)
     try:
+        options = EmbedCommand(columns=source.selection.carried_columns)
         columns = InputColumns(source.schema, options, 1 << 30)
         schema = output_schema(
             SPEC, id_type=columns.id_type, carried=columns.carried, text=True, batch_key=True

@@ -260,3 +260,21 @@ def test_a_wide_header_is_read_in_linear_time(tmp_path):
     path.write_text(",".join([*names, "text"]) + "\n" + "1," * len(names) + "hello\n")
     assert read(path)["text"].to_pylist() == ["hello"]
     assert os.path.getsize(path) > 100_000  # noqa: PTH202
+
+
+@pytest.mark.parametrize("nested", ["list", "struct", "map"])
+def test_dictionaries_inside_nested_columns_of_several_row_groups(tmp_path, nested):
+    """Arrow joined no such values of two row groups: the file could not be read."""
+    words = pa.array(["a", "b", None, "b"] * 5).dictionary_encode()
+    ends = pa.array(range(21), pa.int32())
+    keys = pa.array(range(20), pa.int8())
+    column = {
+        "list": pa.ListArray.from_arrays(ends, words),
+        "struct": pa.StructArray.from_arrays([words], ["w"]),
+        "map": pa.MapArray.from_arrays(ends, keys, words),
+    }[nested]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": ["x"] * 20, "v": column}), path, row_group_size=7)
+    source = open_source([path], columns=["v"])
+    found = pa.Table.from_batches(source.batches(), source.schema)
+    assert found["v"].to_pylist() == column.to_pylist()
