@@ -53,18 +53,15 @@ class UploadCompletion:
         Raises:
             StoreUnavailableError: The store does not answer.
         """
-
-        def is_lost(one: Upload, current: str | None) -> bool:
-            return one.stored_as == stored_as and _is_other(one.incarnation, current)
-
-        found = self._uploads.find_uploads(store_name, lambda one: is_lost(one, incarnation))
+        found = self._uploads.find_uploads(
+            store_name,
+            lambda one: one.stored_as == stored_as and _is_other(one.incarnation, incarnation),
+        )
         if not found:
             return False
         # The store is asked again: such an upload may have made the dataset since it was asked.
         current = store.incarnation(stored_as)
-        lost = self._uploads.remove_uploads(
-            store_name, lambda one: one in found and is_lost(one, current)
-        )
+        lost = [one for one in found if _is_other(one.incarnation, current)]
         for one in lost:
             one.lose_rows(_lost(one))
         return bool(lost)
@@ -102,9 +99,9 @@ class UploadCompletion:
                 field="upload_id",
             )
         upload.note_replaced(store.incarnation(upload.dataset))
-        replaced = self._uploads.remove_uploads(
+        replaced = self._uploads.find_uploads(
             store_name,
-            lambda one: one.stored_as == upload.dataset and one is not upload,
+            lambda one: one.stored_as == upload.dataset and one.incarnation != upload.incarnation,
         )
         for one in replaced:
             one.lose_rows(_lost(one))

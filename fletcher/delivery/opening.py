@@ -63,13 +63,15 @@ class UploadOpener:
         _, dataset, upload_id = key
         store = sink.committer.destination.store
         settled = SettledRanges([], [])
-        failed = self._uploads.find_upload(*key)
-        if failed is not None:
-            # These two steps wait until the failed upload's pending rows are journaled, stored or
+        ended = self._uploads.find_upload(*key)
+        if ended is not None:
+            # These two steps wait until the ended upload's pending rows are journaled, stored or
             # dropped. Only then is the store asked which rows it has.
             if not sink.wait_written(self._timeout_s):
                 raise StoreUnavailableError("the journal does not answer; try again later")
             self._open_dataset(sink, schema, "append")
+            if ended.lost:
+                ended.forget_settled()
         if named:
             place = sink.committer.destination.dataset
             settled = self.settled(store, place, upload_id)
@@ -77,8 +79,8 @@ class UploadOpener:
         if terms.dedupe_by is not None:
             sink.dedupe_index.load_kind(terms.dedupe_by)
         new = Upload(dataset, upload_id, terms, settled)
-        if failed is not None:
-            failed.hand_over_to(new)
+        if ended is not None:
+            ended.hand_over_to(new)
         return self._uploads.join_upload(key, terms, new) or new
 
     def _open_dataset(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:

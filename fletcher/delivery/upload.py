@@ -60,6 +60,7 @@ class Upload:
         changed: Notified whenever rows are taken in, acknowledged or settled, and when the upload
             fails.
         failure: The error that ended the upload; None while it has not failed.
+        lost: Whether it ended because its dataset was deleted or replaced.
         connections: Number of connections that feed the upload; guarded by `UploadRegistry`.
         stored_as: Name of the dataset that has the upload's rows.
         incarnation: Its incarnation when the upload was opened; None until then.
@@ -73,6 +74,7 @@ class Upload:
         self.terms = terms
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
+        self.lost = False
         self.connections = 0
         staged = terms.mode == "overwrite"
         self.stored_as = staged_name(dataset, upload_id) if staged else dataset
@@ -162,11 +164,21 @@ class Upload:
             successor.fail(error, refused)
 
     def lose_rows(self, error: FletcherError) -> None:
-        """End the upload, because its rows are gone. Its client may send them again."""
+        """End the upload, because its settled rows are gone. Its client may send them again.
+
+        Rows that wait in the journal stay durable: they are stored in the dataset of that name.
+        """
         with self.changed:
             self.failure = self.failure or error
-            self._settled, self._secured, self._claimed = RangeSet(), RangeSet(), RangeSet()
-            self._rows_stored = 0
+            self.lost, self.incarnation = True, None
+            self.forget_settled()
+
+    def forget_settled(self) -> None:
+        """Forget the settled rows of a lost upload: a dataset that is gone may have had them."""
+        with self.changed:
+            waiting = [gap for one in self._secured.ranges() for gap in self._settled.missing(*one)]
+            self._secured, self._claimed = RangeSet(waiting), RangeSet(waiting)
+            self._settled, self._rows_stored = RangeSet(), 0
             self.changed.notify_all()
 
     def note_replaced(self, incarnation: str | None) -> None:
@@ -247,7 +259,7 @@ class Upload:
             }
 
     def hand_over_to(self, successor: Upload) -> None:
-        """Continue this failed upload as `successor`; settled rows keep counting.
+        """Continue this failed or lost upload as `successor`; settled rows keep counting.
 
         The successor's rows come from the store, which was asked a moment ago. More rows of this
         upload may have settled since. Rows that the store has, but that did not settle here, count

@@ -60,15 +60,15 @@ class UploadRegistry:
     ) -> Upload | None:
         """Connect to the upload in progress, or else to `new`.
 
-        Returns None if no upload is in progress and `new` is None. A failed upload without
-        connections does not count as in progress.
+        Returns None if no upload is in progress and `new` is None. A lost upload, and a failed one
+        without connections, do not count as in progress.
 
         Raises:
             UploadConflictError: The upload in progress has other settings (`fingerprint`).
         """
         with self._lock:
             upload = self._all.get(key)
-            if upload is None or (upload.failure is not None and not upload.connections):
+            if upload is None or _has_ended(upload):
                 if new is None:
                     return None
                 upload = self._all[key] = new
@@ -112,12 +112,6 @@ class UploadRegistry:
         with self._lock:
             return [one for key, one in self._all.items() if key[0] == store and is_wanted(one)]
 
-    def remove_uploads(self, store: str, is_removed: Callable[[Upload], bool]) -> list[Upload]:
-        """Remove uploads to a store, even with connections, and return them."""
-        with self._lock:
-            found = [key for key, one in self._all.items() if key[0] == store and is_removed(one)]
-            return [self._all.pop(key) for key in found]
-
     def _forget_unused(self) -> None:
         """Forget uploads beyond the limit, the least recently joined first.
 
@@ -133,3 +127,7 @@ class UploadRegistry:
         )
         for key in list(itertools.islice(done, too_many)):
             del self._all[key]
+
+
+def _has_ended(upload: Upload) -> bool:
+    return upload.failure is not None and (upload.lost or not upload.connections)

@@ -123,6 +123,36 @@ def test_rows_are_durable_before_they_are_stored_and_their_memory_is_free(tmp_pa
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_rows_that_wait_while_their_dataset_is_deleted_are_stored_once(
+    tmp_path: Path, connected: bool
+) -> None:
+    # The client was told to send all rows again, and these were stored beside the journaled ones.
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        lost, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, lost, 0, 10)
+        assert durable(lost, 10)
+        sink.flush()
+        assert stored(lost, 10)
+        send(sink, lost, 10, 6)
+        assert durable(lost, 16)
+        store.delete_dataset("d")
+        if not connected:
+            delivery.close_upload(lost, sink)
+        status = delivery.upload_status(options())
+        assert (status["ranges"], status["complete"]) == ([[10, 15]], False)
+        again, sink = delivery.open_upload(options(), SCHEMA)
+        assert isinstance(lost.failure, UploadConflictError)
+        assert again.claim_rows(10, 15) == []
+        send(sink, again, 0, 10)
+        send(sink, again, 16, 4)
+        assert durable(again, 20)
+        sink.flush()
+        assert stored(again, 20)
+        assert ids(store) == list(range(20))
+
+
 def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Path) -> None:
     store = MemoryStore()
     store.gate.clear()

@@ -49,6 +49,23 @@ def test_what_settled_before_a_failure_counts_as_it_did(found: list[tuple[int, i
     assert [one["row"] for one in summary["errors"]] == [3]
 
 
+def test_only_rows_that_wait_outlive_the_loss_of_a_dataset() -> None:
+    lost = upload()
+    lost.claim_rows(0, 39)
+    lost.secure_rows(0, 29)
+    lost.settle_rows(0, 9, stored=10)
+    lost.lose_rows(BAD)
+    assert lost.status()["ranges"] == [[10, 29]]
+    lost.settle_rows(10, 14, stored=5)  # perhaps in the dataset that is gone
+    lost.forget_settled()
+    lost.settle_rows(15, 19, stored=5)  # after the store was asked
+    again = upload(stored=[])
+    lost.hand_over_to(again)
+    lost.settle_rows(20, 24, stored=5)
+    assert again.claim_rows(0, 39) == [(0, 14), (30, 39)]
+    assert again.counts()["rows_stored"] == 10
+
+
 def test_rows_that_are_sent_again_fail_and_are_dropped_once() -> None:
     failed = upload()
     failed.claim_rows(0, 9)
