@@ -164,9 +164,9 @@ class Upload:
             successor.fail(error, refused)
 
     def lose_rows(self, error: FletcherError) -> None:
-        """End the upload, because its settled rows are gone. Its client may send them again.
+        """End the upload, because its settled rows are gone.
 
-        Rows that wait in the journal stay durable: they are stored in the dataset of that name.
+        Its client may send them again. Rows that wait in the journal stay durable: they are stored in the dataset of that name.
         """
         with self.changed:
             self.failure = self.failure or error
@@ -174,7 +174,7 @@ class Upload:
             self.forget_settled()
 
     def forget_settled(self) -> None:
-        """Forget the settled rows of a lost upload: a dataset that is gone may have had them."""
+        """Forget settled rows of a lost upload, which may be in a dataset that is gone."""
         with self.changed:
             waiting = [gap for one in self._secured.ranges() for gap in self._settled.missing(*one)]
             self._secured, self._claimed = RangeSet(waiting), RangeSet(waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,11 @@ class StoredRows:
 
     def _count(self, dataset: str) -> int:
         if self._kind == "parquet":
-            return sum(pq.read_metadata(path).num_rows for path in self._files(dataset))
+            count = 0
+            for path in self._files(dataset):
+                with contextlib.suppress(FileNotFoundError):  # it was replaced meanwhile
+                    count += pq.read_metadata(path).num_rows
+            return count
         store = open_store(f"lance:{self._folder}")
         try:
             info = store.dataset(dataset)

@@ -584,8 +584,11 @@ class Play:
         for one in undone:
             self._tell(one)
 
-    def _read_store(self, dataset: str) -> pa.Table | None:
-        """The store's rows, also if its process was killed."""
+    def _read_store(self, dataset: str, tries: int = 20) -> pa.Table | None:
+        """The store's rows, also if its process was killed.
+
+        Files of a Parquet dataset may go away while they are read, because the dataset is replaced.
+        """
         if self._double is not None:
             return self._double.table(dataset) if dataset in self._double.tables else None
         damage = self._intruder.damage
@@ -600,7 +603,9 @@ class Play:
                 return store.scan(dataset, columns=columns).read_all()
             except StoreUnavailableError as error:
                 if damage is None or damage.dataset != dataset:
-                    raise
+                    if self._plan.store != "parquet" or tries == 1:
+                        raise
+                    return self._read_store(dataset, tries - 1)
                 if damage.path.name not in error.message:
                     raise AssertionError(f"{damage.path.name} is not named") from error
                 raise UnreadableError from error
