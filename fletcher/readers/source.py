@@ -235,8 +235,8 @@ class TextSource:
     def _read_files(self) -> Iterator[tuple[pa.RecordBatch, str]]:
         """Unconverted batches, each with its file's name; updates `bytes_read`.
 
-        Raises InvalidCommandError if a file changed after it was hashed, or in a reading: its rows
-        would be those of another upload.
+        Raises InvalidCommandError if a file changed after it was hashed, or while it was read. Its
+        rows would belong to another upload.
         """
         before = 0
         for file in self.files:
