@@ -264,6 +264,6 @@ def _check_names(files: list[InputFile]) -> None:
             file.name.encode()
         except UnicodeEncodeError:
             raise InvalidUtf8Error(
-                f"the name of {file.name!r} is not UTF-8, and rows hold names with `source` and "
-                "`whole_files`; rename the file"
+                f"the name of {file.name!r} is not UTF-8, but `source` and `whole_files` store "
+                "names in rows; rename the file"
             ) from None

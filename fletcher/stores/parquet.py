@@ -341,7 +341,7 @@ def _disk_errors(dataset: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowInvalid) as error:
         code = getattr(error, "errno", None)
-        cause = os.strerror(code) if code else "a file of it is not a whole Parquet file"
+        cause = os.strerror(code) if code else "one of its files is not a whole Parquet file"
         raise StoreUnavailableError(
             f"dataset `{dataset}` cannot be read or written: {cause}",
             field="store" if concerns_store(error) else "dataset",
