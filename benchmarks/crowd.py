@@ -2,8 +2,9 @@
 
     python -m benchmarks.crowd ADDRESS {hostile|well-formed} CLIENTS SECONDS INTERVAL_S
 
-Each client makes one request per interval, or as soon as its last one has ended. Both kinds of
-crowd draw the same texts for the same requests. Prints the number of requests by kind, as JSON.
+Each client makes a request every INTERVAL_S seconds. If a request takes longer, the next one
+follows at once. Both kinds of crowd draw the same texts for the same requests. Prints the number of
+requests by kind, as JSON.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def huge_embed(client: flight.FlightClient, request: Request) -> None:
 
 
 def long_embed(client: flight.FlightClient, request: Request) -> None:
-    """Embeds one text that has the tokens of the huge text which a model reads."""
+    """Embeds the start of the huge text, which is all that a model reads of it."""
     body = json.dumps({"texts": [" ".join(request.texts)]}).encode()
     list(client.do_action(flight.Action("embed", body), _CALL))
 
@@ -169,8 +170,8 @@ def abandoned_upload(client: flight.FlightClient, request: Request) -> None:
         pass
 
 
-# Of each kind of request: its name, number of texts, how a hostile client sends it, and how a
-# well-formed one does.
+# For each kind of request: its name, its number of texts, the function by which a hostile client
+# sends it, and the function by which a well-formed client does.
 KINDS: tuple[tuple[str, int, Send, Send], ...] = (
     ("poisoned rows", 10, poisoned_upload, upload),
     ("invalid UTF-8", 10, invalid_upload, upload),

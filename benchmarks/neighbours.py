@@ -1,9 +1,10 @@
 """One client's waiting times beside clients that send bad work, and beside good ones.
 
 A crowd of clients sends poisoned, abandoned, huge and malformed requests (`benchmarks.crowd`). One
-more client embeds short texts and uploads ten rows at a time. The same is measured beside a crowd
-that sends the same texts well-formed. The bound: each p99 beside the hostile crowd is at most twice
-that beside the other, and every acknowledged row is stored once.
+more client embeds short texts and uploads ten rows at a time, and is measured. It is measured again
+beside a crowd that sends the same texts well-formed. Two things are expected: each p99 beside the
+hostile crowd is at most twice the p99 beside the well-formed crowd, and every acknowledged row is
+stored once.
 """
 
 from __future__ import annotations
@@ -39,21 +40,23 @@ _SCHEMA = pa.schema({"id": pa.utf8(), "text": pa.utf8()})
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
-    parser.add_argument("--clients", type=positive, default=8, help="of the crowd (default: 8)")
     parser.add_argument(
-        "--seconds", type=seconds, default=300.0, help="beside each crowd (default: 300)"
+        "--clients", type=positive, default=8, help="clients in the crowd (default: 8)"
+    )
+    parser.add_argument(
+        "--seconds", type=seconds, default=300.0, help="time beside each crowd (default: 300)"
     )
     parser.add_argument(
         "--interval-s",
         type=seconds,
         default=3.0,
-        help="between two requests of a client of the crowd (default: 3)",
+        help="time between two requests of one client in the crowd (default: 3)",
     )
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the table, writes the JSON; returns 1 if a row or a call was lost."""
+    """Measures both crowds. Returns 1 if rows were lost or doubled, or an upload failed."""
     setting = Setting.of(args)
     titles = setting.corpus.sample_titles(1000)
     rows = [
@@ -91,7 +94,7 @@ def _measure(args: argparse.Namespace, model: str, kind: str, titles: list[str])
         _repeat(ninth.embed, _EMBED_EVERY_S, until, ninth.embed_ms)
         uploads.join()
         assert crowd.stdout is not None
-        printed = crowd.stdout.read()  # its input stays open until it has ended
+        printed = crowd.stdout.read()  # the crowd's input stays open until the crowd ends
         if crowd.wait(600):
             raise JobError(f"the crowd ended with {crowd.returncode}")
         lost, doubled = ninth.compare(served)
@@ -165,10 +168,10 @@ class _Ninth:
         return elapsed
 
     def compare(self, served: Served) -> tuple[int, int]:
-        """Numbers of acknowledged rows that the store lacks, and has more than once."""
+        """Numbers of acknowledged rows that the store lacks, and that it has more than once."""
         import lancedb
 
-        until = time.monotonic() + _STORING_TIMEOUT_S  # journaled rows follow
+        until = time.monotonic() + _STORING_TIMEOUT_S  # rows in the journal are stored later
         while served.count(_DATASET) < len(self.sent) and time.monotonic() < until:
             time.sleep(0.2)
         table = lancedb.connect(served.vectors).open_table(_DATASET)

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # gRPC logs failed connections itself. Its lines repeat our error message, and are not JSON.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     argv = sys.argv[1:] if argv is None else list(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # texts of any language fit any terminal
+    if isinstance(sys.stdout, io.TextIOWrapper):  # any terminal can show any text
         sys.stdout.reconfigure(errors="backslashreplace")
     name = f"fletcher {argv[0]}" if argv and argv[0] in COMMANDS else "fletcher"
     try:

@@ -248,7 +248,7 @@ def _has_other_bytes(value: object) -> bool:
     """Whether an argument, or one of several, holds bytes that are not UTF-8."""
     if isinstance(value, (list, tuple)):
         return any(map(_has_other_bytes, value))
-    # Python makes half surrogate pairs of such bytes.
+    # Python decodes each such byte to half a surrogate pair.
     return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
 
 

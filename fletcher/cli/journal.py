@@ -89,9 +89,10 @@ def handle_rejected(flags: ConfigFlags, action: str, files: tuple[str, ...], as_
     """List, send again or drop rows that a store refused for good.
 
     Such rows count in --max-journal, and their uploads are not complete. `list` names their files.
-    `resend` and `drop` take these names, or `all`. Stop the server first; its next start sends the
-    rows of `resend`, except those that are stored by now. With `mode: upsert` they replace later
-    rows with the same ids. A client can also send the rows itself, by resuming its upload.
+    `resend` and `drop` take these names, or `all`. Stop the server first. Its next start sends
+    the rows of `resend`, except rows that are stored already. With `mode: upsert` these rows
+    replace later rows with the same ids. A client can also send its rows again by resuming its
+    upload.
     """
     with _readable_root(flags) as root:
         found = {f"{one['store']}/{one['dataset']}/{one['file']}": one for one in _rejected(root)}

@@ -1,8 +1,8 @@
 """Owners of uploads, and the ids that their uploads have in journal and stores.
 
 An upload belongs to its caller: the holder of a bearer token, the name in a client certificate, or
-anonymous. pyarrow tells a server only the first alternative name of a certificate, else its common
-name, not its subject. A certificate with neither is anonymous. An id of a caller has no dot, so
+anonymous. pyarrow gives a server only a certificate's first alternative name, or else its common
+name. A caller whose certificate has neither is anonymous. An id of a caller has no dot, so
 the id with the owner's name after a dot cannot be another caller's. Anonymous uploads keep their
 plain id, as all uploads of earlier releases do.
 """

@@ -1,4 +1,4 @@
-"""Check of the texts inside Arrow schemas, which Arrow hands over as they came."""
+"""Check of the texts inside Arrow schemas, which Arrow does not check."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fletcher.errors import ColumnTypeError
 def check_schema_text(schema: pa.Schema, *, metadata: bool = False) -> None:
     """Refuse names and time zones that are not UTF-8, also nested ones.
 
-    Python fails on the outer ones, and LanceDB on the inner ones. `metadata`: check the schema's
-    metadata, too.
+    Python would fail on such texts of outer fields, and LanceDB on those of nested fields.
+    `metadata`: check the schema's metadata, too.
 
     Raises:
         ColumnTypeError: A text is not UTF-8.

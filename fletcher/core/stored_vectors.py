@@ -13,19 +13,19 @@ from fletcher.core.batches import BoolArray, Int64Array
 
 @dataclass(frozen=True, slots=True)
 class StoredVectors:
-    """Vectors of rows whose texts a store has with their vectors."""
+    """Stored vectors of some rows, whose texts need not be embedded."""
 
     rows: Int64Array  # [n], indices of the rows, ascending
     # [n], the output columns that depend on the text alone, such as `vector`.
     columns: pa.RecordBatch
 
     def among(self, wanted: BoolArray) -> StoredVectors:
-        """The vectors of those rows that are True in `wanted`, bool [num_rows]."""
+        """The vectors of the rows that are True in `wanted`, bool [num_rows]."""
         keep = wanted[self.rows]
         return StoredVectors(self.rows[keep], self.columns.filter(pa.array(keep)))
 
     def fill(self, columns: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
-        """The columns of all rows, with the stored values in these rows."""
+        """Stored columns, extended to all rows with the other rows' values in `columns`."""
         filled = {}
         for name, stored in zip(self.columns.schema.names, self.columns.columns, strict=True):
             own = columns[name]

@@ -9,17 +9,18 @@ waits for other events.
     closed ──`_FAILURES` in a row──▶ open ──pause over, one tries──▶ half-open ──answer──▶ closed
                                       ▲────────────────────failure───────┘
 
-One dataset's own trouble stays with it. Its committer pauses by itself after a failure. The field
-of an error says what the error proves:
+A failure of one dataset does not stop the other datasets. After such a failure only the committer
+of that dataset pauses. The field of an error says what the error proves:
 
 | `field` of a retryable error | proves | the open breaker holds back |
 |---|---|---|
 | `store` | The store is unavailable, as for a refused connection or a full disk | all datasets |
 | none | Nothing: a timeout may be the store's or the dataset's | the datasets that failed |
-| any other, or an error of another kind | The store has no part in it | nobody |
+| any other, or an error of another kind | That the store as a whole did not fail | no dataset |
 
-Failures that prove nothing count once for each dataset. They all count for the dataset that was
-stored last, or while no dataset was stored: then all datasets fail, as far as anyone knows.
+Failures that prove nothing count once for each dataset. There is one exception: every failure of
+the dataset that was stored last counts, because that dataset may be the only one in use. Every
+failure also counts as long as no dataset was stored.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _YIELD_S = 0.05
 class Breaker:
     """One store's circuit breaker. Thread-safe.
 
-    Callers are datasets by name. None stands for a call that concerns no single dataset.
+    A caller is the name of a dataset, or None for a call that concerns no single dataset.
 
     Args:
         name: The store's name, for the log.
@@ -79,7 +80,7 @@ class Breaker:
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
-        self._failures: deque[float] = deque(maxlen=_FAILURES)  # times of those that count
+        self._failures: deque[float] = deque(maxlen=_FAILURES)  # times of failures that count
         self._failing: set[str] = set()  # datasets that failed since the last success
         self._succeeded_last: str | None = None
         self._certain = False  # the store itself is unavailable, whichever dataset calls

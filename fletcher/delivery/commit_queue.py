@@ -316,7 +316,7 @@ class CommitQueue:
         return _made(GiveUp, overdue, error, in_doubt)
 
     def _failing_since(self) -> float | None:
-        """Time since which the breaker holds this dataset back, or appends to it fail.
+        """Start of the time in which the breaker holds the dataset back or appends fail.
 
         None if neither is the case.
         """
@@ -329,5 +329,8 @@ class CommitQueue:
 
 
 def _made(kind: Callable[..., _Made], *fields: Any, **more: Any) -> _Made:
-    """An action with rows that were removed from the queue: nothing else holds them."""
+    """An action for rows that were removed from the queue.
+
+    Nothing else holds these rows, so the action is made again until no error is raised.
+    """
     return insist(functools.partial(kind, *fields, **more), "the committer's next action")

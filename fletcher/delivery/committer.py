@@ -238,7 +238,7 @@ class Committer:
         return None
 
     def _fail(self, action: Action) -> Outcome:
-        """The outcome of an action that raised an error, and may have been carried out."""
+        """The outcome of an action that raised an error, perhaps after its work was done."""
         match action:
             case actions.Open(opening):
                 if not opening.ready.done():

@@ -45,10 +45,11 @@ class UploadCompletion:
     ) -> bool:
         """End uploads whose dataset was dropped or replaced; return whether any was.
 
-        A client is told that its rows are gone. It may send the whole upload again.
+        The clients of these uploads are told that their rows are gone. They may send the whole
+        uploads again.
 
         Args:
-            incarnation: The dataset's incarnation, as the store has just named it.
+            incarnation: The dataset's incarnation, as the store reported it just now.
 
         Raises:
             StoreUnavailableError: The store does not answer.
@@ -59,7 +60,7 @@ class UploadCompletion:
         )
         if not found:
             return False
-        # The store is asked again: such an upload may have made the dataset since it was asked.
+        # Ask the store again: one of these uploads may have made the dataset since the answer.
         current = store.incarnation(stored_as)
         lost = [one for one in found if _is_other(one.incarnation, current)]
         for one in lost:
@@ -87,7 +88,7 @@ class UploadCompletion:
         store = live.committer.destination.store
         incarnation = store.incarnation(upload.stored_as)
         settled = sink.journal.settled_groups.all_keys() if sink.journal is not None else []
-        if sink.journal is not None:  # all rows are there, so refused ones were sent again
+        if sink.journal is not None:  # all rows are stored, so refused ones were sent again
             sink.journal.rejected.drop_replaced(upload.upload_id, upload.covers)
         self._end_sink(sink)
         if incarnation is not None:

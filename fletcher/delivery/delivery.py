@@ -217,7 +217,7 @@ class Delivery:
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def _check_rows(self, store_name: str, upload: Upload) -> None:
-        """Ask whether the store still has an upload's dataset, if the store may be asked."""
+        """Ask the store for an upload's dataset, unless the breaker holds it back."""
         place = upload.stored_as
         if self._breakers[store_name].held_since(place) is None:
             with contextlib.suppress(FletcherError):  # the rows are journaled or stored

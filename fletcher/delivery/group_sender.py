@@ -153,10 +153,10 @@ class GroupSender:
         return {key: one for key, one in wanted.items() if key in missing or key not in in_doubt}
 
     def _exclude_stored_rows(self, groups: Iterable[Group]) -> None:
-        """Exclude rows that the store has under other keys from revived groups.
+        """Exclude those rows of revived groups that the store has under other group keys.
 
         Raises:
-            RequestError: The store has some rows of a group, but each text has several rows.
+            RequestError: The store has only some rows of a group in which texts have several rows.
         """
         store, dataset = self._destination.store, self._destination.dataset
         for group in groups:

@@ -1,6 +1,7 @@
 """Rows that wait for a dataset's committer, in the order of sending.
 
-A method that raises an error, such as a MemoryError, changes nothing: it counts the rows first.
+A method that raises an error, such as a MemoryError, changes nothing, because it counts the rows
+before it moves them.
 
 This module uses no threads, locks or clocks.
 """

@@ -178,7 +178,7 @@ def evaluate(
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EmbedCommand for a variant.
 
-    All are given, because a model may have another default width than all dimensions.
+    Each field is given, because a model's default may be fewer than all dimensions.
     """
     return {
         "model": f"{model['name']}@{model['hash']}",  # the name may be an alias
@@ -281,7 +281,7 @@ def _compare(
 def _geometry(
     queries: Embedded, documents: Embedded, pairs: Pairs, random: RowPairs
 ) -> dict[str, float | None]:
-    """Properties of dense vectors on the sphere, as in `Row`."""
+    """Alignment, uniformity and mean cosine of dense vectors, as in `Row`."""
     asked, unit = metrics.unit(queries.vectors), metrics.unit(documents.vectors)
     first, second = unit[random[0]], unit[random[1]]
     return {

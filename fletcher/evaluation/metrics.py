@@ -37,9 +37,9 @@ def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
 def text_cosines(rows: Iterable[FloatArray], reference: Iterable[FloatArray]) -> Float64Array:
     """Cosine of each text's vectors with those of the reference: float64 [num_texts].
 
-    A row is float32 [dims], or [num_vectors, dims] for a text with several vectors. Vectors in the
-    same place are compared, and a text's cosine is their mean. A vector without a counterpart
-    counts as 0.
+    A row is float32 [dims], or [num_vectors, dims] for a text with several vectors. Vectors at
+    the same position are compared, and a text's cosine is the mean of these cosines. A vector
+    without a counterpart counts as 0.
     """
     found = []
     for ours, theirs in zip(rows, reference, strict=True):

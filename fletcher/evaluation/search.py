@@ -8,7 +8,8 @@ import numpy.typing as npt
 from fletcher.core.batches import FloatArray, Int64Array
 from fletcher.evaluation.vectors import Embedded
 
-# Documents that are compared with a block of queries at once. Several vectors of a text take more.
+# Numbers of documents that are compared with a block of queries at once. A document with several
+# vectors takes more memory.
 _DOCUMENTS = {"dense": 8192, "sparse": 8192, "multi": 256}
 
 
@@ -64,7 +65,7 @@ def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 def search(queries: Embedded, documents: Embedded, k: int) -> Int64Array:
     """The k most similar documents for each query, best first.
 
-    The similarity is that of the documents, as in `fletcher search`.
+    The schema of the documents determines the similarity, as in `fletcher search`.
 
     Returns:
         int64 [num_queries, min(k, num_documents)], indexes of documents. Documents with equal

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fletcher.client import Client
 
 _BATCH_ROWS = 1024
-# Rows whose vectors are read at once. Sparse ones have as many numbers as the vocabulary.
+# Number of rows whose vectors are read at once. A sparse vector is read as one number for each
+# token of the vocabulary.
 _BLOCK_ROWS = 256
 
 
@@ -41,7 +42,7 @@ class Embedded:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Size of a text's vectors with their scales; the mean if texts differ."""
+        """Mean size of the vectors of a text, with their scales."""
         num_bytes: int = sum(_num_bytes(column) for column in self.batch.columns)
         return round(num_bytes / max(1, int(self.batch.num_rows)))
 

@@ -55,7 +55,7 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
         )
     try:
         metadata = _decoder.decode(raw)
-        # msgspec takes the last value of a repeated field. No value holds a colon.
+        # msgspec takes the last value of a repeated field. No valid value has a colon.
         if raw.count(b":") > 1 and raw.count(b":") != len(msgspec.json.decode(raw)):
             raise InvalidCommandError(
                 "`app_metadata` of a batch gives a field twice; give it once", field="app_metadata"

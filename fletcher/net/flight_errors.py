@@ -178,7 +178,7 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
 def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
     """The error for an exception from a call to a store.
 
-    Its `field` is `store` if the store itself is unavailable, whichever dataset the call concerns.
+    The error's `field` is `store` if the store is unavailable for all its datasets.
 
     `what` is the action that was attempted, such as "writing to dataset `d`".
     """
@@ -199,8 +199,8 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
 def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
     """The error to raise when a store answers with a Fletcher error.
 
-    Refusals are returned unchanged. All other errors become retryable. Their `field` is `store` or
-    `dataset` if the store said so.
+    Refusals are returned unchanged. All other errors become retryable. They keep the `field` if it
+    is `store` or `dataset`.
     """
     refusals = (errors.RequestError, errors.UnauthenticatedError, errors.UnauthorizedError)
     if isinstance(error, refusals):

@@ -68,7 +68,7 @@ class ReadyWindows:
     def next_batch(self) -> PlannedBatch | None:
         """Takes the next micro-batch, without rows of closed streams, if any is left.
 
-        If a micro-batch cannot be taken, the calls of its window end.
+        If taking a micro-batch raises an error, the calls of its window end with an error.
         """
         while self._batches:
             planned = None

@@ -288,7 +288,7 @@ class InferenceStage(_Stage):
         ready = self._ready_interactive if urgent else self._ready_bulk
         deadline = time.monotonic() + timeout_s
         while True:
-            taken: Sequence[StreamTicket] = ()  # tickets that only this method may still hold
+            taken: Sequence[StreamTicket] = ()  # tickets that perhaps nothing else holds
             try:
                 # Planned outside the lock: planning takes milliseconds, and the threads that read
                 # the tokenizers' answers need the lock.

@@ -1,4 +1,4 @@
-"""The rows of a CSV file as bytes, checked for what pyarrow would misread."""
+"""Rows of a CSV file as bytes, up to the first row that pyarrow would misread."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _SHOWN_BYTES = 60
 
 
 class CsvBody:
-    r"""The rest of a stream with one row appended; a file for `pyarrow.csv`.
+    r"""File object for `pyarrow.csv`: the rest of a stream, and one more row.
 
-    pyarrow drops a quote that closes a value before more text: `"a \"b\" c"` would become
-    `a \b\" c"`. The stream therefore ends before such a row, and before a row that is too long. No
-    part ends between CR and LF: pyarrow would drop the LF, even within quotes.
+    pyarrow drops a closing quote that has text after it: `"a \"b\" c"` would become `a \b\" c"`.
+    The stream therefore ends before such a row, and before a row that is too long. No read ends
+    between CR and LF, because pyarrow would drop the LF, even within quotes.
 
     Attributes:
-        problem: What is wrong with the row at which the stream ended early; None: nothing.
+        problem: Fault of the row before which the stream ended early; None if there is none.
     """
 
     closed = False
@@ -51,7 +51,7 @@ class CsvBody:
         return data
 
     def _next_rows(self, size: int) -> bytes:
-        """Whole rows, or nothing yet."""
+        """The next whole rows; empty if the next row is not complete yet."""
         more = self._stream.read(size)
         data = self._carry + more
         end = _end(self._rows, data, 0)
@@ -73,5 +73,5 @@ class CsvBody:
 
 def _end(pattern: re.Pattern[bytes], data: bytes, start: int) -> int:
     match = pattern.match(data, start)
-    assert match is not None  # both patterns match no bytes, too
+    assert match is not None  # both patterns also match zero bytes
     return match.end()

@@ -95,7 +95,7 @@ class CsvFile:
         """The rows as texts. A carried value without quotes and content is null.
 
         Raises:
-            InvalidCommandError: A row has another number of values than the header, text after a
+            InvalidCommandError: A row has more or fewer values than the header, text after a
                 closing quote, or a quote that is never closed, so that the rest of the file would
                 be one value.
             InvalidUtf8Error: A value is not UTF-8.
@@ -112,7 +112,7 @@ class CsvFile:
 
         options = {
             "read_options": pa_csv.ReadOptions(
-                use_threads=False,  # with threads, errors have no row
+                use_threads=False,  # with threads, errors do not name the row
                 block_size=CSV_BLOCK_BYTES,
                 column_names=[str(number) for number in range(len(self._header))],
             ),
@@ -157,7 +157,7 @@ class CsvFile:
                     f"{self.name}: row {row.number} has {row.actual_columns} values, expected "
                     f"{row.expected_columns} as its header has: {row.text[:100]!r}"
                 ) from None
-            if body.problem is not None:  # in the first row, so that pyarrow got no bytes
+            if body.problem is not None:  # it is in the first row, so pyarrow got no bytes
                 raise InvalidCommandError(f"{self.name}: row 1 {body.problem}") from None
             raise
 

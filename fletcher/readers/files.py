@@ -93,7 +93,7 @@ def sniff(file: InputFile, opened: OpenFile, text_columns: tuple[str, ...]) -> F
     if start.startswith(b"FEA1"):
         raise InvalidCommandError(
             f"{file.name} is of Feather's version 1, expected version 2, which is Arrow IPC; write "
-            "it again"
+            "the file again in version 2"
         )
     if file.format is not None:
         return file.format

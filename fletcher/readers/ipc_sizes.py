@@ -18,8 +18,8 @@ from fletcher.readers.streams import PieceStream
 # Most bytes of a compressed record batch after decompression.
 MAX_DECODED_BYTES = 1 << 30
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
-# The index of a file (`File.fbs`): its length and the magic number come last. Two of its fields
-# list messages.
+# A file ends with its index (`File.fbs`), the index's length and a magic number. Two fields of the
+# index list messages.
 _TAIL = struct.Struct("<i6s")
 _INDEXED = (2, 3)
 _BLOCK_BYTES = 24
@@ -92,8 +92,8 @@ def _u32(data: bytes, at: int) -> int:
 class CheckedStream(PieceStream):
     """An Arrow IPC stream whose messages are checked before they are decoded.
 
-    Raises the errors of `check_message` when it is read, and InvalidCommandError if anything comes
-    after the stream's end.
+    Reading raises the errors of `check_message`, and InvalidCommandError if anything comes after
+    the stream's end.
     """
 
     def __init__(self, stream: io.BufferedReader, name: str) -> None:
@@ -118,7 +118,7 @@ class CheckedStream(PieceStream):
 
 
 def check_file(mapped: pa.MemoryMappedFile, name: str) -> None:
-    """Check the messages of a memory-mapped Arrow IPC file, and decode none of them.
+    """Check the messages of a memory-mapped Arrow IPC file without decoding them.
 
     Raises the errors of `check_message`.
     """

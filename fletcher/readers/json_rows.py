@@ -207,13 +207,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class OutOfRange:
-    """A number that float64 would make infinite or zero, as it is written."""
+    """Text of a number that would become infinite or zero in float64."""
 
     text: str
 
 
 def _number(text: str) -> float | OutOfRange:
-    """The number. One out of range is no error here, as its column may not be read."""
+    """The number, or OutOfRange: it is no error if the column is not read."""
     value = float(text)
     if math.isinf(value) or (value == 0 and re.match(_NOT_ZERO, text)):
         return OutOfRange(text)

@@ -251,7 +251,7 @@ class _JsonColumn:
 
 
 class _RangeError(Exception):
-    """A nested value holds a number that is beyond float64."""
+    """A nested value has a number beyond the range of float64."""
 
 
 def _refuse_number(value: OutOfRange) -> NoReturn:

@@ -235,8 +235,8 @@ class TextSource:
     def _read_files(self) -> Iterator[tuple[pa.RecordBatch, str]]:
         """Unconverted batches, each with its file's name; updates `bytes_read`.
 
-        Raises InvalidCommandError if a file changed after it was hashed, or in a reading: its rows
-        would be those of another upload.
+        Raises InvalidCommandError if a file changed after it was hashed, or while it was read. Its
+        rows would belong to another upload.
         """
         before = 0
         for file in self.files:
@@ -264,6 +264,6 @@ def _check_names(files: list[InputFile]) -> None:
             file.name.encode()
         except UnicodeEncodeError:
             raise InvalidUtf8Error(
-                f"the name of {file.name!r} is not UTF-8, and rows hold names with `source` and "
-                "`whole_files`; rename the file"
+                f"the name of {file.name!r} is not UTF-8, but `source` and `whole_files` store "
+                "names in rows; rename the file"
             ) from None

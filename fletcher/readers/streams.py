@@ -33,7 +33,7 @@ _MAGIC: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"BZh[1-9]\x31\x41\x59|BZh[1-9]\x17\x72\x45", re.DOTALL), "bz2"),
     (re.compile(rb"\xfd7zXZ\x00"), "xz"),
 )
-# Longer marks first: that of UTF-32 begins with that of UTF-16.
+# Byte-order marks. The longer ones come first: UTF-32's mark begins with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",

@@ -88,9 +88,10 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
 def _batches(
     file: pq.ParquetFile, rows: int, columns: list[str], like: list[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of some columns, with as many rows as those of the columns `like`.
+    """Batches of some columns, cut at the same rows as batches of the columns `like`.
 
-    Each row group has dictionaries, and Arrow reads no batch of nested values from two of them.
+    Each row group has its own dictionaries. If a nested type has a dictionary inside, Arrow cannot
+    read a batch from two row groups.
     """
     kinds = [file.schema_arrow.field(one).type for one in like or columns]
     numbers: list[list[int] | None] = [None]  # all at once
@@ -126,7 +127,7 @@ def _check_keys(file: pq.ParquetFile, name: str, tops: list[str]) -> None:
 
 
 def _chunks(file: pq.ParquetFile, tops: list[str]) -> dict[str, list[pq.ColumnChunkMetaData]]:
-    """The column chunks of each of some columns, in all row groups."""
+    """Column chunks in all row groups, by the name of the top-level column."""
     leaves = [file.schema.column(number).path for number in range(len(file.schema))]
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     return {
@@ -145,8 +146,8 @@ def _dictionary_columns(
 ) -> list[str]:
     """The columns to read as dictionaries.
 
-    One long text may stand in a dictionary for millions of rows, so the size of the rows is looked
-    at before the dictionary is decoded. pyarrow reads no dictionaries from delta encodings.
+    One long text in a dictionary may be the value of millions of rows, so the size of the rows is
+    checked before the dictionary is decoded. pyarrow cannot read delta encodings as dictionaries.
     """
     return [
         top
@@ -182,7 +183,7 @@ def _rows_per_batch(
 def _check_int96(batch: pa.RecordBatch, wide: pa.RecordBatch, name: str, row_first: int) -> None:
     """Refuse times that do not fit into timestamp[ns].
 
-    pyarrow makes other times of them. `wide` has the same rows with the times in milliseconds.
+    pyarrow turns them into wrong times. `wide` has the same rows with the times in milliseconds.
     """
     for top in wide.schema.names:
         column, kind = wide.column(top), batch.schema.field(top).type

@@ -188,7 +188,7 @@ class CallWatch:
             try:
                 self.look()
             except BaseException:
-                with contextlib.suppress(BaseException):  # or callers that left go unnoticed
+                with contextlib.suppress(BaseException):  # else this thread would end
                     log.exception("the callers cannot be watched")
 
     def _ask(self, caller: Caller, question: Callable[[Caller], Any]) -> Any:

@@ -175,5 +175,5 @@ class LoadMonitor:
             try:
                 self.observe()
             except BaseException:
-                with contextlib.suppress(BaseException):  # or the level stays as it is
+                with contextlib.suppress(BaseException):  # else this thread would end
                     log.exception("the load level cannot be determined")

@@ -191,7 +191,7 @@ class ModelLifecycle:
         for version, model in self.running():
             try:
                 closing.append(start_thread(f"close {version.name}", model.embedder.close))
-            except OverloadedError:  # one after the other takes longer
+            except OverloadedError:  # closed here, one after the other
                 model.embedder.close()
         for thread in closing:
             thread.join()

@@ -367,8 +367,8 @@ def _check_output(session: EmbedSession, store: Store) -> None:
     if spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(
             f"`model` {session.model.bundle.name} gives {spec.output} vectors, which this store "
-            "does not take; `lance:`, `parquet:` and `fletcher store` do, and DoExchange gives "
-            "them back",
+            "does not take; `lance:`, `parquet:` and `fletcher store` do, and DoExchange returns "
+            "them",
             field="model",
         )
     chunking = spec.chunking

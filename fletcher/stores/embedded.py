@@ -23,7 +23,7 @@ from fletcher.util.locks import FileLock
 
 log = logging.getLogger(__name__)
 
-# Errors of a disk that all datasets of a store get. Lance reports them as part of a message.
+# Disk errors that concern all datasets of a store. Lance reports them as part of a message.
 _STORE_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 
 
@@ -54,7 +54,8 @@ class EmbeddedStore(Store):
         self.writers: set[EmbeddedWriter] = set()
         self.known_whole: set[str] = set()
         self._left_out: set[str] = set()  # datasets that the log named
-        # LanceDB takes no control characters. Surrogates stand for bytes that are not UTF-8.
+        # LanceDB accepts no control characters in a path. Surrogates stand for bytes that are not
+        # UTF-8.
         if any(unicodedata.category(one) in ("Cc", "Cs") for one in str(folder)):
             raise StoreError(
                 f"the store's folder {str(folder)!r} has a control character or a byte that is not "

@@ -38,11 +38,11 @@ from fletcher.util.locks import FileLock
 # File of the dataset's schema, under the name that Parquet readers expect.
 _SCHEMA_FILE = "_common_metadata"
 _SUFFIX = ".parquet"
-# Batch keys that name files. Their `:` becomes `~`: Windows and Hadoop allow no `:` in names. Files
-# of earlier releases have the `:`.
+# Group keys that may name files. The name has `~` instead of `:`, which Windows and Hadoop do not
+# allow in names. Names of earlier releases have the `:`.
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
-# File without rows that has all columns, once a column was added. Its name is the first in order,
-# so that programs which read the folder take the columns from it. Files before lack the column.
+# File that is written when a column is added. It has all columns and no rows. Its name sorts first,
+# because some programs take the columns from the first file, and older files lack the new column.
 _COLUMNS_FILE = f"+columns{_SUFFIX}"
 # File beside the datasets that names the folder of a dataset while it is replaced.
 _POINTER = ".current"
@@ -184,7 +184,7 @@ class ParquetStore(EmbeddedStore):
 
     @contextmanager
     def _named_damage(self, dataset: str) -> Iterator[None]:
-        """Context of reads; the error about a damaged file names the file.
+        """Context for reads, in which an error about a damaged file names the file.
 
         Raises:
             StoreUnavailableError: A file is damaged, or cannot be read now.
@@ -341,7 +341,7 @@ def _disk_errors(dataset: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowInvalid) as error:
         code = getattr(error, "errno", None)
-        cause = os.strerror(code) if code else "a file of it is not a whole Parquet file"
+        cause = os.strerror(code) if code else "one of its files is not a whole Parquet file"
         raise StoreUnavailableError(
             f"dataset `{dataset}` cannot be read or written: {cause}",
             field="store" if concerns_store(error) else "dataset",

@@ -302,7 +302,7 @@ def _mixed(by_vector: Scores, words: str, alpha: float) -> Scores:
         texts = (text or "" for text in batch.column("text").to_pylist())
         shares = [len(asked & set(text.casefold().split())) / max(len(asked), 1) for text in texts]
         found = (1 - alpha) * np.asarray(shares)
-        if alpha:  # else rows without a vector count, too
+        if alpha:  # else the words alone count, also in rows without a vector
             found = found + alpha * by_vector(batch)
         return found.astype(np.float32)
 

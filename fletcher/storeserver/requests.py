@@ -178,8 +178,8 @@ class SearchRequest(msgspec.Struct, kw_only=True):
             matrix = np.empty(0, np.float32)
         if matrix.ndim != 2 or not matrix.size:
             raise InvalidCommandError(
-                "`vector` is not a list of numbers (or `vectors` or `token_vectors` a list of "
-                "such, all of one length); give the query's embedding",
+                "`vector` is not a list of numbers (or `vectors` or `token_vectors` a list of such "
+                "lists, all of one length); give the query's embedding",
                 field="vector",
             )
         return list(matrix) if self.token_vectors is None else [matrix]

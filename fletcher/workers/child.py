@@ -93,7 +93,7 @@ def serve(connection: Connection) -> None:
                 answer_request()
         except BaseException:  # noqa: BLE001
             traceback.print_exc()
-        finally:  # the parent would wait for the answer; it starts another worker instead
+        finally:  # the front process would wait for the answer; now it starts another worker
             os._exit(1)
 
     for _ in range(worker.concurrency + worker.urgent_concurrency):

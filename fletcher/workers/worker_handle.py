@@ -194,10 +194,10 @@ class WorkerHandle:
             with self._sending:
                 send(connection, request)
         except BaseException as error:
-            # The worker is gone, or may have half a request: the reader retries its jobs.
+            # The worker is gone, or may have got half a request. The reader thread retries jobs.
             self.kill()
             if not isinstance(error, BrokenPipeError | ConnectionResetError):
-                with contextlib.suppress(BaseException):  # the caller would retry the job, too
+                with contextlib.suppress(BaseException):  # else the caller would retry the job, too
                     log.exception("%s: a request cannot be sent; replacing it", self.spec.name)
 
     def kill(self) -> None:
@@ -386,7 +386,7 @@ class WorkerHandle:
             self._jobs, self.load = {}, 0
         for job in running:
             job.attempts += 1
-        # The jobs are only here now.
+        # Only this method holds the jobs now.
         for job in jobs:
             reason = f"a worker died {job.attempts} times while working on this"
             what = f"{self.spec.name}: a job's retry"

@@ -2,7 +2,7 @@
 
 `install` makes Python compile Fletcher's modules with each call `f(x)` inside a function replaced
 by `__call_site__(number, f)(x)`. In a process that called `attach`, `__call_site__` returns `f`,
-except for the one call that is to fail. A file in memory that all processes of a run map holds the
+except for the one call that is to fail. All processes of a run map one file in memory. It holds the
 counts, and whether the call failed. The end of a `with` statement and an operation on an array,
 such as `a[b]` or `a + b`, are call sites, too: `with __exit_site__(number, f(x))`, and
 `__operand_site__(number, a)[b]`.
@@ -254,7 +254,7 @@ class Counter:
         self._site = here.site if here is not None else -1
 
     def call(self, number: int, function: Any) -> Any:
-        """The function of a call, or one that fails."""
+        """The function of a call, or a function that fails."""
         if self.numbers[_ARMED] and (kind := self._failing(number, function, kind_of)) >= 0:
             assert self.fault is not None
             return functools.partial(_fail, self.fault, kind, self, function)
@@ -310,7 +310,7 @@ def _fail(
         return DISTORTIONS[fault.how](function(*args, **named))
     if fault.how == "timeout":
         limited, answer = time_out(function, args, named)
-        if not limited:  # this call waits as long as it takes
+        if not limited:  # this call has no time limit
             counter.numbers[_FIRED] = 0
             return function(*args, **named)
         return answer
@@ -332,7 +332,7 @@ class _FailingExit:
         idle = isinstance(self._manager, contextlib.ExitStack) and not self._manager._exit_callbacks
         self._manager.__exit__(*failure)
         fault = self._fault
-        if idle:  # nothing is left to do, and so nothing can fail
+        if idle:  # an empty stack has nothing to do, so it cannot fail
             return
         raise error_for(str(sites[fault.site]), fault.index, fault.how, KINDS[self._kind])
 

@@ -105,7 +105,7 @@ class Campaign:
                 file.flush()
                 yield result
                 if time.monotonic() > deadline:
-                    return  # ends the runs in progress
+                    return  # this ends the runs in progress
             pool.close()
             pool.join()
 

@@ -1,7 +1,7 @@
-"""Which calls may fail in an ordinary process, and how they fail.
+"""Choice of the calls that may fail in an ordinary process, and of their errors.
 
-A call of Fletcher's own function fails at its start, as every call may for want of memory. Calls
-to locks that nothing can make fail, to clocks and to plain Python objects do not fail.
+A call of one of Fletcher's functions fails at its start, as any call may if memory runs out. Calls
+of clocks, of plain Python objects and of locks without a time limit do not fail.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _TOP_MODULES = {
     **dict.fromkeys(("pyarrow", "numpy", "lancedb", "tokenizers"), ""),
     **dict.fromkeys(("msgspec", "json", "_pickle", "pickle", "google"), "codec"),
 }
-# Calls that wait, and the place of their timeout among the arguments.
+# Calls that wait, and the position of their timeout among the arguments.
 _WAITS = {"wait": 0, "wait_for": 1, "get": 1, "put": 2, "result": 0, "join": 0, "acquire": 1}
 
 
 class Panic(BaseException):
-    """As a panic of a Rust library, which is no Exception."""
+    """Stands for a panic of a Rust library, which is no Exception."""
 
 
 def kind_of(function: Any) -> int:
@@ -87,7 +87,7 @@ def hows_of(name: str, kind: str, *, timed: bool) -> list[str]:
         timed: Whether the call is given a time limit.
     """
     if kind == "exit" or (name.rpartition(".")[2] == "close" and kind == "file"):
-        return ["after"]  # what is left is left, and a file is closed, whatever the error
+        return ["after"]  # the block has ended, and the file is closed, whatever the error
     if kind == "wait":
         return ["timeout"] if timed else []
     if kind in ("lancedb", "flight", "file", "pipe"):
@@ -105,13 +105,13 @@ def exit_kind_of(manager: Any) -> int:
 
 
 def operand_kind_of(value: Any) -> int:
-    """Kind of an operation on a value: one on an array needs memory."""
+    """Kind of an operation on an array, which needs memory; -1 for other values."""
     module = type(value).__module__.partition(".")[0]
     return KINDS.index(module) if module in ("numpy", "pyarrow") else -1
 
 
 def time_out(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[bool, Any]:
-    """Whether a waiting call has a time limit, and its answer if that passes at once."""
+    """Whether a waiting call has a time limit, and its answer if the limit passes."""
     name = function.__name__
     place = _WAITS[name]
     limit = named.get("timeout", args[place] if len(args) > place else None)
@@ -131,7 +131,10 @@ def time_out(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tup
 
 
 def error_for(site: str, index: int, how: str, kind: str) -> BaseException:
-    """The error of a failing call: each call's is always the same, and neighbours' differ."""
+    """The error of a failing call. The same call always fails with the same error.
+
+    The next call of the same site fails with another error, if there are several.
+    """
     import pyarrow as pa
     from pyarrow import flight
 

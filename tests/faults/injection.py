@@ -42,9 +42,8 @@ _SCHEMA = pa.schema({"id": pa.utf8(), "text": pa.utf8(), "n": pa.int64()})
 _NO_ROWS = pa.schema(
     {"n": pa.int64(), "text": pa.utf8(), "vector": pa.list_(pa.float32(), 1)}
 ).empty_table()
-# Texts of all rows: those of the first upload, then those of the second.
 _COLUMNS = ["n", "text", "vector"]
-# Short pauses, so that the run of a call that comes after them is short.
+# Short pauses, because a run waits for them if its call comes after a pause.
 _CONSTANTS = {
     "fletcher.stores.lance.writer.COMPACT_FRAGMENTS": 3,
     "fletcher.delivery.delivery.DeliveryTiming": {
@@ -52,6 +51,7 @@ _CONSTANTS = {
         "committer_linger_s": 0.2,
     },
 }
+# Texts of all rows: those of the first upload, then those of the second.
 _TEXTS = pa.array([" ".join(["word"] * (row % 7) + [str(row)]) for row in range(_ALL_ROWS)])
 
 
@@ -59,7 +59,8 @@ _TEXTS = pa.array([" ".join(["word"] * (row % 7) + [str(row)]) for row in range(
 class Result:
     """Outcome of a point's run.
 
-    `held`; `not reached`; `gone`: the call site is no more; or `broken` with the broken promise.
+    `held`; `not reached`; `gone`: the call site no longer exists; or `broken` with the broken
+    promise.
     """
 
     point: Point
@@ -288,7 +289,7 @@ class Run:
             time.sleep(0.02)
 
     def _at_rest(self) -> bool:
-        """Whether the dataset's threads have ended: the last of them deletes its journal."""
+        """Whether the dataset's threads have ended. The last thread deletes its journal."""
         return not any(self._home.glob(f"journal/*/{_DATASET}"))
 
     def _upload_to_its_end(self, upload_id: str, num_rows: int) -> None:

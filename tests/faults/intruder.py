@@ -1,4 +1,4 @@
-"""Somebody who drops datasets and damages their files behind the server's back."""
+"""Another program that drops datasets and damages files while the server runs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Damage:
     """A data file that is lost or cut.
 
     Attributes:
-        dataset: Whose file it is.
+        dataset: The dataset of the file.
         path: The file.
-        kept: Where it is kept, with all its bytes.
-        cut: It was cut; else it was moved away.
-        files: Sizes of the dataset's other files before.
-        synced: Newest version that was synced before.
+        kept: Path at which the complete file is kept.
+        cut: Whether the file was cut. Otherwise it was moved away.
+        files: Sizes of the dataset's other files before the damage.
+        synced: Newest version that was synced before the damage.
     """
 
     dataset: str
@@ -48,12 +48,12 @@ class Damage:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nobody can notice: a Parquet dataset is the files that are there."""
+        """Whether nobody can notice: nothing lists the files of a Parquet dataset."""
         return self.path.suffix == ".parquet" and not self.cut
 
 
 class Intruder:
-    """Does harm to datasets in one folder.
+    """Drops and damages datasets in one folder.
 
     Args:
         scheme: `lance` or `parquet`.
@@ -85,7 +85,7 @@ class Intruder:
     def make_anew(self, dataset: str, schema: pa.Schema, num_rows: int, *, named: bool) -> None:
         """Make a dataset with some rows of another program.
 
-        `named`: as another server of Fletcher does, with another incarnation.
+        `named`: give the dataset another incarnation, as another Fletcher server would.
         """
         metadata = {key: one for key, one in schema.metadata.items() if key != INCARNATION}
         schema = schema.with_metadata(metadata)
@@ -141,11 +141,11 @@ class Intruder:
             return
         for path, size in damage.files.items():
             if path.suffix == ".manifest" and _version(path) > damage.synced:
-                continue  # it was not complete for sure
+                continue  # this version may have been incomplete before the damage
             assert path.exists(), f"{path} is gone, {damage.path} was damaged"
             assert path.stat().st_size == size, f"{path} was changed, {damage.path} was damaged"
         with self._opened() as store:
-            store.datasets()  # lists the others
+            store.datasets()  # the other datasets can be listed
 
     def repair(self) -> None:
         """Put the damaged file back."""
@@ -166,7 +166,7 @@ class Intruder:
 
 @contextlib.contextmanager
 def stopped(process: Process) -> Iterator[None]:
-    """Stop a process meanwhile."""
+    """Stop a process during the block."""
     process.send(signal.SIGSTOP)
     tasks = Path(f"/proc/{process.pid}/task")
 
@@ -185,7 +185,7 @@ def stopped(process: Process) -> Iterator[None]:
 
 
 def foreign_rows(schema: pa.Schema, num_rows: int) -> pa.RecordBatch:
-    """Rows of another program for a dataset; their `n` tells them apart."""
+    """Rows of another program for a dataset. Their `n` differs from all uploads' rows."""
     columns: list[pa.Array] = []
     for field in schema:
         if field.name == "n":

@@ -29,7 +29,7 @@ from tests.faults.rewrites import SCHEMA, Rewritten
 MAX_ROW_BYTES = 1024
 MOST_ROWS = 1 << 32
 POINT = pa.field("point", pa.list_(pa.float32(), 2))
-FOREIGN = 1 << 20  # in place of an upload's number in rows of another program
+FOREIGN = 1 << 20  # stands for the upload's number in rows of another program
 _WORDS = "debian packages hold programs that people use every day and night".split()
 
 
@@ -113,7 +113,7 @@ class Upload:
 
 
 class UnreadableError(Exception):
-    """A dataset cannot be read because of a damaged file, as the error says."""
+    """A dataset cannot be read, because one of its files was damaged."""
 
 
 class Diary:
@@ -153,7 +153,7 @@ class Ledger:
         read_store: Returns a dataset's rows in the store; None: there is no dataset.
         null_vectors: The store takes rows without a vector.
         rewritten: Rows of another dataset that are replaced again and again.
-        overwritten: Another dataset that is replaced as a whole again and again.
+        overwritten: Checks another dataset, which is replaced as a whole again and again.
 
     Attributes:
         may_give_up: Workers died more than once, so that rows that may have killed them fail.
@@ -216,7 +216,8 @@ class Ledger:
     def durable(self, upload: Upload) -> np.ndarray:
         """Rows that were acknowledged as durable, and that nobody has dropped since.
 
-        A client that began after a dataset was dropped is told so.
+        Dropped rows count again if a client that began after the drop was told that they are
+        durable.
         """
         since = self._told_since.get(upload.number, 0)
         earlier = self._durable(upload, lambda number: number <= since)
@@ -239,8 +240,8 @@ class Ledger:
     def note_dropped(self, dataset: str, *, racing: bool) -> None:
         """Note that somebody drops a dataset, whose rows are gone.
 
-        `racing`: the server may be storing rows meanwhile, so that any row that was sent until now
-        may be gone; else those that are stored now.
+        `racing`: the server may be storing rows at the same time, so any row that was sent until
+        now may be gone. Otherwise only the rows that are stored now are gone.
         """
         stored = {} if racing else self._stored(dataset)
         for number, upload in self.uploads.items():
@@ -274,7 +275,7 @@ class Ledger:
         return Holdings(durable, journaled, refused, stored)
 
     def _stored(self, dataset: str) -> dict[int, np.ndarray]:
-        """By upload to a dataset: how often each row is stored."""
+        """How often each row is stored, by upload to a dataset."""
         stored = {
             number: np.zeros(upload.num_rows, np.int64)
             for number, upload in self.uploads.items()
@@ -388,7 +389,7 @@ class Ledger:
             assert no_vector == flawed or self.may_give_up, f"{where} has no vector"
             if not flawed:
                 assert (text, row_id) == (upload.text_of(row), row), f"{where}: {text!r}, {row_id}"
-            # NaN is written like itself, though it does not equal itself.
+            # Compared as text, because NaN does not equal itself.
             assert repr(point) == repr(upload.point_of(row)), f"{where}: {point}"
             stored[number][row] += 1
         return len(kept)

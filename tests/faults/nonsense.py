@@ -1,4 +1,4 @@
-"""A Flight server in front of `fletcher store` whose answers are nonsense on request."""
+"""A Flight server in front of `fletcher store`, which answers wrongly on request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NonsenseStore:
 
     Args:
         data, meta: Addresses of the ports.
-        may_refuse: Whether rows for a dataset may be refused for good.
+        may_refuse: Returns whether rows for a dataset may be refused for good.
 
     Attributes:
         told: Number of wrong answers by kind.
@@ -61,7 +61,7 @@ class NonsenseStore:
         self._server.shutdown()
 
     def next_kind(self, call: str, dataset: str = "") -> str:
-        """How to answer a call; empty: rightly."""
+        """Kind of wrong answer to a call; empty for the right answer."""
         with self._lock:
             if not self._left:
                 return ""
@@ -150,7 +150,7 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
         if kind == "slow":
             time.sleep(_SLOW_S)
         if kind == "failed" and call == protocol.CAPABILITIES:
-            raise flight.FlightUnavailableError("nonsense")  # other errors are those of a Longbow
+            raise flight.FlightUnavailableError("nonsense")  # a Longbow answers with other errors
         if kind == "failed":
             raise self._store.choice(
                 flight.FlightInternalError("nonsense"),

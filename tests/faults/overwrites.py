@@ -76,10 +76,10 @@ class Overwritten:
         self._read_store = read_store
 
     def check(self) -> None:
-        """Check that exactly one version is stored, whole, and not older than acknowledged.
+        """Check that one whole version is stored, not older than the last complete one.
 
         Raises:
-            AssertionError: It does not hold.
+            AssertionError: The check failed.
         """
         complete = self.last("complete")
         version = self._stored()

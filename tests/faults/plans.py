@@ -26,8 +26,9 @@ _STORE_FAULTS = {
     "longbow": {"break the store's call": 4, "stall the store": 2},
     "parquet": {},
 }
-# Further kinds of faults: the share of schedules that have some, and how many at most. Each kind is
-# drawn by itself, so that another kind leaves plans as they are.
+# Further kinds of faults: the share of schedules that have the kind, and the most faults of the
+# kind in one schedule. Each kind is drawn by itself, so that a new kind does not change the draws
+# of the others.
 _MORE_FAULTS = {
     "drop a dataset": (0.25, 2),
     "make a dataset anew": (0.25, 2),
@@ -43,7 +44,7 @@ _NOT_FOR = {
     "longbow": set(_MORE_FAULTS) - {"leave a call"},
     "parquet": {"answer nonsense"},
 }
-# What somebody else does to files is not synced, and would come back after a power cut.
+# Changes by another program are not synced, so a power cut would undo them.
 _NOT_WITH_POWER = {"make a dataset anew", "damage a file"}
 
 
@@ -79,7 +80,7 @@ class Schedule:
 
 
 def with_model(schedule: Schedule, model: str) -> Schedule:
-    """The schedule with a real model, which fails for no text, and default sizes."""
+    """The schedule with default sizes and a real model, which fails on no text."""
     uploads = tuple(replace(upload, poisoned=False) for upload in schedule.uploads)
     return replace(schedule, uploads=uploads, model=model, backend="auto", constants={})
 
@@ -91,7 +92,7 @@ def draw(seed: int, store: str, *, power: bool = False, more: bool = True) -> Sc
         seed: Any number.
         store: One of STORES.
         power: Each kill is a power cut.
-        more: With the further kinds of faults.
+        more: Whether to add the further kinds of faults.
     """
     chance = random.Random(f"{seed} {store} {power}")
     datasets = ["d0", "d1"][: chance.randint(1, 2)]
@@ -150,7 +151,7 @@ def draw(seed: int, store: str, *, power: bool = False, more: bool = True) -> Sc
 
 
 def _with_more_faults(schedule: Schedule) -> Schedule:
-    """The schedule with more kinds of faults in between."""
+    """The schedule with further kinds of faults between its events."""
     events = list(schedule.events)
     for kind, (share, most) in _MORE_FAULTS.items():
         chance = random.Random(f"{schedule.seed} {schedule.store} {schedule.power} {kind}")

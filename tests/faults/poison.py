@@ -10,13 +10,13 @@ from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.inference.null import NullBackend
 from fletcher.vectors.ragged import starts_of
 
-# Only this text begins with so many equal tokens, behind the first token.
+# Only this text has so many equal tokens after its first token.
 TEXT = "z z z z z z z z"
 _NUM_EQUAL = 4
 
 
 def install() -> None:
-    """Let the null backend of this process and its children fail so."""
+    """Make the null backend of this process and its children fail on such texts."""
     run = NullBackend.run
 
     def poisoned(self: Any, batch: MicroBatch) -> InferenceResult:

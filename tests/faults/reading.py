@@ -1,4 +1,4 @@
-"""Reading of a test's store beside its processes, and after they were killed."""
+"""Reads a test's store while its processes run, and after they were killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class StoredRows:
     """Rows of the datasets in a folder.
 
     Args:
-        kind: `lance`, or `parquet`: files are read one by one, also incomplete datasets.
+        kind: `lance` or `parquet`. Parquet files are read one by one, so that incomplete datasets
+            can be read, too.
     """
 
     def __init__(self, folder: Path, kind: str = "lance") -> None:
@@ -38,7 +39,7 @@ class StoredRows:
             store.close()
 
     def num_rows(self, dataset: str) -> int:
-        """Number of rows. Reads nothing but names of files while the dataset does not change."""
+        """Number of rows. Reads only file names while the dataset does not change."""
         names = [path.name for path in self._files(dataset)]
         known, count = self._counted.get(dataset, ([], 0))
         if names != known:

@@ -141,7 +141,7 @@ def rewrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str, 
 
 
 def overwrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str, Any]) -> int:
-    """Replace the dataset by one version after the other, each until that is complete."""
+    """Replace the dataset by each version in turn. Each is sent until it is complete."""
     versions = Overwrites(**plan)
     book = Diary(Path(diary))
     lines = Path(diary).read_text().splitlines()
@@ -176,7 +176,7 @@ def overwrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str
 
 
 def leave(address: str, diary: str, plan: dict[str, Any], number: int) -> int:
-    """Send some rows of an upload, and leave the call at some point in some way."""
+    """Send some rows of an upload, then leave the call at a random point, in a random way."""
     chance = random.Random(number)
     rows = Upload(**plan)
     book = Diary(Path(diary))
@@ -211,7 +211,7 @@ def leave(address: str, diary: str, plan: dict[str, Any], number: int) -> int:
             _shut_down_sockets()
         elif how == "silence":
             time.sleep(chance.choice([0.2, 1.0, 3.0]))
-    os._exit(0)  # as a process that dies, without an end of its calls
+    os._exit(0)  # as a process that dies without ending its calls
 
 
 def _shut_down_sockets() -> None:

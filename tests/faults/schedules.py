@@ -40,7 +40,7 @@ _SETTLE_S = 240.0
 _COLUMNS = ("n", "id", "text", "vector", "point")
 # No fault explains these errors.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
-# Errors after which a client may try again later; `not_finite` is what the proxy refuses rows by.
+# Errors after which a client may try again later; the proxy refuses rows with `not_finite`.
 _LATER = {"store_unavailable", "overloaded", "unavailable", "not_finite"}
 _MOST_RESUMES = 10
 _CAUSES_LOGGED = ("drop a dataset", "make a dataset anew", "damage a file", "answer nonsense")
@@ -218,7 +218,7 @@ class Play:
             wrong = [one for one in entries(overwritten.diary) if one.get("error") in _WRONG_ERRORS]
             assert not wrong, f"an overwrite fails: {wrong}"
         log = self.server.output()
-        # Of these faults LanceDB's or Arrow's own error is logged.
+        # For these faults the log has the traceback of LanceDB's or Arrow's error.
         logs_cause = any(map(self._plan.has, _CAUSES_LOGGED))
         assert "Traceback" not in log or logs_cause, "a traceback in the server's log"
 
@@ -377,7 +377,7 @@ class Play:
         )
 
     def _overwrite(self) -> None:
-        """Start the client that overwrites a dataset, after killing the last one."""
+        """Kill the client that overwrites a dataset, if one runs, and start another one."""
         overwritten = self.ledger.overwritten
         if overwritten is None:
             return
@@ -435,7 +435,7 @@ class Play:
         return process.output()[before:]
 
     def _drop(self, event: Event) -> None:
-        """Drop a dataset behind the server's back; perhaps another program makes it anew."""
+        """Drop a dataset without the server's knowledge, and perhaps make it anew."""
         chance = random.Random(event.number)
         dataset = chance.choice(sorted({one.dataset for one in self._plan.uploads}))
         schema = None
@@ -472,7 +472,7 @@ class Play:
                 self.ledger.foreign[dataset] = anew
 
     def _damage(self, event: Event) -> None:
-        """Lose or cut a data file of a dataset, until all events have happened."""
+        """Move away or cut a data file of a dataset. It is repaired after all events."""
         datasets = sorted({one.dataset for one in self._plan.uploads})
         dataset = datasets[event.number % len(datasets)]
         with stopped(self._store or self.server):

@@ -104,7 +104,7 @@ def test_a_client_killed_in_its_upload(
         while not acknowledged:
             acknowledged = json.loads(process.stdout.readline())["rows_durable"]
         process.kill()
-        for line in process.stdout:  # those that it read before it was killed
+        for line in process.stdout:  # answers that the client read before it was killed
             acknowledged = json.loads(line)["rows_durable"]
     eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
     status = action(client, "upload_status", {"upload_id": "u", "dataset": dataset})

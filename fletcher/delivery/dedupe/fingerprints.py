@@ -118,7 +118,7 @@ def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dic
     """Keys and values of stored or journaled rows.
 
     `excluded` holds the positions of rows to leave out. The column `text` is missing if the upload
-    had no texts. The value of an id without a text consists of zero bytes, which no text has.
+    had no texts. The value of an id without a text is all zeros, which no text's value is.
     """
     needed = needed_columns(kind)
     if not set(needed) <= set(rows.schema.names):

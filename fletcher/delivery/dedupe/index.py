@@ -153,7 +153,7 @@ class DedupeIndex:
         return index
 
     def find_values(self, kind: str, keys: Sequence[RowKey]) -> list[bytes | None]:
-        """The indexed value of each row's key; None: there is none. Raises as `load_kind`."""
+        """Indexed value of each row's key, or None. Raises the errors of `load_kind`."""
         wanted = [key for key, _ in keys]
         while True:
             index = self.load_kind(kind)
@@ -162,7 +162,7 @@ class DedupeIndex:
                     return index.map.find_values(wanted)
 
     def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
-        """Whether each row is a duplicate of an indexed one. Raises as `load_kind`."""
+        """Whether each row is a duplicate. Raises the errors of `load_kind`."""
         return [
             value is not None and value == indexed
             for (_, value), indexed in zip(keys, self.find_values(kind, keys), strict=True)

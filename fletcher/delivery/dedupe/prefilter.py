@@ -18,7 +18,8 @@ from fletcher.delivery.upload import Upload
 class DedupePrefilter:
     """Finds duplicates among the arriving rows of one connection. Not thread-safe.
 
-    `vectors` reads vectors of texts that the store has; None: all other rows are embedded.
+    `vectors` reads stored vectors of unchanged texts. If it is None, all rows except duplicates are
+    embedded.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class DedupePrefilter:
     def check_rows(
         self, rows: pa.RecordBatch, row_first: int
     ) -> tuple[BoolArray, StoredVectors | None]:
-        """Whether each row is a duplicate, bool [num_rows], and stored vectors.
+        """Whether each row is a duplicate, bool [num_rows], and stored vectors of others.
 
         `rows` has the columns `id` and `text`, and `carried:NAME` for carried ones. `row_first` is
-        the offset of its first row in the upload. For `delta`, a row whose text is stored under its
-        id is not embedded again if only other columns changed.
+        the offset of its first row in the upload. For `delta`, a row in which only other columns
+        than the text changed gets its stored vector.
         """
         while self._passed and self._upload.covers(*self._passed[0][:2]):
             first, _, keys = self._passed.popleft()

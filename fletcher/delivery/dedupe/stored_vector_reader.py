@@ -1,9 +1,10 @@
 """Vectors of unchanged texts, read from the store instead of embedded again.
 
 A delta upload may send a stored text with other carried columns. The row is then written anew, with
-the vector that the store has for the text. Such a vector stays right whatever happens to the row
-meanwhile: it depends only on the text, the model and the settings in the dataset's schema metadata,
-and all of these are compared. In any doubt, and if the store cannot be read, the text is embedded.
+the vector that the store has for the text. Such a vector stays valid, whatever happens to the row
+meanwhile. It depends only on the text, the model and the settings in the dataset's schema metadata,
+and the reader compares all of these. In any doubt, or if the store cannot be read, the text is
+embedded.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ log = logging.getLogger(__name__)
 
 # Output columns that depend on the text alone.
 _TEXT_COLUMNS = ("vector", "scale", "token_count", "truncated")
-# Most stored rows that are read for each id. Rows that were appended may have any number per id.
+# Limit of the stored rows that are read for each id. Appended rows may repeat an id any number of
+# times.
 _ROWS_PER_ID = 10
 
 
 class StoredVectorReader:
     """Reads vectors of a dataset for the rows of one connection. Not thread-safe.
 
-    After a failure it reads no more, so that a store in trouble does not delay every slice of rows.
+    After a failure the reader reads no more, so that a failing store does not delay all row slices.
 
     Args:
         output: Schema of the connection's output columns.
@@ -48,7 +50,7 @@ class StoredVectorReader:
         self._usable = not has_chunks(output)
 
     def read_vectors(self, rows: pa.RecordBatch, places: Sequence[int]) -> StoredVectors | None:
-        """Vectors that the store has for rows at `places`; None: it has none.
+        """Stored vectors for the rows at `places`; None if the store has none.
 
         Never raises.
         `rows` has the columns `id` and `text`. A row gets the vector of a stored row with the same
@@ -64,7 +66,7 @@ class StoredVectorReader:
             wanted.setdefault(key, []).append(place)
         try:
             return self._read(wanted)
-        except UnknownDatasetError:  # all its rows are in the journal
+        except UnknownDatasetError:  # all rows of the dataset are still in the journal
             return None
         except Exception:
             self._usable = False
@@ -124,7 +126,7 @@ def _describes_same_vectors(stored: pa.Schema, output: pa.Schema) -> bool:
 def _is_usable(batch: pa.RecordBatch, columns: Sequence[str]) -> list[bool]:
     """Whether each row has all columns, a finite vector, and a text that was not cut.
 
-    The vector of a cut text depends on which end was cut, which the dataset does not say.
+    A dataset does not say which end of a cut text was cut, and the vector depends on that.
     """
     usable = pc.invert(batch.column("truncated").fill_null(True))
     for name in columns:

@@ -40,7 +40,7 @@ DAMAGED = ".damaged"
 TORN = ".torn"
 REJECTED = ".rejected"
 SETTLED = ".settled"
-# End of the name, without suffix, of a segment that a person had sent again.
+# Text before the suffix in the name of a segment that a person had sent again.
 REVIVED = "-again"
 _KEY = b"fletcher.group"
 _MARKER = b"\xff\xff\xff\xff"
@@ -123,8 +123,9 @@ class JournaledGroup:
     """A group on disk.
 
     Attributes:
-        revived: A person had groups of the upload sent again. A client may have sent some of their
-            rows in other groups meanwhile, so the store may have rows of this group by other keys.
+        revived: A person had groups of the upload sent again, see `revive_segments`. A client may
+            have sent some of these rows in other groups meanwhile, so the store may have rows of
+            this group under other group keys.
     """
 
     info: GroupInfo

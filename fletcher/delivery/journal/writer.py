@@ -123,7 +123,7 @@ class WriteQueue:
         return actions.Write(self._held) if self._next_try <= now else actions.Wait(self._next_try)
 
     def _next_rows(self) -> list[Rows]:
-        """The oldest rows for one sync, all of one schema and one `dedupe_by`."""
+        """The oldest rows for one sync, all with the same schema and `dedupe_by`."""
         taken: list[Rows] = []
         num_rows = 0
         for rows in self._waiting:

@@ -18,7 +18,7 @@ Config = Mapping[str, Any]
 
 _MAX_NUMBER = 2**31  # larger numbers would overflow in NumPy and ONNX
 _MAX_THETA = 1e30
-# Lists are made of so many layers and heads before the weights show that there are fewer.
+# Upper limits: lists of all layers and heads are made before the weights show the true numbers.
 _MAX_LAYERS = 10_000
 _MAX_HEAD_NUMBER = 2**16
 

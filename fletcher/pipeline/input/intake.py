@@ -29,7 +29,7 @@ from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
 # Takes the used columns of consecutive rows, and the offset of the first row in the upload. Returns
-# bool [num_rows], True for rows that need no vector, and the vectors that the store has for others.
+# Returns bool [num_rows], True for rows that need no vector, and stored vectors of other rows.
 Skip = Callable[[pa.RecordBatch, int], tuple[BoolArray, StoredVectors | None]]
 
 
@@ -110,8 +110,8 @@ class Intake:
             row_first: Offset of the batch's first row in the upload.
             keep: Returns whether the vectors of a dictionary may be kept for later batches. Gets
                 their size in bytes.
-            skip: Returns a mask of the rows in a slice that need no vector, and vectors of rows
-                that need not be embedded. None: all rows are embedded.
+            skip: Returns a mask of the rows in a slice that need no vector, and stored vectors of
+                other rows, which then are not embedded. None: all rows are embedded.
             ends: Whether the last row ends its text. Only `DocumentIntake` uses this argument.
 
         Raises:

@@ -343,7 +343,7 @@ def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """
     if all(0 <= first <= last for first, last in ranges):
         return ranges
-    raise StoreUnavailableError("the store's answer names ranges that are no rows")
+    raise StoreUnavailableError("the store's answer names ranges that are not row offsets")
 
 
 def _info(one: flight.FlightInfo) -> DatasetInfo:

@@ -12,8 +12,7 @@ from typing import Any
 from fletcher.errors import StoreError
 from fletcher.util.allocator import keep_large_blocks
 
-# LanceDB reads ahead 2 GiB per scan by default, which exceeds the bound that `--max-memory`
-# promises.
+# LanceDB reads ahead 2 GiB per scan by default. That is more memory than `--max-memory` allows.
 SCAN_BUFFER_BYTES = 64 << 20
 
 _importing = threading.Lock()
@@ -44,8 +43,8 @@ def import_lancedb() -> Any:
 def _models_built_at_first_use() -> Iterator[None]:
     """Have pydantic build models and validators at their first use.
 
-    LanceDB imports a client of Lance's REST catalogs, which Fletcher does not use. To build its
-    hundreds of models and validators took half of the import's 1.8 s.
+    LanceDB imports a client of Lance's REST catalogs, which Fletcher does not use. Building
+    its hundreds of models and validators took half of the import's 1.8 s.
     """
     import pydantic
 

@@ -21,7 +21,8 @@ from fletcher.stores.lance.library import import_lancedb
 _log = logging.getLogger(__name__)
 
 _MIN_LEVELS = 3
-# Deeper types are refused unchecked: one of 60 levels took a minute, and the dataset waits.
+# Deeper types are refused without a check: a check of 60 levels took a minute, and uploads to the
+# dataset wait for it.
 _MAX_LEVELS = 16
 # Pairs of rows that are tried, about 3 ms each.
 _MAX_PAIRS = 256

@@ -136,7 +136,7 @@ def _newest_first(versions: Path) -> list[tuple[int, Path]]:
 
 
 def find_defect(manifest: Path, folder: Path, known: Set[str] = frozenset()) -> str:
-    """The defect of a version, with the name of its file; empty for a complete one.
+    """The defect of a version, with its file's name; empty if the version is complete.
 
     `known`: paths of files that are known to be complete.
     """

@@ -36,8 +36,8 @@ from fletcher.util.durable import sync_path
 
 _log = logging.getLogger(__name__)
 
-# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache) exceed the bound that
-# `--max-memory` promises.
+# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache) are more memory than
+# `--max-memory` allows.
 CACHE_BYTES = 32 << 20
 
 # Approximate size of a scanned batch; a column may be as wide as 64 Ki numbers.
@@ -209,7 +209,7 @@ class LanceStore(EmbeddedStore):
             wanted = wanted_columns(dataset, table.schema, columns)
             read = list(dict.fromkeys([*wanted, *scores.columns]))
             similarity = scores.similarity
-            metric = None  # of LanceDB, if it can search such vectors
+            metric = None  # LanceDB's metric; None if LanceDB cannot search such vectors
             if similarity.output == "dense" and similarity.reader is not None:
                 dtype = similarity.reader.dtype
                 metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
@@ -248,7 +248,8 @@ class LanceStore(EmbeddedStore):
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock.
 
-        Looks at the files each time: somebody may have deleted some, or made the table anew.
+        The files are checked at each call, because another program may have deleted some of them or
+        made the table anew.
         """
         self.known_whole.discard(name)
         with lance_errors(name):

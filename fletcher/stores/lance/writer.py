@@ -125,7 +125,7 @@ class LanceWriter(EmbeddedWriter):
                 self._merge(last_of_each_id(table), "id")
             else:
                 self._add(table)
-            self._check_folder()  # before a version that lacks its files counts as synced
+            self._check_folder()  # first: a version without its files must not count as synced
             self._files.sync_new_files(settled=not self._compacting)
         self._rows += table.num_rows
         self._rows_since += table.num_rows
@@ -191,7 +191,7 @@ class LanceWriter(EmbeddedWriter):
             return False
 
     def _check_folder(self) -> None:
-        """Refuse to write to another table: Lance would write to it, whatever rows it has."""
+        """Refuse to write to a table that was made anew, which Lance would not notice."""
         if not self.holds_table:
             raise StoreUnavailableError(
                 f"dataset `{self.dataset}` was deleted by another program; its rows are gone",
