@@ -109,7 +109,7 @@ class GroupSender:
         same order. Returns and raises as `append_groups`.
         """
         telemetry = self._destination.telemetry
-        (schema, _, upsert), journaled = groups[0].rows[0].kind
+        (schema, _, upsert), _ = groups[0].rows[0].kind
         writer = self.open_writer(schema, "upsert" if upsert else "append")
         with _not_refused():
             wanted = self._wanted_groups(writer, groups)
@@ -119,9 +119,9 @@ class GroupSender:
             rows = {key: one.to_batch(null_vectors=null_vectors) for key, one in wanted.items()}
         batches = [batch for batch in rows.values() if batch.num_rows]
         num_rows = sum(batch.num_rows for batch in batches)
-        if upsert and not journaled and self._journal is not None:
-            # Settled groups in the journal must not be sent again later and replace these rows.
-            # (Journaled rows need no sync here: they are sent again after the rows they replace.)
+        if upsert and self._journal is not None:
+            # Settled groups in the journal must not be sent again after a power loss. The store may
+            # lack their key by then, because these rows replaced theirs.
             with _journal_errors():
                 self._journal.sync_notes()
         with (

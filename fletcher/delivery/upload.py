@@ -166,7 +166,8 @@ class Upload:
     def lose_rows(self, error: FletcherError) -> None:
         """End the upload, because its settled rows are gone.
 
-        Its client may send them again. Rows that wait in the journal stay durable: they are stored in the dataset of that name.
+        Its client may send them again. Rows that wait in the journal stay durable: they are stored
+        in the dataset of that name.
         """
         with self.changed:
             self.failure = self.failure or error

@@ -17,7 +17,14 @@ from pyarrow import flight
 from fletcher.models.bundle.bundle import ModelBundle
 from tests.integration.flight_calls import TIMEOUT, action
 from tests.integration.numbered import stored
-from tests.integration.processes import FLETCHER, Place, clean_environ, eventually, serving
+from tests.integration.processes import (
+    FLETCHER,
+    Place,
+    clean_environ,
+    eventually,
+    is_steady,
+    serving,
+)
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "data" / "debian-sample.parquet"
 
@@ -149,7 +156,8 @@ def test_a_killed_ingest_sends_only_the_rest(place: Place) -> None:
                 stats = action(client, "stats")
                 return not (stats["fletcher.streams.open"] or stats["memory"]["used_bytes"])
 
-            eventually(is_gone, "it is gone, and none of its rows is being journaled")
+            eventually(is_gone, "it is gone, and its rows have left the queues")
+            eventually(lambda: is_steady(durable), "the group in the journal's hands is durable")
             before = durable()
         done = subprocess.run(
             argv,

@@ -123,6 +123,28 @@ def test_rows_are_durable_before_they_are_stored_and_their_memory_is_free(tmp_pa
     assert files(tmp_path) == []
 
 
+def test_what_is_stored_is_on_disk_before_journaled_rows_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After a power loss the replaced rows were sent again, and then were there twice.
+    store, appends_at_sync = MemoryStore(), []
+    sync_notes = Journal.sync_notes
+
+    def note(self: Journal, before: Any = None) -> None:
+        appends_at_sync.append(len(store.appends))
+        sync_notes(self, before)
+
+    with delivering(store, tmp_path) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert stored(upload, 10)
+        monkeypatch.setattr(Journal, "sync_notes", note)
+        upload, sink = delivery.open_upload(options(upload_id="v", mode="upsert"), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert stored(upload, 10)
+    assert appends_at_sync[0] == 1
+
+
 @pytest.mark.parametrize("connected", [True, False])
 def test_rows_that_wait_while_their_dataset_is_deleted_are_stored_once(
     tmp_path: Path, connected: bool
