@@ -29,6 +29,7 @@ from benchmarks.corpus import ROOT
 from benchmarks.jobs import JobError
 from benchmarks.serving import Served, serve
 from benchmarks.setting import Setting
+from fletcher.stores.lance.library import import_lancedb
 
 ROWS_PER_UPLOAD = 10
 BOUND = 2.0
@@ -169,12 +170,10 @@ class _Ninth:
 
     def compare(self, served: Served) -> tuple[int, int]:
         """Numbers of acknowledged rows that the store lacks, and that it has more than once."""
-        import lancedb
-
         until = time.monotonic() + _STORING_TIMEOUT_S  # rows in the journal are stored later
         while served.count(_DATASET) < len(self.sent) and time.monotonic() < until:
             time.sleep(0.2)
-        table = lancedb.connect(served.vectors).open_table(_DATASET)
+        table = import_lancedb().connect(served.vectors).open_table(_DATASET)
         stored = Counter(table.search().select(["id"]).to_arrow().column("id").to_pylist())
         return sum(not stored[one] for one in self.sent), sum(n > 1 for n in stored.values())
 

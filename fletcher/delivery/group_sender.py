@@ -15,6 +15,7 @@ from fletcher.delivery.actions import Staged
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
 from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.root import disk_failure
 from fletcher.errors import RequestError, StoreUnavailableError, UploadConflictError
 from fletcher.stores.base import DatasetWriter, WriteMode
 from fletcher.util.closing import close_for_good
@@ -202,6 +203,4 @@ def _journal_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailableError(
-            f"the journal's disk fails: {error.strerror}", field="journal"
-        ) from None
+        raise disk_failure(error) from None

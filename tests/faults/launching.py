@@ -247,8 +247,11 @@ def _die_with_parent() -> None:
 
 
 def _fork_on_request(descriptor: int) -> None:
-    import lancedb  # noqa: F401
     import pyarrow.flight  # noqa: F401
+
+    from fletcher.stores.lance.library import import_lancedb
+
+    import_lancedb()
 
     if _INJECTING in os.environ:
         del os.environ["LD_PRELOAD"]

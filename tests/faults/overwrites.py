@@ -6,9 +6,8 @@ Each version is one upload. Readers see the last version until the next one is w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ from fletcher.core.ranges import RangeSet
 from fletcher.delivery.journal.root import journal_folders
 from fletcher.delivery.journal.segment import WAITING, Segment, read_segments
 from fletcher.stores.staging import staged_for, staged_name
-from tests.faults.rewrites import SCHEMA
+from tests.faults.rewrites import SCHEMA, CheckedVersions
 
 DATASET = "overwritten"
 
@@ -52,28 +51,8 @@ class Overwrites:
         return asdict(self)
 
 
-class Overwritten:
-    """Checks the version that is stored, and the unfinished one.
-
-    Args:
-        plan: The versions.
-        diary: File in which the client notes versions that it begins, and complete ones.
-        home: The server's home, for its journal.
-        read_store: Returns the dataset's rows in the store; None: there is no dataset.
-    """
-
-    def __init__(
-        self,
-        plan: Overwrites,
-        diary: Path,
-        *,
-        home: Path,
-        read_store: Callable[[str], pa.Table | None],
-    ) -> None:
-        self.plan = plan
-        self.diary = diary
-        self._home = home
-        self._read_store = read_store
+class Overwritten(CheckedVersions[Overwrites]):
+    """Checks the version that is stored, and the unfinished one."""
 
     def check(self) -> None:
         """Check that one whole version is stored, not older than the last complete one.

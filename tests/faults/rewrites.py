@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from fletcher.delivery.journal.segment import WAITING, Segment, read_segments
 
 DATASET = "rewritten"
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
+
+
+_Plan = TypeVar("_Plan")
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,19 @@ class Rewrites:
         return asdict(self)
 
 
-class Rewritten:
-    """Checks the versions that are journaled and stored.
+class CheckedVersions(Generic[_Plan]):
+    """Versions of a dataset, to compare with what is journaled and stored.
 
     Args:
         plan: The versions.
-        diary: File in which the client notes acknowledged versions.
+        diary: File in which the client notes how far it got.
         home: The server's home, for its journal.
         read_store: Returns the dataset's rows in the store; None: there is no dataset.
     """
 
     def __init__(
         self,
-        plan: Rewrites,
+        plan: _Plan,
         diary: Path,
         *,
         home: Path,
@@ -68,6 +71,10 @@ class Rewritten:
         self.diary = diary
         self._home = home
         self._read_store = read_store
+
+
+class Rewritten(CheckedVersions[Rewrites]):
+    """Checks the versions that are journaled and stored."""
 
     def check(self) -> None:
         """Check that each row is stored once, and stays at least as new as acknowledged.

@@ -361,35 +361,27 @@ class Play:
 
     def _rewrite(self) -> None:
         """Start the client that replaces rows, after killing the last one."""
-        rewritten = self.ledger.rewritten
-        if rewritten is None:
-            return
-        if self._rewriter is not None:
-            self._rewriter.kill()
-        rewritten.diary.touch()
-        self._rewriter = self._launcher.start(
-            "rewrite",
-            self._folder / "clients.log",
-            address=self.address,
-            diary=str(rewritten.diary),
-            plan=rewritten.plan.as_dict(),
-            transfer=self._plan.transfer,
-        )
+        if self.ledger.rewritten is not None:
+            self._rewriter = self._restart("rewrite", self.ledger.rewritten, self._rewriter)
 
     def _overwrite(self) -> None:
         """Kill the client that overwrites a dataset, if one runs, and start another one."""
-        overwritten = self.ledger.overwritten
-        if overwritten is None:
-            return
-        if self._overwriter is not None:
-            self._overwriter.kill()
-        overwritten.diary.touch()
-        self._overwriter = self._launcher.start(
-            "overwrite",
+        if self.ledger.overwritten is not None:
+            self._overwriter = self._restart("overwrite", self.ledger.overwritten, self._overwriter)
+
+    def _restart(
+        self, role: str, versions: Rewritten | Overwritten, running: Process | None
+    ) -> Process:
+        """Kill the client of a role, if one runs, and start another one."""
+        if running is not None:
+            running.kill()
+        versions.diary.touch()
+        return self._launcher.start(
+            role,
             self._folder / "clients.log",
             address=self.address,
-            diary=str(overwritten.diary),
-            plan=overwritten.plan.as_dict(),
+            diary=str(versions.diary),
+            plan=versions.plan.as_dict(),
             transfer=self._plan.transfer,
         )
 

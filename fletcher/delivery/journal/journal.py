@@ -47,7 +47,7 @@ import pyarrow as pa
 
 from fletcher.delivery.journal.recovery import dispose, recover_segments
 from fletcher.delivery.journal.rejected import RejectedGroups
-from fletcher.delivery.journal.root import FULL_RETRY_MS, JournalSpace
+from fletcher.delivery.journal.root import FULL_RETRY_MS, JournalSpace, disk_failure
 from fletcher.delivery.journal.segment import (
     REVIVED,
     SENT,
@@ -58,7 +58,7 @@ from fletcher.delivery.journal.segment import (
     group_metadata,
 )
 from fletcher.delivery.journal.settled_groups import SettledGroups
-from fletcher.errors import FletcherError, JournalFullError, StoreUnavailableError
+from fletcher.errors import FletcherError, JournalFullError
 from fletcher.util.durable import make_folder, sync_path
 
 log = logging.getLogger(__name__)
@@ -358,4 +358,4 @@ def _disk_error(error: OSError) -> FletcherError:
             field="journal",
             retry_after_ms=FULL_RETRY_MS,
         )
-    return StoreUnavailableError(f"the journal's disk fails: {error.strerror}", field="journal")
+    return disk_failure(error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.delivery.journal.segment import REJECTED, REVIVED, SENT, WAITING
-from fletcher.errors import ConfigError, JournalFullError
+from fletcher.errors import ConfigError, JournalFullError, StoreUnavailableError
 from fletcher.util.durable import make_folder, sync_path
 from fletcher.util.locks import FileLock
 
@@ -131,3 +131,8 @@ def lock_journal(root: Path) -> FileLock:
             f"the journal's folder {str(root)!r} cannot be written: {error.strerror}; {remedy}",
             field="home",
         ) from None
+
+
+def disk_failure(error: OSError) -> StoreUnavailableError:
+    """Error for a journal whose disk fails, which says nothing about the store."""
+    return StoreUnavailableError(f"the journal's disk fails: {error.strerror}", field="journal")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import batch_key, parse_batch_key
+from fletcher.delivery.journal.root import disk_failure
 from fletcher.errors import StoreUnavailableError
 from fletcher.util.durable import read_regular, sync_path, write_atomically
 
@@ -110,7 +111,7 @@ class SettledGroups:
         except FileNotFoundError:
             return found
         except OSError as error:
-            raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from error
+            raise disk_failure(error) from error
         current = ""
         for line in lines:
             if line.startswith("="):

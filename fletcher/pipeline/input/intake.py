@@ -28,7 +28,7 @@ from fletcher.pipeline.input.text_parts import part_ends
 from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
-# Takes the used columns of consecutive rows, and the offset of the first row in the upload. Returns
+# Takes the used columns of consecutive rows, and the offset of the first row in the upload.
 # Returns bool [num_rows], True for rows that need no vector, and stored vectors of other rows.
 Skip = Callable[[pa.RecordBatch, int], tuple[BoolArray, StoredVectors | None]]
 
