@@ -34,6 +34,7 @@ from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
     InternalError,
+    OverloadedError,
     UnavailableError,
     UnknownDatasetError,
     UploadConflictError,
@@ -101,7 +102,9 @@ class UploadSession:
                 failures = 1 if self._progress > progress else failures + 1
                 if failures > self._transfer.max_retries:
                     raise
-                asked = False
+                # A busy server that acknowledged nothing has taken no row, or skips it when it comes
+                # again. The question would wait for the store, and load the server further.
+                asked &= isinstance(error, OverloadedError) and self._progress == progress
                 if failures == 1:
                     _log.warning("upload %s: %s; retrying", self._options.upload_id, error)
                 time.sleep(self._connection.retry_delay_s(failures, error))

@@ -249,10 +249,6 @@ def _die_with_parent() -> None:
 def _fork_on_request(descriptor: int) -> None:
     import pyarrow.flight  # noqa: F401
 
-    from fletcher.stores.lance.library import import_lancedb
-
-    import_lancedb()
-
     if _INJECTING in os.environ:
         del os.environ["LD_PRELOAD"]
         callsites.install()
@@ -266,8 +262,10 @@ def _fork_on_request(descriptor: int) -> None:
     import fletcher.storeserver.server
     import fletcher.tokenization.worker
     import fletcher.workers.child  # noqa: F401
+    from fletcher.stores.lance.library import import_lancedb
     from tests.faults import poison, roles
 
+    import_lancedb()
     poison.install()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended

@@ -100,8 +100,7 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
         assert answer.column("vector").null_count == 0
         assert len(action(client, "embed", {"texts": ["a", "b"]})["embeddings"]) == 2
 
-        # The library comes again by itself, and gets in when the store is back. Between refusals
-        # it asks what is stored, which the store that is away refuses, too, but for its trials.
+        # The library comes again by itself, and gets in when the store is back.
         refused = server.service.telemetry.errors.values()["overloaded",]
         late = threading.Thread(target=upload, args=("late",))
         late.start()
