@@ -102,8 +102,8 @@ class UploadSession:
                 failures = 1 if self._progress > progress else failures + 1
                 if failures > self._transfer.max_retries:
                     raise
-                # A busy server that acknowledged nothing has taken no row, or skips it when it comes
-                # again. The question would wait for the store, and load the server further.
+                # A busy server that acknowledged no row took none, or skips those it took when they
+                # come again. The question would wait for the store, and load the server further.
                 asked &= isinstance(error, OverloadedError) and self._progress == progress
                 if failures == 1:
                     _log.warning("upload %s: %s; retrying", self._options.upload_id, error)
