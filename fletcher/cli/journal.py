@@ -200,7 +200,7 @@ def _is_served(root: Path) -> bool:
     if not (root / ".lock").exists():
         return False
     try:
-        lock_journal(root).release()
+        lock_journal(root).close()
     except ConfigError:
         return True
     return False
@@ -211,11 +211,8 @@ def _replay(root: Path) -> int:
 
     if not root.is_dir():
         raise ConfigError(f"there is no journal in {str(root)!r}; check --home", field="home")
-    lock = lock_journal(root)
-    try:
+    with lock_journal(root):
         num_files = sum(revive_segments(folder) for _, _, folder in journal_folders(root))
-    finally:
-        lock.release()
     print(f"{num_files} files wait again; the next start of the server sends them")
     return 0
 
@@ -259,16 +256,13 @@ def _chosen(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> list[st
 def _handle_rejected(root: Path, action: str, names: list[str]) -> int:
     from fletcher.delivery.journal.root import lock_journal, revive_segments
 
-    lock = lock_journal(root)
-    try:
+    with lock_journal(root):
         for name in names:
             path = root / name
             if action == "drop":
                 path.unlink()
             else:
                 revive_segments(path.parent, [path])
-    finally:
-        lock.release()
     verb = "are dropped" if action == "drop" else "wait again; the next start sends them"
     print(f"{len(names)} files {verb}")
     return 0

@@ -281,7 +281,7 @@ class Delivery:
         for store in self.stores.values():
             store.close()
         if self._journal_lock is not None:
-            self._journal_lock.release()
+            self._journal_lock.close()
 
     def _terms(self, options: EmbedCommand, schema: pa.Schema) -> UploadTerms:
         durability = options.durability or ("store" if self._journal is None else "journal")

@@ -105,6 +105,7 @@ class Journal:
         self._segments: list[Segment] = []
         self._file: BinaryIO | None = None  # the last segment's file, while it is open
         self._writer: Any = None
+        self._uncut: Segment | None = None  # holds groups of an append that failed
         self._next_number = 0
         try:
             make_folder(folder)
@@ -143,7 +144,8 @@ class Journal:
     ) -> list[JournaledGroup]:
         """Write groups of one schema and sync them, so that they survive a power loss.
 
-        If an error is raised, none of these groups is kept.
+        If an error is raised, none of these groups is kept. While the disk refuses to cut them off,
+        each append fails: their rows may come again in other groups, and would be doubled.
 
         Raises:
             JournalFullError: The disk is full.
@@ -151,6 +153,7 @@ class Journal:
         """
         with self._appending:
             try:
+                self._cut_off()
                 return self._append(groups, schema)
             except Exception as error:
                 self._undo()
@@ -169,6 +172,7 @@ class Journal:
             written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
         file.flush()
         os.fsync(file.fileno())
+        segment.path.stat()  # raises if somebody deleted the file, which would not survive
         with self._lock:
             size, kept = file.tell(), segment.groups + written
             grown = size - segment.num_bytes
@@ -247,9 +251,11 @@ class Journal:
         """Prepare the journal before its dataset is replaced.
 
         Raises:
-            OSError: The notes cannot be synced.
+            OSError: The notes cannot be synced, or groups that failed cannot be cut off.
         """
         self.close()
+        with self._appending:
+            self._cut_off()
         self.sweep()
         self.sync_notes()
 
@@ -291,7 +297,11 @@ class Journal:
         path = self.folder / f"{self._next_number:012d}{WAITING}"
         self._next_number += 1
         segment = Segment(path, schema)
-        file = path.open("xb")
+        try:
+            file = path.open("xb")
+        except FileNotFoundError:  # somebody deleted the folder
+            make_folder(self.folder)
+            file = path.open("xb")
         with self._lock:
             self._file = file
             self._segments.append(segment)
@@ -329,6 +339,8 @@ class Journal:
     def _sync_notes(self, segments: Sequence[Segment]) -> None:
         synced: list[tuple[Segment, int]] = []
         for segment in segments:
+            if not segment.path.exists():  # somebody deleted it, so its groups cannot come back
+                continue
             with self._lock:
                 segment.write_notes()
                 num_notes = segment.num_notes
@@ -342,13 +354,20 @@ class Journal:
 
     def _undo(self) -> None:
         """Cut off groups that were written, at least in part, by a failed append."""
-        if self._file is None:
-            return  # no segment could be created
-        segment = self._segments[-1]
-        self._end_segment()  # may write bytes that are still buffered; they are cut off below
-        with contextlib.suppress(OSError):
-            os.truncate(segment.path, segment.num_bytes)
-            sync_path(segment.path)
+        if self._file is not None:  # else no segment could be created
+            self._uncut = self._segments[-1]
+            self._end_segment()  # may write bytes that are still buffered; they are cut off below
+        try:
+            self._cut_off()
+        except OSError as error:
+            log.warning("journal: %s holds groups that failed: %s", self.folder, error)
+
+    def _cut_off(self) -> None:
+        if self._uncut is not None:
+            with contextlib.suppress(FileNotFoundError):  # deleted, as all its groups were settled
+                os.truncate(self._uncut.path, self._uncut.num_bytes)
+                sync_path(self._uncut.path)
+            self._uncut = None
 
 
 def _disk_error(error: OSError) -> FletcherError:

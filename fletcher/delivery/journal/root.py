@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +114,25 @@ def revive_segments(folder: Path, again: list[Path] | None = None) -> int:
     return len(again)
 
 
-def lock_journal(root: Path) -> FileLock:
-    """Lock the folder of all journals for this process, until the lock is released.
+def lock_journal(root: Path) -> ExitStack:
+    """Lock the folder of all journals for this process, until the result is closed.
+
+    A second lock lies beside the folder: somebody who deletes the folder while a server uses it
+    deletes the lock inside, and another server would start.
 
     Raises:
         ConfigError: The folder cannot be used, or another process has locked it.
     """
     remedy = "give another `home`, or `--max-journal 0` to go without a journal"
+    places = [root / ".lock"]
+    if os.access(root.parent, os.W_OK):  # else nobody deletes the folder
+        places.append(root.with_name(f".{root.name}.lock"))
     try:
-        make_folder(root)
-        return FileLock(root / ".lock", mode=0o600)
+        with ExitStack() as held:
+            make_folder(root)
+            for place in places:
+                held.enter_context(FileLock(place, mode=0o600))
+            return held.pop_all()
     except BlockingIOError:
         raise ConfigError(
             f"another server uses the journal in {str(root)!r}; {remedy}", field="home"

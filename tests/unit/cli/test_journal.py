@@ -82,7 +82,7 @@ def test_verify_names_the_rows_that_are_damaged_and_changes_nothing(
     before = {path: path.read_bytes() for path in folder.iterdir()}
     lock = lock_journal(folder.parents[1])
     assert main(["journal", "verify"]) == 1
-    lock.release()
+    lock.close()
     said = capsys.readouterr().out
     assert "u:10-19" in said
     assert "a server uses this journal" in said
@@ -118,7 +118,7 @@ def test_replay_makes_sent_rows_wait_behind_the_others(
     lock = lock_journal(folder.parents[1])
     assert main(["journal", "replay"]) == 2
     assert "another server" in capsys.readouterr().err
-    lock.release()
+    lock.close()
     assert main(["journal", "replay"]) == 0
     assert capsys.readouterr().out.startswith("1 files wait again")
     groups = Journal(
@@ -198,4 +198,4 @@ def test_refused_rows_are_left_alone_while_a_server_runs(
         assert "another server uses the journal" in capsys.readouterr().err
         assert main(["journal", "rejected", "list"]) == 0
     finally:
-        lock.release()
+        lock.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,9 @@ from hypothesis import strategies as st
 
 from fletcher.delivery.journal import segment as segments
 from fletcher.delivery.journal.journal import Journal
-from fletcher.delivery.journal.root import JournalSpace
+from fletcher.delivery.journal.root import JournalSpace, lock_journal
 from fletcher.delivery.journal.segment import Damage, GroupInfo, Segment, read_segment
-from fletcher.errors import JournalFullError, StoreUnavailableError
+from fletcher.errors import ConfigError, JournalFullError, StoreUnavailableError
 
 SCHEMA = pa.schema(
     {"id": pa.utf8(), "vector": pa.list_(pa.field("item", pa.float16()), 4), "n": pa.int32()},
@@ -590,3 +591,56 @@ def test_a_segment_that_is_deleted_while_it_is_read_is_not_taken_for_unsettled(
     found = read_segment(segment.path)
     assert isinstance(found, Segment)
     assert all(group.settled for group in found.groups)
+
+
+def test_rows_are_not_journaled_while_a_failed_append_cannot_be_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its whole group came back at the next start, beside the same rows in groups of another extent.
+    one = fill(tmp_path, 1)
+    with monkeypatch.context() as failing:
+        failing.setattr("fletcher.delivery.journal.journal.os.fsync", fails(errno.EIO))
+        failing.setattr("fletcher.delivery.journal.journal.os.truncate", fails(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            one.append_groups([(info(10, 10), rows(10, 10))], SCHEMA)
+    with monkeypatch.context() as failing:
+        failing.setattr("fletcher.delivery.journal.journal.os.truncate", fails(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            one.append_groups([(info(10, 5), rows(10, 5))], SCHEMA)
+        with pytest.raises(OSError, match="Input/output"):
+            one.prepare_replacement()
+    assert firsts(tmp_path) == [0, 10]  # of a process that ends now; no client sent the rows again
+    one.append_groups([(info(10, 5), rows(10, 5))], SCHEMA)
+    groups = journal(tmp_path).recover()
+    assert [(group.info.first, group.info.last) for group in groups] == [(0, 9), (10, 14)]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_append_to_a_deleted_journal_fails_and_the_next_one_makes_it_anew(
+    tmp_path: Path, half: bool
+) -> None:
+    # Rows in files without a name were acknowledged as durable.
+    folder = tmp_path / "journal"
+    one = fill(folder, 1)
+    lost = one._segments[0].groups[0]
+    one.settle_group(lost)
+    if half:
+        (path,) = folder.glob("*.arrow")
+        path.unlink()
+    else:
+        shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError):
+        one.append_groups([(info(10, 10), rows(10, 10))], SCHEMA)
+    one.append_groups([(info(10, 10), rows(10, 10))], SCHEMA)
+    one.sync_notes()
+    assert firsts(folder) == [10]
+
+
+def test_a_second_server_cannot_use_a_journal_whose_folder_was_deleted(tmp_path: Path) -> None:
+    # The file of the only lock was deleted with the folder.
+    lock = lock_journal(tmp_path / "journal")
+    shutil.rmtree(tmp_path / "journal")
+    with pytest.raises(ConfigError, match="another server uses the journal"):
+        lock_journal(tmp_path / "journal")
+    lock.close()
+    lock_journal(tmp_path / "journal").close()
