@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -22,18 +24,26 @@ _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 # index list messages.
 _TAIL = struct.Struct("<i6s")
 _INDEXED = (2, 3)
-_BLOCK_BYTES = 24
+# An entry of the index: offset, length of the message's header and padding, length of its body.
+_BLOCK = struct.Struct("<qiiq")
+# Bytes in front of a header: a marker and the header's length. Old writers have no marker.
+_MARKER = b"\xff\xff\xff\xff"
+
+# Returns some bytes of a message's body, by offset and length.
+_ReadBody = Callable[[int, int], bytes]
 
 
-def check_message(message: pa.Message, place: str) -> None:
+def check_message(header: bytes, read_body: _ReadBody, place: str) -> None:
     """Refuse a compressed message that stands for too many bytes.
+
+    `read_body` returns some bytes of the message's body, by offset and length.
 
     Raises:
         BatchTooLargeError: The buffers are larger than MAX_DECODED_BYTES when decompressed.
         pa.ArrowInvalid: The message's header is damaged.
     """
     try:
-        size = _decoded_bytes(message)
+        size = _decoded_bytes(header, read_body)
     except (struct.error, IndexError):
         raise pa.ArrowInvalid("the header of a message is damaged") from None
     if size > MAX_DECODED_BYTES:
@@ -43,9 +53,8 @@ def check_message(message: pa.Message, place: str) -> None:
         )
 
 
-def _decoded_bytes(message: pa.Message) -> int:
+def _decoded_bytes(header: bytes, read_body: _ReadBody) -> int:
     """Bytes of a message's buffers after decompression; 0 for a plain one."""
-    header = message.metadata.to_pybytes()
     root = _u32(header, 0)
     kind_at = _field(header, root, 1)
     kind = header[kind_at] if kind_at else 0
@@ -57,13 +66,12 @@ def _decoded_bytes(message: pa.Message) -> int:
     if not _field(header, table, 3):
         return 0
     buffers = _table(header, table, 2)
-    body = message.body
     total = 0
     for number in range(_u32(header, buffers)):
         offset, length = struct.unpack_from("<qq", header, buffers + 4 + 16 * number)
         if length >= 8:
             # -1 marks a buffer that is stored as it is.
-            (size,) = struct.unpack("<q", body.slice(offset, 8).to_pybytes())
+            (size,) = struct.unpack("<q", read_body(offset, 8))
             total += size if size >= 0 else length
     return total
 
@@ -112,43 +120,54 @@ class CheckedStream(PieceStream):
                     "a separate file"
                 ) from None
             return None
-        check_message(message, f"{self._name}: message {self._number}")
+        place = f"{self._name}: message {self._number}"
+        check_message(
+            message.metadata.to_pybytes(),
+            lambda offset, length: message.body.slice(offset, length).to_pybytes(),
+            place,
+        )
         self._number += 1
         return message.serialize()
 
 
-def check_file(mapped: pa.MemoryMappedFile, name: str) -> None:
-    """Check the messages of a memory-mapped Arrow IPC file without decoding them.
+def check_file(path: Path, name: str) -> None:
+    """Check the messages of an Arrow IPC file. Their bodies are neither read nor decoded.
 
-    Raises the errors of `check_message`.
+    Raises the errors of `check_message`, and OSError if the file cannot be read.
     """
-    # Only the index tells where messages begin: Polars leaves other bytes between them.
-    for number, offset in enumerate(_message_offsets(mapped), 1):
-        mapped.seek(offset)
-        check_message(pa.ipc.read_message(mapped), f"{name}: message {number}")
+    with path.open("rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            file.seek(offset)
+            return file.read(length)
+
+        # Only the index tells where messages begin: Polars leaves other bytes between them.
+        for number, (offset, length, _, _) in enumerate(_index(read, path.stat().st_size), 1):
+            header = read(offset, length)
+            check_message(
+                header[8 if header.startswith(_MARKER) else 4 :],
+                lambda place, size, body=offset + length: read(body + place, size),  # type: ignore[misc]
+                f"{name}: message {number}",
+            )
 
 
-def _message_offsets(mapped: pa.MemoryMappedFile) -> list[int]:
-    """Offsets of the dictionaries and record batches in the index at a file's end.
+def _index(read: _ReadBody, size: int) -> list[tuple[int, ...]]:
+    """Entries for the dictionaries and record batches in the index at a file's end.
 
     Raises pa.ArrowInvalid if the index is damaged.
     """
     try:
-        mapped.seek(mapped.size() - _TAIL.size)
-        length, magic = _TAIL.unpack(mapped.read(_TAIL.size))
-        mapped.seek(mapped.size() - _TAIL.size - length)
-        index = mapped.read(length)
+        length, magic = _TAIL.unpack(read(size - _TAIL.size, _TAIL.size))
+        index = read(size - _TAIL.size - length, length)
         root = _u32(index, 0)
-        offsets = []
+        entries = []
         for kind in _INDEXED:
             if _field(index, root, kind):
                 blocks = _table(index, root, kind)
-                starts = range(
-                    blocks + 4, blocks + 4 + _BLOCK_BYTES * _u32(index, blocks), _BLOCK_BYTES
-                )
-                offsets += [int(struct.unpack_from("<q", index, at)[0]) for at in starts]
+                start, num_bytes = blocks + 4, _BLOCK.size * _u32(index, blocks)
+                entries += _BLOCK.iter_unpack(index[start : start + num_bytes])
     except (struct.error, IndexError, OSError, ValueError):
         magic = b""
     if magic != b"ARROW1":
         raise pa.ArrowInvalid("its end is damaged")
-    return offsets
+    return entries

@@ -31,7 +31,7 @@ def parquet_schema(path: Path, name: str, selection: Selection) -> pa.Schema:
 
 def arrow_schema(path: Path, name: str, selection: Selection) -> pa.Schema:
     """Types of the selected columns of an Arrow IPC file."""
-    with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
+    with pa.OSFile(str(path)) as opened, pa.ipc.open_file(opened) as file:
         return _selected(file.schema, name, selection)
 
 
@@ -206,12 +206,18 @@ def _is_castable(column: pa.Array, kind: pa.DataType) -> bool:
 
 
 def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithShare:
-    """Batches of a memory-mapped Arrow IPC file, with the share read so far, 0 to 1."""
-    done = 0
-    with pa.memory_map(str(path)) as mapped:
-        check_file(mapped, name)
-    with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
-        paths = arrow_paths(selection, file.schema, name)
+    """Batches of an Arrow IPC file, with the share read so far, 0 to 1.
+
+    The file is not memory-mapped: if somebody cuts it meanwhile, a signal would end the process.
+    Only the selected columns are read.
+    """
+    check_file(path, name)
+    with pa.OSFile(str(path)) as opened:
+        schema = pa.ipc.open_file(opened).schema
+        paths = arrow_paths(selection, schema, name)
+        tops = sorted({schema.get_field_index(top) for top, *_ in paths.values()})
+        file = pa.ipc.open_file(opened, options=pa.ipc.IpcReadOptions(included_fields=tops))
+        done = 0
         for index in range(file.num_record_batches):
             batch = take_paths(file.get_batch(index), paths)
             check_arrays(batch, name, done)

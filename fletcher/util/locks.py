@@ -8,6 +8,7 @@ file, which stays after the process has ended.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from pathlib import Path
 class FileLock:
     """An exclusive advisory lock on a file, held from construction to `release`.
 
-    The kernel releases the lock when the process ends, even by a crash. The file is not deleted;
-    its existence does not mean that it is locked. Child processes do not inherit the lock, because
-    its descriptor closes on exec. A second lock on the same file conflicts, even in the same
-    process.
+    The kernel releases the lock when the process ends, even by a crash. The file stays; its
+    existence does not mean that it is locked. `remove` deletes it. Child processes do not inherit
+    the lock, because its descriptor closes on exec. A second lock on the same file conflicts, even
+    in the same process.
 
     A missing file is created with the permissions `mode`. Its folder must exist. If the file is
     locked already, `wait` makes the constructor wait until the lock is released.
@@ -31,13 +32,19 @@ class FileLock:
     def __init__(self, path: Path, *, wait: bool = False, mode: int = 0o644) -> None:
         from filelock import lock_descriptor  # takes 10 ms, and few processes lock files
 
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
-        try:
-            if not lock_descriptor(self._file, blocking=wait):
-                raise BlockingIOError(f"{path} is locked by another holder")
-        except BaseException:
-            self.release()
-            raise
+        self._path = path
+        self._file: int | None = None
+        while True:
+            file = self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+            try:
+                if not lock_descriptor(file, blocking=wait):
+                    raise BlockingIOError(f"{path} is locked by another holder")
+                if _is_at(file, path):
+                    return
+            except BaseException:
+                self.release()
+                raise
+            self.release()  # its holder removed the file meanwhile, so others lock a new one
 
     def release(self) -> None:
         """Release the lock. Idempotent."""
@@ -45,8 +52,26 @@ class FileLock:
         if file is not None:
             os.close(file)
 
+    def remove(self) -> None:
+        """Delete the file, then release the lock.
+
+        Whoever waits for the lock makes a new file.
+        """
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # it stays, which harms nobody
+                self._path.unlink(missing_ok=True)
+        self.release()
+
     def __enter__(self) -> FileLock:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

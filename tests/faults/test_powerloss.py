@@ -175,6 +175,7 @@ def test_a_dataset_that_was_deleted(notes: Path, disk: Path, kind: str) -> None:
     store = open_store(f"{kind}:{disk}")
     store.open_writer("d", ROWS.schema, "append").close()
     store.delete_dataset("d")
+    assert [path for path in disk.iterdir() if path.suffix == ".lock"] == []
     store.close()
     synced = [json.loads(line) for line in notes.read_text().splitlines()]
     last = [note["names"] for note in synced if note["inode"] == disk.stat().st_ino][-1]

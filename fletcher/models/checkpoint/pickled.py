@@ -188,6 +188,7 @@ class PickledFile:
         end = start + storage.size * dtype.itemsize
         if last >= storage.size or end > self._size or math.prod(shape) > storage.size:
             raise ValueError("it does not lie inside the file")
+        # Mapped for the reasons given in `SafetensorsFile`.
         data = np.memmap(self._path, dtype=np.uint8, mode="r", offset=start, shape=(end - start,))
         flat = np.frombuffer(data, dtype=dtype)[offset:]
         steps = tuple(stride * dtype.itemsize for stride in strides)

@@ -102,6 +102,9 @@ class Weights:
 class SafetensorsFile:
     """The tensors of one safetensors file, mapped and read on demand.
 
+    Mapped, because a large model need not fit into memory. If somebody cuts the file meanwhile, a
+    signal ends `fletcher model add`, which has added nothing by then.
+
     Raises:
         ModelError: The file is not a safetensors file, or is cut off.
     """

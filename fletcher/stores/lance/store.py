@@ -145,7 +145,7 @@ class LanceStore(EmbeddedStore):
         Readers of the old version keep their files for a while, as with any commit. A dataset that
         does not exist yet gets the files themselves.
         """
-        with self.lock_dataset(name), self.lock_dataset(staged), lance_errors(name):
+        with self.lock_dataset(name), self.lock_dataset(staged) as lock, lance_errors(name):
             self._repair(staged)
             new = self._open_table(staged)
             if new is None:
@@ -159,6 +159,7 @@ class LanceStore(EmbeddedStore):
                 self._synced(staged).sync_new_files(settled=True)
                 (self.folder / f"{staged}.lance").rename(folder)
                 sync_path(self.folder)
+                lock.remove()
                 return
             if old is None or old != incarnation_of(new.schema):
                 rows = new.search().to_batches(_scan_rows(new.schema))
@@ -177,6 +178,7 @@ class LanceStore(EmbeddedStore):
             self._database.drop_table(staged)
             self.known_whole.discard(staged)
             sync_path(self.folder)
+            lock.remove()
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
@@ -229,7 +231,7 @@ class LanceStore(EmbeddedStore):
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
-        with self.lock_dataset(name), lance_errors(name):
+        with self.lock_dataset(name) as lock, lance_errors(name):
             try:
                 known = self._open_table(name) is not None
             except StoreUnavailableError:  # it is damaged
@@ -239,6 +241,7 @@ class LanceStore(EmbeddedStore):
             self._database.drop_table(name)
             self.known_whole.discard(name)
             sync_path(self.folder)
+            lock.remove()
 
     def close(self) -> None:
         super().close()

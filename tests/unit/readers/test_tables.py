@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import io
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -147,3 +148,18 @@ def test_version_1_of_feather_is_refused_by_name(tmp_path):
     (tmp_path / "t.feather").write_bytes(b"FEA1" + bytes(60) + b"FEA1")
     with pytest.raises(InvalidCommandError, match=r"t\.feather is of Feather's version 1"):
         read(tmp_path / "t.feather")
+
+
+def test_an_arrow_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+    # The file was mapped, and the process got SIGBUS.
+    path = tmp_path / "t.arrow"
+    table = pa.table({"text": ["x" * 20_000] * 100, "n": list(range(100))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    path.write_bytes(sink.getvalue())
+    batches = open_source(path, columns=["n"]).batches()
+    assert next(batches).column("n")[0].as_py() == 0
+    os.truncate(path, 4096)
+    with pytest.raises(InvalidCommandError, match=r"t\.arrow cannot be read"):
+        list(batches)

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -103,3 +104,46 @@ def test_a_new_file_gets_its_mode_and_a_file_of_others_keeps_its_content(path):
 def test_a_folder_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         FileLock(tmp_path / "no" / ".lock")
+
+
+def test_whoever_waits_for_a_removed_lock_excludes_those_who_come_later(path, monkeypatch):
+    # A lock on the removed file would not: the next one would lock a new file.
+    held = FileLock(path)
+    opened, taken, done = threading.Event(), threading.Event(), threading.Event()
+    real_open = os.open
+
+    def note_open(*arguments):
+        file = real_open(*arguments)
+        opened.set()
+        return file
+
+    def take():
+        with FileLock(path, wait=True):
+            taken.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=take)
+    with monkeypatch.context() as noting:
+        noting.setattr("fletcher.util.locks.os.open", note_open)
+        thread.start()
+        assert opened.wait(10)
+    held.remove()
+    assert taken.wait(10)
+    with pytest.raises(BlockingIOError):
+        FileLock(path)
+    done.set()
+    thread.join(10)
+    FileLock(path).remove()
+    assert not path.exists()
+    held.remove()
+
+
+def test_a_lock_file_that_cannot_be_removed_stays_and_is_unlocked(path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError
+
+    lock = FileLock(path)
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "unlink", fail)
+        lock.remove()
+    FileLock(path).release()
