@@ -11,7 +11,7 @@ import msgspec
 from fletcher.config.model_alias import Alias
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
-from fletcher.flight.commands import parse_list_models
+from fletcher.flight.commands import parse_list_models, refuse_unused
 from fletcher.flight.embed_action import embed
 from fletcher.flight.middleware import upload_owner
 from fletcher.flight.requests import (
@@ -94,7 +94,9 @@ def _ready(service: Service, _body: bytes, _caller: Caller) -> dict[str, Any]:
 
 
 def _upload_status(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
-    command = EmbedCommand.from_mapping(parse_json(body))
+    fields = parse_json(body)
+    refuse_unused("upload_status", fields)
+    command = EmbedCommand.from_mapping(fields)
     if command.upload_id is not None:
         command = command.owned_by(upload_owner(caller))
     return service.delivery.upload_status(command)

@@ -5,6 +5,7 @@ A command is JSON if its first byte is `{`, else protobuf (proto/fletcher/v1/emb
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf import unknown_fields
@@ -17,6 +18,18 @@ from fletcher.v1 import embed_pb2
 
 # Values of DescriptorType in Flight.proto and in pyarrow.
 _PATH, _CMD = 1, 2
+
+_DELIVERY = ("dataset", "mode", "dedupe", "durability", "store")
+_INPUT = ("text_column", "id_column", "columns", "include_text", "chunking", "continuous")
+# Fields that a call has no use for. It refuses them instead of ignoring them. DoPut refuses
+# `continuous` in `StoreSession`.
+UNUSED_FIELDS = {
+    "DoExchange": _DELIVERY,
+    "embed": (*_DELIVERY, *_INPUT),
+    "upload_status": tuple(
+        name for name in FIELD_NAMES if name not in ("upload_id", "dataset", "store")
+    ),
+}
 
 
 def parse_descriptor(descriptor: Any) -> EmbedCommand:
@@ -49,6 +62,21 @@ def parse_descriptor(descriptor: Any) -> EmbedCommand:
 def parse_command(command: bytes) -> EmbedCommand:
     """Parse an EmbedCommand in JSON or protobuf. Raises as `parse_descriptor`."""
     return EmbedCommand.from_mapping(_parse_fields(embed_pb2.EmbedCommand(), command))
+
+
+def refuse_unused(call: str, given: Iterable[str]) -> None:
+    """Refuse fields that a call has no use for.
+
+    Raises:
+        InvalidCommandError: A given field is one of the call's UNUSED_FIELDS.
+    """
+    for name in given:
+        if name in UNUSED_FIELDS[call]:
+            storing = name in _DELIVERY and call != "upload_status"
+            why = ", which stores no rows; use DoPut, or leave it out" if storing else ""
+            raise InvalidCommandError(
+                f"`{name}` has no meaning in {call}{why or '; leave it out'}", field=name
+            )
 
 
 def parse_list_models(body: bytes) -> ListModelsRequest:

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.flight.commands import refuse_unused
 from fletcher.flight.middleware import embed_call
 from fletcher.flight.requests import parse_json
 from fletcher.pipeline.interactive.single_row import vector_lists
@@ -16,10 +17,6 @@ from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedSession
 
 MAX_TEXTS = 256
-_UNUSED = (
-    *("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe"),
-    *("chunking", "continuous"),
-)
 
 
 def embed(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
@@ -38,10 +35,16 @@ def embed(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
     service.admission.check_draining()
     fields = parse_json(body)
     batch = _batch_of(fields.pop("texts", None))
-    for name in _UNUSED:
-        if name in fields:
-            raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
-    call = embed_call("embed", EmbedCommand.from_mapping(fields), caller, abort=True)
+    refuse_unused("embed", fields)
+    command = EmbedCommand.from_mapping(fields)
+    if "on_error" in fields and command.on_error != "abort":
+        raise InvalidCommandError(
+            f"`on_error` is {command.on_error}, but embed answers all texts or none; leave it out, "
+            "or use DoExchange",
+            field="on_error",
+            allowed=["abort"],
+        )
+    call = embed_call("embed", command, caller, abort=True)
     with EmbedSession(service, call) as session:
         session.open_input(batch.schema)
         session.admit(bulk=False)

@@ -18,8 +18,8 @@ from fletcher.errors import (
     BatchTooLargeError,
     CancelledError,
     FletcherError,
-    InvalidCommandError,
 )
+from fletcher.flight.commands import refuse_unused
 from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.net.compression import CallCompression
@@ -82,7 +82,7 @@ def exchange(
 
     The call's own thread reads and submits batches. A second thread writes answers.
     """
-    _check_command(command)
+    refuse_unused("DoExchange", command.to_mapping())
     with EmbedSession(service, embed_call("do_exchange", command, caller)) as session:
         output = session.open_input(read_schema(reader))
         # Begin before the first batch arrives: a client may wait for the schema before it sends.
@@ -204,21 +204,6 @@ class _Answers:
             self._parts, self._parts_bytes, self._errors = [], 0, []
             self._writer.write_batch(whole, metadata)
             self._session.keep_bytes(0)
-
-
-def _check_command(command: EmbedCommand) -> None:
-    if command.store is not None:
-        raise InvalidCommandError(
-            "`store` is given, but DoExchange does not store rows; use DoPut, or leave it out",
-            field="store",
-        )
-    if command.dedupe != "off" or command.mode == "delta":
-        field = "mode" if command.mode == "delta" else "dedupe"
-        raise InvalidCommandError(
-            f"`{field}` is {getattr(command, field)}, but DoExchange answers every row and has "
-            "no dataset; use DoPut, or leave it out",
-            field=field,
-        )
 
 
 def _max_output_bytes(session: EmbedSession) -> int:

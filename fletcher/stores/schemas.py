@@ -11,6 +11,7 @@ from fletcher.core.quantization import QUANTIZATION
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import CHUNK_FIELDS, TIMESTAMP, parse_batch_key
 from fletcher.core.similarity import SIMILARITY
+from fletcher.core.time_zones import unknown_zone
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
@@ -84,7 +85,7 @@ def check_storable(schema: pa.Schema) -> None:
 
     Raises:
         ColumnTypeError: A column does not hold numbers, texts, bytes, times, or lists, structs and
-            maps of these.
+            maps of these, or has an unknown time zone.
     """
     for field in schema:
         if not _is_storable(field.type):
@@ -92,6 +93,12 @@ def check_storable(schema: pa.Schema) -> None:
                 f"`{field.name}` is {str(field.type)[:200]}, which stores do not take; send "
                 "numbers, texts, bytes, times, or lists, structs and maps of these, with nothing "
                 "dictionary-encoded inside",
+                field=field.name,
+            )
+        if (zone := unknown_zone(field.type)) is not None:
+            raise ColumnTypeError(
+                f"`{field.name}` has the time zone {zone[:100]!r}, expected a name such as "
+                "Europe/Berlin or an offset such as +02:00",
                 field=field.name,
             )
 

@@ -1,20 +1,21 @@
-"""Types of input columns that pyarrow cannot read."""
+"""Types of input columns that cannot be read."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
+from fletcher.core.time_zones import unknown_zone
 from fletcher.errors import ColumnTypeError
 
 
 def check_readable(schema: pa.Schema, command: EmbedCommand) -> None:
     """Check that pyarrow knows the types of the columns that a command uses.
 
-    pyarrow takes batches with other types, and raises KeyError when such a column is looked at.
+    pyarrow takes batches with other types, and raises an error when such a column is looked at.
 
     Raises:
-        ColumnTypeError: A used column has, or contains, such a type.
+        ColumnTypeError: A used column has, or contains, such a type, or an unknown time zone.
     """
     used = {command.text_column, command.id_column, "metadata", *command.columns}
     for place, name in enumerate(schema.names):
@@ -22,6 +23,13 @@ def check_readable(schema: pa.Schema, command: EmbedCommand) -> None:
             raise ColumnTypeError(
                 f"column {name!r} is, or contains, an interval of months or of days, which cannot "
                 "be read; send a duration, an integer or text instead, or leave it out",
+                field=name,
+            )
+        if name in used and (zone := unknown_zone(schema.field(place).type)) is not None:
+            raise ColumnTypeError(
+                f"column {name!r} has the time zone {zone[:100]!r}, expected a name such as "
+                "Europe/Berlin or an offset such as +02:00; cast it to timestamp with such a zone, "
+                "or leave it out",
                 field=name,
             )
 

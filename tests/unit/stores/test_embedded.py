@@ -401,6 +401,7 @@ def test_a_staged_dataset_replaces_the_dataset_and_takes_another_model(store):
     assert [(one.name, one.num_rows) for one in store.staged_datasets()] == [(STAGED, 7)]
     assert store.dataset("d").num_rows == 15
     store.replace_dataset("d", STAGED)
+    assert [path.name for path in store.folder.glob(".*.lock")] == [".d.lock"]
     assert store.dataset("d").num_rows == 7
     assert store.dataset("d").schema.field("vector").type.list_size == 9
     found = store.scan("d").read_all().sort_by("id").column("id").to_pylist()
@@ -991,3 +992,17 @@ def test_a_missing_lancedb_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lancedb", None)
     with pytest.raises(StoreError, match=r"pip install 'longbow-fletcher\[lance\]'"):
         open_store(f"lance:{tmp_path}")
+
+
+def test_a_parquet_append_keeps_the_file_of_a_key_that_is_sent_again(tmp_path):
+    """Nothing noticed an append that wrote every group anew."""
+    store = open_store(f"parquet:{tmp_path}")
+    fill(store, rows.batch(0, 3))
+    (path,) = (tmp_path / "d").glob("u*.parquet")
+    before = (path.stat().st_ino, path.read_bytes())
+    other = rows.batch(0, 3, text="another")
+    fill(store, other, rows.batch(3, 2))
+    assert (path.stat().st_ino, path.read_bytes()) == before
+    assert sorted(store.scan("d").read_all().column("id").to_pylist()) == [
+        f"id{row}" for row in range(5)
+    ]

@@ -12,6 +12,7 @@ import pytest
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
+from fletcher.stores.lance import repair
 from fletcher.stores.lance.repair import find_defect, newest_version, note_synced
 from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
@@ -245,4 +246,35 @@ def test_a_table_without_a_whole_version_is_none(folder: Path) -> None:
     writer = store.open_writer("d", rows.schema(), "append")
     writer.append([rows.batch(0, 10)])
     assert ids(store) == list(range(10))
+    store.close()
+
+
+def test_a_writer_opens_only_files_that_changed_since_the_last_writer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"lance:{folder}")
+    store.open_writer("d", rows.schema(), "append").close()
+    opened: list[str] = []
+    is_whole = repair._is_whole
+
+    def note(file: str, **options: bool) -> bool:
+        opened.append(file)
+        return is_whole(file, **options)
+
+    monkeypatch.setattr(repair, "_is_whole", note)
+    writer = store.open_writer("d", rows.schema(), "append")
+    assert opened == []
+    writer.append([rows.batch(150, 10)])
+    writer.close()
+    opened.clear()
+    store.open_writer("d", rows.schema(), "append").close()
+    assert len(opened) == 1
+    last = Path(opened[0])
+    whole = last.read_bytes()
+    for damage, word in ((lambda: cut(last, 100), "truncated"), (last.unlink, "missing")):
+        damage()
+        with pytest.raises(StoreUnavailableError, match=f"{last.name} is {word}"):
+            store.open_writer("d", rows.schema(), "append")
+        last.write_bytes(whole)
+        store.open_writer("d", rows.schema(), "append").close()
     store.close()

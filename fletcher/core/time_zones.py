@@ -1,0 +1,41 @@
+"""Time zones of timestamp columns."""
+
+from __future__ import annotations
+
+import re
+import zoneinfo
+from functools import lru_cache
+
+import pyarrow as pa
+
+# https://github.com/apache/arrow/blob/main/format/Schema.fbs (table Timestamp)
+_OFFSET = re.compile(r"[+-]([01]\d|2[0-3]):[0-5]\d")
+
+
+def unknown_zone(kind: pa.DataType) -> str | None:
+    """The first time zone in a type, also a nested one, that nobody could read back.
+
+    Arrow takes any text for a zone, and fails when such a value is looked at. None: all zones are
+    known, or this machine has no database of zones.
+    """
+    if pa.types.is_timestamp(kind):
+        return None if kind.tz is None or _is_known(kind.tz) else str(kind.tz)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return unknown_zone(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return unknown_zone(kind.storage_type)
+    inner = (unknown_zone(kind.field(place).type) for place in range(kind.num_fields))
+    return next((zone for zone in inner if zone is not None), None)
+
+
+@lru_cache(1024)
+def _is_known(zone: str) -> bool:
+    return bool(_OFFSET.fullmatch(zone)) or _is_found(zone) or not _is_found("UTC")
+
+
+def _is_found(zone: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(zone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
