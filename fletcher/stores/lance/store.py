@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import logging
 import os
+import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.library import import_lancedb
+from fletcher.stores.lance.pinned import PinnedTable
 from fletcher.stores.lance.repair import (
     WholeFiles,
     find_whole_version,
+    prepare_table,
     set_torn_versions_aside,
 )
 from fletcher.stores.lance.synced_folder import SyncedFolder
@@ -34,6 +37,7 @@ from fletcher.stores.lance.writer import (
     check_new_columns,
     distinct_keys,
     lance_errors,
+    table_gone,
 )
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
 from fletcher.stores.staging import check_stored, incarnation_of, with_incarnation
@@ -119,8 +123,13 @@ class LanceStore(EmbeddedStore):
                     fields = [field.with_nullable(True) for field in schema]
                     stored = pa.schema(fields, metadata=schema.metadata)
                     stored = with_incarnation(dataset, stored)
+                    prepare_table(self.folder / f"{dataset}.lance")
                     table = self._database.create_table(dataset, schema=stored)
-                writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+                pinned = PinnedTable(self.folder / f"{dataset}.lance", self._connect)
+                undo.callback(pinned.close)
+                if not pinned.table.schema.equals(table.schema, check_metadata=True):
+                    raise table_gone(dataset)
+                writer = LanceWriter(self, dataset, lock, pinned, mode)
                 undo.callback(writer.close)
                 writer.old_versions_left = dataset in self._replaced
             self._replaced.discard(dataset)
@@ -171,6 +180,8 @@ class LanceStore(EmbeddedStore):
             if old is None or old != incarnation_of(new.schema):
                 rows = new.search().to_batches(_scan_rows(new.schema))
                 mode = "overwrite" if any((folder / "_versions").glob("*.manifest")) else "create"
+                if mode == "create":
+                    prepare_table(folder)
                 self._database.create_table(
                     # Null vectors are no bad vectors here, and the staged dataset has no NaN.
                     name,
@@ -182,10 +193,7 @@ class LanceStore(EmbeddedStore):
                 self._synced(name).sync_new_files(settled=True)
                 self.known_whole.add(name)
                 self._replaced.add(name)
-            self._database.drop_table(staged)
-            self.known_whole.discard(staged)
-            self._whole.pop(staged, None)
-            sync_path(self.folder)
+            self._drop(staged)
             lock.remove()
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
@@ -246,10 +254,7 @@ class LanceStore(EmbeddedStore):
                 known = True
             if not known:
                 raise unknown_dataset(name)
-            self._database.drop_table(name)
-            self.known_whole.discard(name)
-            self._whole.pop(name, None)
-            sync_path(self.folder)
+            self._drop(name)
             lock.remove()
 
     def close(self) -> None:
@@ -257,11 +262,21 @@ class LanceStore(EmbeddedStore):
         with self._reading:
             self._earlier.close()
 
+    def _drop(self, name: str) -> None:
+        """Delete a table. A crash meanwhile leaves files, but no table that lacks some."""
+        folder = self.folder / f"{name}.lance"
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "_versions").rename(folder / "_versions.deleted")
+        shutil.rmtree(folder)
+        self.known_whole.discard(name)
+        self._whole.pop(name, None)
+        sync_path(self.folder)
+
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock.
 
-        The files are checked at each call, because another program may have deleted some of them or
-        made the table anew.
+        The files are looked for at each call, because another program may have deleted some of them
+        or made the table anew. Those that changed since the last call are read.
         """
         self.known_whole.discard(name)
         with lance_errors(name):
