@@ -160,7 +160,7 @@ def _index(read: _ReadBody, size: int) -> list[tuple[int, ...]]:
         length, magic = _TAIL.unpack(read(size - _TAIL.size, _TAIL.size))
         index = read(size - _TAIL.size - length, length)
         root = _u32(index, 0)
-        entries = []
+        entries: list[tuple[int, ...]] = []
         for kind in _INDEXED:
             if _field(index, root, kind):
                 blocks = _table(index, root, kind)
