@@ -13,7 +13,12 @@ from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
 from fletcher.stores.lance import repair
-from fletcher.stores.lance.repair import find_defect, newest_version, note_synced
+from fletcher.stores.lance.repair import (
+    find_defect,
+    newest_version,
+    note_synced,
+    set_torn_versions_aside,
+)
 from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
@@ -249,11 +254,13 @@ def test_a_table_without_a_whole_version_is_none(folder: Path) -> None:
     store.close()
 
 
-def test_a_writer_opens_only_files_that_changed_since_the_last_writer(
+def test_the_repair_opens_only_files_that_changed_since_the_last_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(f"lance:{folder}")
-    store.open_writer("d", rows.schema(), "append").close()
+    store = LanceStore(folder)
+    writer = store.open_writer("d", rows.schema(), "append")
+    whole = dict(store._whole["d"])
+    assert {Path(path).suffix for path in whole} == {".lance"}
     opened: list[str] = []
     is_whole = repair._is_whole
 
@@ -262,19 +269,17 @@ def test_a_writer_opens_only_files_that_changed_since_the_last_writer(
         return is_whole(file, **options)
 
     monkeypatch.setattr(repair, "_is_whole", note)
-    writer = store.open_writer("d", rows.schema(), "append")
+    set_torn_versions_aside(folder / "d.lance", whole)
     assert opened == []
     writer.append([rows.batch(150, 10)])
-    writer.close()
+    store.close()
     opened.clear()
-    store.open_writer("d", rows.schema(), "append").close()
-    assert len(opened) == 1
-    last = Path(opened[0])
-    whole = last.read_bytes()
+    set_torn_versions_aside(folder / "d.lance", whole)
+    last = Path(*opened)
+    content = last.read_bytes()
     for damage, word in ((lambda: cut(last, 100), "truncated"), (last.unlink, "missing")):
         damage()
         with pytest.raises(StoreUnavailableError, match=f"{last.name} is {word}"):
-            store.open_writer("d", rows.schema(), "append")
-        last.write_bytes(whole)
-        store.open_writer("d", rows.schema(), "append").close()
-    store.close()
+            set_torn_versions_aside(folder / "d.lance", whole)
+        last.write_bytes(content)
+        set_torn_versions_aside(folder / "d.lance", whole)
