@@ -127,8 +127,9 @@ class UploadSession:
             stored, self._row_offset, self._acknowledged - 1
         ):
             raise UploadConflictError(
-                f"the server no longer has rows of upload `{self._options.upload_id}` that it had "
-                f"acknowledged (up to {self._acknowledged - 1}); send the whole upload again",
+                f"rows of upload `{self._options.upload_id}` that the server had acknowledged (up "
+                f"to {self._acknowledged - 1}) are gone from dataset `{self._options.dataset}`; "
+                "send the whole upload again",
                 field="upload_id",
             )
         self._unacknowledged = deque(

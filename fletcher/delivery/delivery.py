@@ -124,12 +124,13 @@ class Delivery:
         key = (name, options.dataset, options.upload_id or uuid.uuid4().hex)
         terms = self._terms(options, schema)
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
-            incarnations = {key[1]: self._incarnation(name, key[1])}
-            if terms.mode == "overwrite" and is_replaced_by(incarnations[key[1]], key[2]):
-                terms = replace(terms, mode="append")  # all its rows are in effect already
-            place = staged_name(key[1], key[2]) if terms.mode == "overwrite" else key[1]
-            if place not in incarnations:
-                incarnations[place] = self._incarnation(name, place)
+            place, staged = key[1], staged_name(key[1], key[2])
+            places = [place, staged] if terms.mode == "overwrite" else [place]
+            incarnations = {one: self._incarnation(name, one) for one in places}
+            if incarnations.get(staged) or not is_replaced_by(incarnations[place], key[2]):
+                place = places[-1]
+            else:  # an overwrite whose rows are in effect, and whose staged dataset is deleted
+                terms = replace(terms, mode="append")
             sink = self._enter_sink((name, place, key[2]), store)
             upload = None
             try:
@@ -385,12 +386,8 @@ class Delivery:
     def _append_share(self, name: str) -> float:
         """Smallest append size of a store's datasets, as a share of a full append."""
         with self._lock:
-            shares = [
-                sink.committer.append_size.share
-                for (store, _), sink in self._sinks.items()
-                if store == name
-            ]
-        return min(shares, default=1.0)
+            sinks = [sink for (store, _), sink in self._sinks.items() if store == name]
+        return min((sink.committer.append_size.share for sink in sinks), default=1.0)
 
     def _num_waiting_rows(self) -> int:
         return sum(sink.committer.num_waiting_rows for sink in self._all_sinks())

@@ -116,7 +116,7 @@ class Intruder:
             for one in folder.rglob("*")
             if one.is_file() and one != path and one.suffix in (".lance", ".manifest", ".parquet")
         }
-        synced = newest_version(folder)
+        synced, _ = newest_version(folder)
         with contextlib.suppress(FileNotFoundError, ValueError):
             synced = int((folder / _SYNCED).read_bytes())
         self._hidden.mkdir(exist_ok=True)

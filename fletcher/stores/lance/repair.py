@@ -8,8 +8,8 @@ sends the unacknowledged rows again.
 Only such versions are set aside, and only by a writer. A file beside the table names the newest
 synced version. If that version or an older one lacks a file, another cause than a power loss
 damaged the table, and the newer versions may hold rows that were acknowledged. The table is then
-refused and nothing is renamed. A table without that file counts as synced up to its last version
-but one.
+refused and nothing is renamed. A table without that file was made by another program: all its
+versions count as synced.
 
 The layout is Lance's: https://lance.org/format/table/. A manifest file ends with the manifest's
 offset, the format's version and a magic number. Data files also end with the magic number.
@@ -29,7 +29,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from fletcher.errors import StoreUnavailableError
-from fletcher.util.durable import sync_path
+from fletcher.util.durable import make_folder, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +63,12 @@ def find_whole_version(folder: Path) -> WholeVersion:
     """
     versions = _newest_first(folder / "_versions")
     synced = _read_synced(folder)
-    if synced is None and versions:
-        synced = versions[0][0] - 1
     torn: list[tuple[Path, str]] = []
     for number, manifest in versions:
         reason = find_defect(manifest, folder)
         if not reason:
             return WholeVersion(manifest, torn)
-        if synced is not None and number <= synced:
+        if synced is None or number <= synced:
             raise StoreUnavailableError(
                 f"dataset `{folder.stem}` is damaged: {reason}, and rows that were stored before "
                 "need it; put that file back, or delete the dataset",
@@ -102,6 +100,17 @@ def newest_version(folder: Path) -> tuple[int, Path | None]:
     """Number and manifest of a table's newest version; 0 and None if it has none."""
     versions = _newest_first(folder / "_versions")
     return versions[0] if versions else (0, None)
+
+
+def prepare_table(folder: Path) -> None:
+    """Make the folder of a new table, with a note that no version is synced.
+
+    `folder` is the table's folder `NAME.lance`.
+    """
+    make_folder(folder)
+    note_synced(folder, 0)
+    for path in (folder / _SYNCED, folder):
+        sync_path(path)
 
 
 def note_synced(folder: Path, version: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,13 +23,15 @@ from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.library import import_lancedb
-from fletcher.stores.lance.repair import find_whole_version, set_torn_versions_aside
+from fletcher.stores.lance.pinned import PinnedTable
+from fletcher.stores.lance.repair import find_whole_version, prepare_table, set_torn_versions_aside
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
     check_new_columns,
     distinct_keys,
     lance_errors,
+    table_gone,
 )
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
 from fletcher.stores.staging import check_stored, incarnation_of, with_incarnation
@@ -113,8 +116,13 @@ class LanceStore(EmbeddedStore):
                     fields = [field.with_nullable(True) for field in schema]
                     stored = pa.schema(fields, metadata=schema.metadata)
                     stored = with_incarnation(dataset, stored)
+                    prepare_table(self.folder / f"{dataset}.lance")
                     table = self._database.create_table(dataset, schema=stored)
-                writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+                pinned = PinnedTable(self.folder / f"{dataset}.lance", self._connect)
+                undo.callback(pinned.close)
+                if not pinned.table.schema.equals(table.schema, check_metadata=True):
+                    raise table_gone(dataset)
+                writer = LanceWriter(self, dataset, lock, pinned, mode)
                 undo.callback(writer.close)
                 writer.old_versions_left = dataset in self._replaced
             self._replaced.discard(dataset)
@@ -163,6 +171,8 @@ class LanceStore(EmbeddedStore):
             if old is None or old != incarnation_of(new.schema):
                 rows = new.search().to_batches(_scan_rows(new.schema))
                 mode = "overwrite" if any((folder / "_versions").glob("*.manifest")) else "create"
+                if mode == "create":
+                    prepare_table(folder)
                 self._database.create_table(
                     # Null vectors are no bad vectors here, and the staged dataset has no NaN.
                     name,
@@ -174,9 +184,7 @@ class LanceStore(EmbeddedStore):
                 self._synced(name).sync_new_files(settled=True)
                 self.known_whole.add(name)
                 self._replaced.add(name)
-            self._database.drop_table(staged)
-            self.known_whole.discard(staged)
-            sync_path(self.folder)
+            self._drop(staged)
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
@@ -236,14 +244,21 @@ class LanceStore(EmbeddedStore):
                 known = True
             if not known:
                 raise unknown_dataset(name)
-            self._database.drop_table(name)
-            self.known_whole.discard(name)
-            sync_path(self.folder)
+            self._drop(name)
 
     def close(self) -> None:
         super().close()
         with self._reading:
             self._earlier.close()
+
+    def _drop(self, name: str) -> None:
+        """Delete a table. A crash meanwhile leaves files, but no table that lacks some."""
+        folder = self.folder / f"{name}.lance"
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "_versions").rename(folder / "_versions.deleted")
+        shutil.rmtree(folder)
+        self.known_whole.discard(name)
+        sync_path(self.folder)
 
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from fletcher.errors import (
 from fletcher.stores.base import WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.filters import quoted
+from fletcher.stores.lance.pinned import PinnedTable
 from fletcher.stores.lance.probe import is_readable
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.schemas import (
@@ -69,7 +69,7 @@ class LanceWriter(EmbeddedWriter):
     files and folders, which LanceDB does not do. It takes 1 to 6 ms on a local SSD.
 
     Args:
-        store, dataset, lock, table: Store, name, write lock and open table of the dataset.
+        store, dataset, lock, pinned: Store, name, write lock and open table of the dataset.
         mode: Mode in which the table was opened. With `upsert`, every append replaces rows of the
             same `id`.
 
@@ -79,17 +79,20 @@ class LanceWriter(EmbeddedWriter):
     """
 
     def __init__(
-        self, store: EmbeddedStore, dataset: str, lock: FileLock, *, table: Any, mode: WriteMode
+        self,
+        store: EmbeddedStore,
+        dataset: str,
+        lock: FileLock,
+        pinned: PinnedTable,
+        mode: WriteMode,
     ) -> None:
+        self._pinned = pinned
+        self._table = table = pinned.table
         self.schema: pa.Schema = table.schema
-        self._table = table
         self._mode = mode
         self.old_versions_left = False
         self._files = SyncedFolder(store.folder / f"{dataset}.lance", store.known_whole)
         self._files.sync_new_files(settled=True)
-        # While this is open, no other folder has the same inode.
-        self._folder = os.open(store.folder / f"{dataset}.lance", os.O_DIRECTORY | os.O_CLOEXEC)
-        self._path = store.folder / f"{dataset}.lance"
         self._small_fragments = int(table.stats()["fragment_stats"]["num_small_fragments"])
         self._rows = int(table.count_rows())
         self._rows_since = 0
@@ -117,15 +120,14 @@ class LanceWriter(EmbeddedWriter):
             return
         table = pa.Table.from_batches(rows, self.schema)
         with lance_errors(self.dataset):
-            self._check_folder()
-            if upsert:
-                self._join_compaction()  # it may rewrite the same fragments
-                if _holds_nan(table, "vector"):
-                    raise _nan_refused()
-                self._merge(last_of_each_id(table), "id")
-            else:
-                self._add(table)
-            self._check_folder()  # first: a version without its files must not count as synced
+            with self._in_its_folder():
+                if upsert:
+                    self._join_compaction()  # it may rewrite the same fragments
+                    if _holds_nan(table, "vector"):
+                        raise _nan_refused()
+                    self._merge(last_of_each_id(table), "id")
+                else:
+                    self._add(table)
             self._files.sync_new_files(settled=not self._compacting)
         self._rows += table.num_rows
         self._rows_since += table.num_rows
@@ -175,7 +177,7 @@ class LanceWriter(EmbeddedWriter):
             if self.old_versions_left or self._compaction_due(COMPACT_FRAGMENTS // 2):
                 self._compact()
         finally:
-            os.close(self._folder)
+            self._pinned.close()
             trim_heap()
 
     @property
@@ -185,18 +187,22 @@ class LanceWriter(EmbeddedWriter):
     @property
     def holds_table(self) -> bool:
         """Whether the table is still there, and was not made anew."""
+        return self._pinned.is_current
+
+    @contextlib.contextmanager
+    def _in_its_folder(self) -> Iterator[None]:
+        """Refuse the write of the block if the table's folder was deleted before its end."""
         try:
-            return os.path.samestat(os.fstat(self._folder), self._path.stat())
-        except FileNotFoundError:
-            return False
+            self._check_folder()
+            yield
+        except (ValueError, RuntimeError, OSError):
+            self._check_folder()
+            raise
+        self._check_folder()
 
     def _check_folder(self) -> None:
-        """Refuse to write to a table that was made anew, which Lance would not notice."""
         if not self.holds_table:
-            raise StoreUnavailableError(
-                f"dataset `{self.dataset}` was deleted by another program; its rows are gone",
-                field="dataset",
-            )
+            raise table_gone(self.dataset)
 
     def _merge(self, table: pa.Table, key: str) -> None:
         chunks = key == "id" and has_chunks(table.schema)
@@ -271,6 +277,13 @@ class LanceWriter(EmbeddedWriter):
             _log.warning("dataset %s was not compacted: %s", self.dataset, _cause(error))
 
 
+def table_gone(dataset: str) -> StoreUnavailableError:
+    """Error for a table whose folder was deleted while it was written."""
+    return StoreUnavailableError(
+        f"dataset `{dataset}` was deleted by another program; its rows are gone", field="dataset"
+    )
+
+
 def check_new_columns(schema: pa.Schema) -> None:
     """Refuse columns that LanceDB cannot write or cannot find again.
 
@@ -325,6 +338,8 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Invalid input" in text:
             reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
             raise RequestError(reason) from error
+        if "Not found" in text and "/_versions" in text:
+            raise table_gone(dataset) from error
         if concerns_store(error) or "StorageFull" in text:
             reason, field = "the disk is full or read-only; free some space", "store"
         else:

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +30,9 @@ from fletcher.errors import (
     StoreUnavailableError,
     UploadConflictError,
 )
+from fletcher.stores.address import open_store
+from fletcher.stores.base import Store
+from fletcher.stores.lance.store import LanceStore
 from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
@@ -40,13 +44,14 @@ CONFIG = DeliveryConfig(
 
 @contextmanager
 def delivering(
-    store: MemoryStore, config: DeliveryConfig = CONFIG, **timing: float
+    store: Store, config: DeliveryConfig = CONFIG, **timing: float
 ) -> Iterator[Delivery]:
     delivery = Delivery({"default": store}, config, Telemetry(), timing=DeliveryTiming(**timing))
     try:
         yield delivery
     finally:
-        store.gate.set()
+        if isinstance(store, MemoryStore):
+            store.gate.set()
         delivery.close()
 
 
@@ -442,6 +447,35 @@ def test_a_store_that_fails_to_replace_keeps_the_old_rows() -> None:
         delivery.complete_upload(terms, upload, sink)
         assert upload.complete
     assert ids(store) == list(range(5))
+
+
+def test_a_staged_dataset_that_outlived_its_replacement_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A server was killed just before, and the rows stayed there for good.
+    def killed(self: LanceStore, name: str) -> None:
+        raise StoreUnavailableError("killed")
+
+    terms = options(mode="overwrite")
+    with (
+        monkeypatch.context() as patch,
+        delivering(open_store(f"lance:{tmp_path}")) as delivery,
+        pytest.raises(StoreUnavailableError, match="killed"),
+    ):
+        patch.setattr(LanceStore, "_drop", killed)
+        overwrite(delivery, 0, 3, "old")
+        overwrite(delivery, 0, 5)
+    store = open_store(f"lance:{tmp_path}")
+    assert [info.num_rows for info in store.datasets()] == [5]
+    assert [info.num_rows for info in store.staged_datasets()] == [5]
+    with delivering(store) as delivery:
+        upload, sink = delivery.open_upload(terms, SCHEMA)
+        assert upload.claim_rows(0, 4) == []
+        upload.announce_total(5)
+        delivery.complete_upload(terms, upload, sink)
+        assert upload.complete
+        assert store.staged_datasets() == []
+        assert [info.num_rows for info in store.datasets()] == [5]
 
 
 def test_two_connections_of_one_overwrite_share_its_rows() -> None:

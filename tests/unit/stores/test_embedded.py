@@ -636,32 +636,47 @@ def test_a_writer_notices_that_its_table_is_gone(tmp_path, anew):
     assert store.incarnation("d") != old
 
 
-def test_a_commit_into_a_table_that_was_deleted_meanwhile_is_in_doubt(tmp_path, monkeypatch):
-    """Lance wrote a version without its rows, which counted as synced: a damaged dataset."""
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_commit_cannot_reach_a_table_that_was_made_anew_meanwhile(
+    tmp_path, monkeypatch, anew, mode
+):
+    """Lance made the folder again, or committed a version without the other program's rows."""
     store = open_store(f"lance:{tmp_path}")
-    writer = store.open_writer("d", rows.schema(), "append")
-    writer.append([rows.batch(0, 5)])
-    versions = tmp_path / "d.lance" / "_versions"
-    add = LanceWriter._add
+    writer = store.open_writer("d", rows.schema(), mode)
+    write = {"append": "_add", "upsert": "_merge"}[mode]
+    original = getattr(LanceWriter, write)
 
-    def deleted_meanwhile(self, table):
-        before = set(versions.glob("*.manifest"))
-        add(self, table)
-        (committed,) = set(versions.glob("*.manifest")) - before
-        manifest = committed.read_bytes()
+    def deleted_meanwhile(self, *arguments):
         shutil.rmtree(tmp_path / "d.lance")
-        versions.mkdir(parents=True)
-        committed.write_bytes(manifest)
+        if anew:
+            theirs = pa.Table.from_batches([rows.batch(100, 3)], rows.schema())
+            store._database.create_table("d", theirs)
+        original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanceWriter, "_add", deleted_meanwhile)
+        patch.setattr(LanceWriter, write, deleted_meanwhile)
         with pytest.raises(StoreUnavailableError, match="deleted by another program"):
             writer.append([rows.batch(5, 5)])
+    writer._compact()
     writer.close()
-    writer = store.open_writer("d", rows.schema(), "append")
-    assert writer.missing_keys(["u:5-9"]) == ["u:5-9"]
+    assert (tmp_path / "d.lance").exists() == anew
+    writer = store.open_writer("d", rows.schema(), mode)
     writer.append([rows.batch(5, 5)])
-    assert store.dataset("d").num_rows == 5
+    assert store.dataset("d").num_rows == (8 if anew else 5)
+
+
+def test_nothing_of_another_programs_damaged_table_is_renamed(tmp_path):
+    """Its only version was set aside, and a dataset without its rows took its place."""
+    store = open_store(f"lance:{tmp_path}")
+    theirs = pa.Table.from_batches([rows.batch(0, 3)], rows.schema())
+    store._database.create_table("d", theirs)
+    (data,) = (tmp_path / "d.lance" / "data").iterdir()
+    data.write_bytes(data.read_bytes()[:100])
+    files = sorted(tmp_path.glob("d.lance/**/*"))
+    with pytest.raises(StoreUnavailableError, match=f"damaged: data/{data.name} is truncated"):
+        store.open_writer("d", rows.schema(), "append")
+    assert sorted(tmp_path.glob("d.lance/**/*")) == files
 
 
 @pytest.mark.parametrize("lost", [True, False])

@@ -163,7 +163,7 @@ def test_a_table_that_lost_an_old_file_is_refused_by_its_name(
     fill = store.open_writer("e", rows.schema(), "append")
     fill.append([rows.batch(0, 5)])
     store.close()
-    if synced is None:  # a table of an earlier release
+    if synced is None:  # a table of another program
         (tmp_path / "d.lance" / "_fletcher_synced").unlink()
     else:
         note_synced(tmp_path / "d.lance", synced)

@@ -1,0 +1,49 @@
+"""A table that is written in one folder only, whatever takes the folder's name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+
+class PinnedTable:
+    """A LanceDB table for a writer, opened through a link to its open folder.
+
+    Lance looks up the folder by name at each commit. Another program may have deleted the folder,
+    and made another table of the same name. Lance then makes the folder again, or commits a version
+    to the new table that lacks the rows of the new table. Through the link, Lance writes to the
+    deleted folder, which fails.
+
+    Args:
+        folder: The table's folder `NAME.lance`.
+        connect: Opens a database folder.
+    """
+
+    def __init__(self, folder: Path, connect: Callable[[Path], Any]) -> None:
+        self._folder = folder
+        with ExitStack() as undo:
+            # While this is open, no other folder has the same inode.
+            self._opened = os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, self._opened)
+            database = Path(tempfile.mkdtemp(prefix="fletcher-"))
+            undo.callback(shutil.rmtree, database, ignore_errors=True)
+            (database / folder.name).symlink_to(f"/proc/self/fd/{self._opened}")
+            self.table = connect(database).open_table(folder.stem)
+            self._undo = undo.pop_all()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the folder is still there under its name."""
+        try:
+            return os.path.samestat(os.fstat(self._opened), self._folder.stat())
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Remove the link. Idempotent."""
+        self._undo.close()
