@@ -192,13 +192,13 @@ class Delivery:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
         upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
+            if upload.incarnation is not None:
+                self._check_rows(name, upload)
             if upload.terms.fingerprint is None:
                 # The upload was found in the journal. Add the rows that only the store has, or the
                 # client would take them for lost.
                 self._breakers[name].require_ready(upload.stored_as)
                 upload.settle_found(self._opener.settled(store, upload.stored_as, upload.upload_id))
-            elif upload.incarnation is not None:
-                self._check_rows(name, upload)
             if upload.failure is None or upload.status()["ranges"]:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.
