@@ -144,8 +144,8 @@ class Delivery:
                     named = options.upload_id is not None
                     upload = self._opener.begin(key, sink, schema, terms, named=named)
                 if upload.incarnation is None:
-                    made = incarnations[place] is None
-                    upload.incarnation = store.incarnation(place) if made else incarnations[place]
+                    # Empty, not None, if the dataset was deleted at once: its rows count as gone.
+                    upload.incarnation = incarnations[place] or store.incarnation(place) or ""
             except BaseException:
                 self._leave_sink(sink, upload)
                 raise
@@ -169,7 +169,7 @@ class Delivery:
                     self._completion.replace_dataset(name, upload, sink, live)
                 finally:
                     self._leave_sink(live)
-        elif upload.incarnation:
+        elif upload.incarnation is not None:
             self._check_rows(name, upload)
 
     def leave_upload(self, upload: Upload, error: FletcherError) -> None:
@@ -192,13 +192,13 @@ class Delivery:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
         upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
+            if upload.incarnation is not None:
+                self._check_rows(name, upload)
             if upload.terms.fingerprint is None:
                 # The upload was found in the journal. Add the rows that only the store has, or the
                 # client would take them for lost.
                 self._breakers[name].require_ready(upload.stored_as)
                 upload.settle_found(self._opener.settled(store, upload.stored_as, upload.upload_id))
-            elif upload.incarnation:
-                self._check_rows(name, upload)
             if upload.failure is None or upload.status()["ranges"]:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.

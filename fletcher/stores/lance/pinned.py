@@ -30,7 +30,7 @@ class PinnedTable:
             # While this is open, no other folder has the same inode.
             self._opened = os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, self._opened)
-            database = Path(tempfile.mkdtemp(prefix="fletcher-"))
+            database = _make_folder(beside=folder)
             undo.callback(shutil.rmtree, database, ignore_errors=True)
             (database / folder.name).symlink_to(f"/proc/self/fd/{self._opened}")
             self.table = connect(database).open_table(folder.stem)
@@ -47,3 +47,11 @@ class PinnedTable:
     def close(self) -> None:
         """Remove the link. Idempotent."""
         self._undo.close()
+
+
+def _make_folder(beside: Path) -> Path:
+    """A new folder for the link: where temporary files are, or else beside the table."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="fletcher-"))
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix=".fletcher-", dir=beside.parent))

@@ -19,6 +19,7 @@ from fletcher.delivery.actions import Staged
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
+from fletcher.delivery.opening import UploadOpener
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload
@@ -522,6 +523,33 @@ def test_an_upload_is_told_that_its_rows_are_gone(change: str, connected: bool) 
         nothing = {"rows_durable": 0, "ranges": [], "complete": False}
         assert delivery.upload_status(options(upload_id="a")) == nothing
         again, sink = delivery.open_upload(options(upload_id="a"), SCHEMA)
+        assert again.claim_rows(0, 2) == [(0, 2)]
+
+
+def test_an_upload_is_told_that_its_dataset_was_deleted_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Its rows counted as stored, whatever became of later datasets of that name.
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        begin = UploadOpener.begin
+
+        def deleted_at_once(*arguments: Any, **named: Any) -> Upload:
+            upload = begin(*arguments, **named)
+            store.delete_dataset("d")
+            return upload
+
+        with monkeypatch.context() as patch:
+            patch.setattr(UploadOpener, "begin", deleted_at_once)
+            upload, sink = delivery.open_upload(options(), SCHEMA)
+        store.open_writer("d", SCHEMA.append(pa.field("batch_key", pa.utf8())), "append")
+        send(sink, upload, 0, 3)
+        assert settled(upload)
+        delivery.close_upload(upload, sink)
+        store.delete_dataset("d")
+        store.open_writer("d", SCHEMA.append(pa.field("batch_key", pa.utf8())), "append")
+        assert delivery.upload_status(options())["ranges"] == []
+        again, sink = delivery.open_upload(options(), SCHEMA)
         assert again.claim_rows(0, 2) == [(0, 2)]
 
 

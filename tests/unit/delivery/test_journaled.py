@@ -443,6 +443,31 @@ def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) ->
         assert isinstance(old.failure, UploadConflictError)
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_recovered_rows_of_a_dataset_that_was_deleted_are_sent_again(
+    tmp_path: Path, anew: bool
+) -> None:
+    # They counted as stored until the next restart.
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        store.down = StoreUnavailableError("away")
+        send(sink, upload, 0, 3)
+        assert durable(upload, 3)
+    store.down = None
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.flush(30)
+        assert ids(store) == [0, 1, 2]
+        assert delivery.upload_status(options())["ranges"] == [[0, 2]]
+        schema = store.schemas["d"]
+        store.delete_dataset("d")
+        if anew:
+            store.open_writer("d", schema, "append")
+        assert delivery.upload_status(options())["ranges"] == []
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        assert upload.claim_rows(0, 2) == [(0, 2)]
+
+
 def test_an_unfinished_overwrite_goes_on_after_a_kill(tmp_path: Path) -> None:
     store = MemoryStore()
     terms = options(mode="overwrite")

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from unittest.mock import Mock
@@ -665,6 +666,15 @@ def test_a_commit_cannot_reach_a_table_that_was_made_anew_meanwhile(
     writer = store.open_writer("d", rows.schema(), mode)
     writer.append([rows.batch(5, 5)])
     assert store.dataset("d").num_rows == (8 if anew else 5)
+
+
+def test_a_table_is_written_where_no_temporary_file_can_be_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    store = open_store(f"lance:{tmp_path}")
+    with contextlib.closing(store.open_writer("d", rows.schema(), "append")) as writer:
+        writer.append([rows.batch(0, 5)])
+        assert [info.num_rows for info in store.datasets()] == [5]
+    assert list(tmp_path.glob(".fletcher-*")) == []
 
 
 def test_nothing_of_another_programs_damaged_table_is_renamed(tmp_path):

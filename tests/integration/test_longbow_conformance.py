@@ -1,0 +1,61 @@
+"""`scripts/longbow_conformance` against the stand-in for Longbow."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.doubles.real_longbow import LongbowDouble
+
+PROGRAM = Path(__file__).parents[2] / "scripts" / "longbow_conformance"
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("longbow_conformance", str(PROGRAM))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(loader.name, loader)  # type: ignore[arg-type]
+    )
+    sys.modules[loader.name] = module  # its annotations are looked up there
+    loader.exec_module(module)
+    return module
+
+
+def ports(double: LongbowDouble) -> tuple[str, int, int]:
+    return "127.0.0.1", double._data.port, double._meta.port
+
+
+def test_the_stand_in_answers_as_longbow_does(program):
+    with LongbowDouble() as double:
+        found = program.differences(
+            *ports(double), restart=double.restart, with_fatal=True, settle_s=0
+        )
+    assert found == []
+
+
+def test_a_server_that_answers_otherwise_is_told(program):
+    class Filtering(LongbowDouble):
+        def read(self, ticket):
+            self.parser._filters = []  # no filter is inherited
+            return super().read(ticket)
+
+    with Filtering() as double:
+        found = program.differences(*ports(double), settle_s=0)
+        assert [line.partition(":")[0] for line in found] == ["bare name after a filter"]
+        assert double.tables == {}, "its datasets are deleted"
+
+
+def test_the_program_leaves_other_datasets_alone(program):
+    rows = program.batch([1, 2])
+    with LongbowDouble() as double:
+        double.store("mine", rows)
+        double.namespaces.append("own")
+        program.differences(*ports(double), settle_s=0)
+        assert list(double.tables) == ["mine"]
+        assert double.tables["mine"] == [rows]
+        assert double.namespaces == ["default", "own"]
