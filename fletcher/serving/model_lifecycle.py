@@ -15,7 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fletcher.errors import DrainingError, FletcherError, OverloadedError, UnknownModelError
+from fletcher.errors import (
+    DrainingError,
+    FletcherError,
+    ModelError,
+    OverloadedError,
+    UnknownModelError,
+)
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
 from fletcher.util.threads import start_thread
@@ -91,8 +97,8 @@ class ModelLifecycle:
 
         Raises:
             OverloadedError: The version is not loaded in time, or cannot be loaded now.
-            UnknownModelError: The version can never be loaded: it needs more memory than
-                `max_bytes`.
+            UnknownModelError: The version cannot be loaded: its bundle is damaged, or it needs more
+                memory than `max_bytes`.
             DrainingError: The server is shutting down.
         """
         deadline = self.clock() + timeout_s
@@ -238,10 +244,12 @@ class ModelLifecycle:
 
     def _note_failure(self, version: ModelVersion, error: Exception) -> None:
         failure: FletcherError
+        pause_s = self.timing.failed_s
         if isinstance(error, (OverloadedError, DrainingError, UnknownModelError)):
             failure, pause_s = error, 0.0
+        elif isinstance(error, ModelError):
+            failure = damaged_model(error)
         else:
-            pause_s = self.timing.failed_s
             failure = OverloadedError(
                 f"`model` {version.name} cannot be loaded now; the server's log says why",
                 field="model",
@@ -313,6 +321,14 @@ class ModelLifecycle:
 
     def _draining(self, message: str) -> DrainingError:
         return DrainingError(message, retry_after_ms=self.timing.retry_ms)
+
+
+def damaged_model(error: ModelError) -> UnknownModelError:
+    """Error for callers that names a damaged model, its file and the defect.
+
+    A ModelError itself would be reported as `internal`.
+    """
+    return UnknownModelError(error.message, field="model")
 
 
 def _mark_loading(version: ModelVersion) -> None:

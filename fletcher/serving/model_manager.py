@@ -17,9 +17,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from fletcher.config.model_alias import ANY_MODEL, Alias
-from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
+from fletcher.errors import InvalidCommandError, ModelError, OverloadedError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.serving.model_lifecycle import IsCancelled, ModelLifecycle, ModelTiming
+from fletcher.serving.model_lifecycle import (
+    IsCancelled,
+    ModelLifecycle,
+    ModelTiming,
+    damaged_model,
+)
 from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
 
 log = logging.getLogger(__name__)
@@ -101,7 +106,8 @@ class ModelManager:
             is_cancelled: Returns whether the client is gone.
 
         Raises:
-            UnknownModelError: No model has that name, or the model needs too much memory.
+            UnknownModelError: No model has that name, or the model is damaged or needs too much
+                memory.
             OverloadedError: The model is not loaded in time, or cannot be loaded now.
         """
         key = alias_key or uuid.uuid4().hex
@@ -137,8 +143,8 @@ class ModelManager:
         If the name already stands for another version, both versions run side by side.
 
         Raises:
-            UnknownModelError: Loading the model is not permitted, or the model is not installed or
-                needs too much memory.
+            UnknownModelError: Loading the model is not permitted, or the model is not installed,
+                is damaged or needs too much memory.
             InvalidCommandError: The name is an alias, or the version runs with other exits or int8
                 ranges than the installed bundle has.
             OverloadedError: The model cannot be loaded now.
@@ -361,4 +367,7 @@ class ModelManager:
                 field="model",
                 allowed=allowed,
             )
-        return self._source.find_bundle(name)
+        try:
+            return self._source.find_bundle(name)
+        except ModelError as error:
+            raise damaged_model(error) from None

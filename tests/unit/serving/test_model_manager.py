@@ -18,6 +18,7 @@ from fletcher.errors import (
     BackendError,
     DrainingError,
     InvalidCommandError,
+    ModelError,
     OverloadedError,
     UnknownModelError,
 )
@@ -36,6 +37,7 @@ class FakeSource:
         self.layers: tuple[int, ...] = (6,)
         self.ranges: dict[str, Any] = {}
         self.broken: set[str] = set()
+        self.damaged: dict[str, str] = {}  # by model, `find_bundle` or `load_model`
         self.gate = threading.Event()
         self.gate.set()
         self.loaded: list[str] = []
@@ -45,6 +47,8 @@ class FakeSource:
         short, _, version = name.partition("@")
         if short not in self.hashes:
             raise UnknownModelError("not installed")
+        if self.damaged.get(short) == "find_bundle":
+            raise ModelError(f"model {name}: model.onnx has 1 bytes, expected 2; add it again")
         version = version or self.hashes[short]
         return SimpleNamespace(
             name=short,
@@ -61,6 +65,8 @@ class FakeSource:
         assert self.gate.wait(30)
         if name in self.broken:
             raise BackendError("it does not run: /a/path")
+        if self.damaged.get(bundle.name) == "load_model":
+            raise ModelError(f"model {name}: model.onnx has a wrong SHA-256; add it again")
         self.loaded.append(name)
         embedder = SimpleNamespace(
             close=lambda: self.closed.append(name),
@@ -152,6 +158,24 @@ def test_a_swap_waits_for_the_new_and_then_for_the_olds_calls(
     assert source.closed == ["a@1"]
     assert models.swap_model("a") == "a@2"  # nothing to do
     assert source.loaded == ["a@1", "a@2"]
+
+
+@pytest.mark.parametrize("step", ["find_bundle", "load_model"])
+def test_a_damaged_model_is_named_with_its_file(
+    start: Start, source: FakeSource, step: str
+) -> None:
+    # The actions answered `internal`, or that the caller should try again.
+    models = start("a", loadable=["b"], timing=ModelTiming(failed_s=0.0))
+    source.damaged["b"] = step
+    for action in (models.load_model, models.swap_model):
+        with pytest.raises(UnknownModelError, match=r"model b.*: model\.onnx has") as caught:
+            action("b")
+        assert caught.value.field == "model"
+    if step == "load_model":
+        with pytest.raises(UnknownModelError, match=r"model b.*: model\.onnx has"):
+            leased(models, "b@1")
+    source.damaged.clear()
+    assert models.load_model("b") == "b@1"
 
 
 def test_a_swap_that_fails_changes_nothing(start: Start, source: FakeSource) -> None:
