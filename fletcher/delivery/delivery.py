@@ -339,14 +339,15 @@ class Delivery:
             self._retire_sink,
         )
         for group in sink.recovered:
+            assert journal is not None
             info = group.info
-            if group.settled and journal is not None and journal.rejected.has_group(group):
-                continue  # its rows are not durable
+            if journal.rejected.has_group(group):
+                if group.settled:
+                    continue  # its rows are not durable
+                insist(partial(journal.rejected.drop_group, group), f"`{dataset}`: recovery")
             upload = self._uploads.recover_upload(name, dataset, info.upload_id, upsert=info.upsert)
             if not group.settled:  # the store is asked for the others
                 upload.secure_rows(info.first, info.last)
-            assert journal is not None
-            if not group.settled:
                 rows = journaled_rows(upload, group, journal, in_doubt=True)
                 insist(partial(sink.committer.submit_rows, rows), f"`{dataset}`: recovery")
         return sink
