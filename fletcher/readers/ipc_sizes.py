@@ -131,7 +131,7 @@ class CheckedStream(PieceStream):
 
 
 def check_file(path: Path, name: str) -> None:
-    """Check the messages of an Arrow IPC file. Their bodies are neither read nor decoded.
+    """Check the messages of an Arrow IPC file, without their bodies.
 
     Raises the errors of `check_message`, and OSError if the file cannot be read.
     """
