@@ -125,11 +125,11 @@ def lock_journal(root: Path) -> ExitStack:
     """
     remedy = "give another `home`, or `--max-journal 0` to go without a journal"
     places = [root / ".lock"]
-    if os.access(root.parent, os.W_OK):  # else nobody deletes the folder
-        places.append(root.with_name(f".{root.name}.lock"))
     try:
         with ExitStack() as held:
             make_folder(root)
+            if os.access(root.parent, os.W_OK):  # else nobody deletes the folder
+                places.append(root.with_name(f".{root.name}.lock"))
             for place in places:
                 held.enter_context(FileLock(place, mode=0o600))
             return held.pop_all()

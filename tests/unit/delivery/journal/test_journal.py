@@ -638,9 +638,10 @@ def test_an_append_to_a_deleted_journal_fails_and_the_next_one_makes_it_anew(
 
 def test_a_second_server_cannot_use_a_journal_whose_folder_was_deleted(tmp_path: Path) -> None:
     # The file of the only lock was deleted with the folder.
-    lock = lock_journal(tmp_path / "journal")
-    shutil.rmtree(tmp_path / "journal")
+    root = tmp_path / "home" / "journal"
+    lock = lock_journal(root)
+    shutil.rmtree(root)
     with pytest.raises(ConfigError, match="another server uses the journal"):
-        lock_journal(tmp_path / "journal")
+        lock_journal(root)
     lock.close()
-    lock_journal(tmp_path / "journal").close()
+    lock_journal(root).close()
