@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.doubles.real_longbow import LongbowDouble
+from tests.doubles.longbow import LongbowDouble
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "longbow_conformance"
 
