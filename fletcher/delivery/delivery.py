@@ -192,13 +192,13 @@ class Delivery:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
         upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
+            if upload.incarnation is not None:
+                self._check_rows(name, upload)
             if upload.terms.fingerprint is None:
                 # The upload was found in the journal. Add the rows that only the store has, or the
                 # client would take them for lost.
                 self._breakers[name].require_ready(upload.stored_as)
                 upload.settle_found(self._opener.settled(store, upload.stored_as, upload.upload_id))
-            elif upload.incarnation is not None:
-                self._check_rows(name, upload)
             if upload.failure is None or upload.status()["ranges"]:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.
@@ -339,14 +339,15 @@ class Delivery:
             self._retire_sink,
         )
         for group in sink.recovered:
+            assert journal is not None
             info = group.info
-            if group.settled and journal is not None and journal.rejected.has_group(group):
-                continue  # its rows are not durable
+            if journal.rejected.has_group(group):
+                if group.settled:
+                    continue  # its rows are not durable
+                insist(partial(journal.rejected.drop_group, group), f"`{dataset}`: recovery")
             upload = self._uploads.recover_upload(name, dataset, info.upload_id, upsert=info.upsert)
             if not group.settled:  # the store is asked for the others
                 upload.secure_rows(info.first, info.last)
-            assert journal is not None
-            if not group.settled:
                 rows = journaled_rows(upload, group, journal, in_doubt=True)
                 insist(partial(sink.committer.submit_rows, rows), f"`{dataset}`: recovery")
         return sink

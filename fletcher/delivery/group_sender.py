@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -140,6 +141,9 @@ class GroupSender:
         if unknown and self._journal is not None:
             with _journal_errors():
                 self._journal.settled_groups.add_keys(unknown)
+        for part in itertools.chain.from_iterable(group.rows for group in groups):
+            if part.upload.incarnation is None:  # found in the journal, and not opened since
+                part.upload.incarnation = self._incarnation or ""
         return slow_down
 
     def _wanted_groups(self, writer: DatasetWriter, groups: Sequence[Group]) -> dict[str, Group]:

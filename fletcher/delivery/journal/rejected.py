@@ -55,6 +55,12 @@ class RejectedGroups:
     def has_group(self, group: JournaledGroup) -> bool:
         return self._path(group.segment.path, group.info).exists()
 
+    def drop_group(self, group: JournaledGroup) -> None:
+        """Delete the file of a group that the journal has, too; a process was killed in between."""
+        path = self._path(group.segment.path, group.info)
+        if path.exists():
+            self._delete(path)
+
     def drop_replaced(self, upload_id: str, covers: Callable[[int, int], bool]) -> None:
         """Delete the files of an upload whose rows were sent again, and are journaled.
 
@@ -71,12 +77,15 @@ class RejectedGroups:
                 if rows is None or prefix.partition("-")[2] != upload_id:
                     continue
                 if covers(int(rows[1]), int(rows[2])):
-                    size = path.stat().st_size
-                    path.unlink()
-                    self._space.add_bytes(-size)
+                    self._delete(path)
                     log.info("journal: %s is deleted: its rows were sent again", path)
         except OSError:
             log.exception("journal: refused rows in %s cannot be deleted", self._folder)
+
+    def _delete(self, path: Path) -> None:
+        size = path.stat().st_size
+        path.unlink()
+        self._space.add_bytes(-size)
 
     def _path(self, segment: Path, info: GroupInfo) -> Path:
         number = segment.stem.removesuffix(REVIVED)

@@ -283,6 +283,26 @@ def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> No
     assert files(tmp_path) == [".rejected"]
 
 
+def test_refused_rows_that_did_not_settle_are_sent_again_and_kept_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server was killed in between. The store took them later, and their file stayed.
+    store = MemoryStore()
+    store.refuse = lambda batches: ColumnTypeError("not this")
+    with monkeypatch.context() as patch, delivering(store, tmp_path) as delivery:
+        patch.setattr(Journal, "settle_group", lambda *_: None)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert wait(upload, lambda: upload.failure is not None)
+    assert set(files(tmp_path)) == {".arrow", ".rejected"}
+    store.refuse = lambda batches: None
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.flush(30)
+        assert ids(store) == list(range(10))
+        assert delivery.upload_status(options())["ranges"] == [[0, 9]]
+    assert files(tmp_path) == []
+
+
 def test_refused_rows_are_not_durable_and_can_be_sent_again(tmp_path: Path) -> None:
     # The status was complete, and rows that were sent again were dropped as known.
     store = MemoryStore()
@@ -441,6 +461,31 @@ def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) ->
         assert new.complete
         assert ids(store) == [0, 1, 2]
         assert isinstance(old.failure, UploadConflictError)
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_recovered_rows_of_a_dataset_that_was_deleted_are_sent_again(
+    tmp_path: Path, anew: bool
+) -> None:
+    # They counted as stored until the next restart.
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        store.down = StoreUnavailableError("away")
+        send(sink, upload, 0, 3)
+        assert durable(upload, 3)
+    store.down = None
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.flush(30)
+        assert ids(store) == [0, 1, 2]
+        assert delivery.upload_status(options())["ranges"] == [[0, 2]]
+        schema = store.schemas["d"]
+        store.delete_dataset("d")
+        if anew:
+            store.open_writer("d", schema, "append")
+        assert delivery.upload_status(options())["ranges"] == []
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        assert upload.claim_rows(0, 2) == [(0, 2)]
 
 
 def test_an_unfinished_overwrite_goes_on_after_a_kill(tmp_path: Path) -> None:
