@@ -25,7 +25,7 @@ from fletcher.stores.schemas import limit_rows, wanted_columns
 
 # Most bytes of rows that one search reads, and most bytes that are read without a filter.
 MAX_READ_BYTES = 4 << 30
-# Most rows of a search by Longbow's index: each is read by a call of its own.
+# Most rows of a search by Longbow's index: each takes a call.
 MAX_INDEX_K = 100
 # Largest difference of a score and its true value by which a row of the index is recognised.
 _SCORE_ERROR = 1e-3
@@ -62,7 +62,7 @@ class LongbowReader:
         self._counted: dict[str, tuple[_Size, int]] = {}
 
     def read_schema(self, name: str) -> pa.Schema | None:
-        """A dataset's schema: that of its first rows. None if it does not exist or has no rows."""
+        """The schema of a dataset's first rows; None if there are none."""
         try:
             return self._connection.read_schema(name)
         except UnknownDatasetError:
@@ -98,9 +98,10 @@ class LongbowReader:
         wanted = wanted_columns(dataset, schema, columns)
         condition = to_expression(dataset, schema, filters)
         size = self._size(dataset)
-        if _has_index_ids(schema, scores, k) and len(_texts(schema, filters)) == len(filters):
-            rows = self._search_index(dataset, scores, k, filters, size)
-            found = nearest(_reader(schema, rows, condition), scores, k=k, columns=wanted)
+        conjuncts = _conjuncts(filters)
+        if _has_index_ids(schema, scores, k) and _texts(schema, conjuncts) == conjuncts:
+            best = self._search_index(dataset, scores, k, conjuncts, size)
+            found = nearest(_reader(schema, best, condition), scores, k=k, columns=wanted)
             if found.num_rows == k:
                 return _approximate(found)
         rows = self._batches(dataset, self._open(dataset, filters, size))
@@ -113,7 +114,7 @@ class LongbowReader:
         ticket: dict[str, Any] = {}
         if size is not None and size.num_bytes > self._max_read_bytes:
             schema = self._connection.read_schema(name)
-            ticket["filters"] = to_json(_texts(schema, filters))
+            ticket["filters"] = to_json(_texts(schema, _conjuncts(filters)))
         return self._connection.open_stream(name, ticket, f"reading dataset `{name}`")
 
     def _batches(self, name: str, reader: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -180,7 +181,7 @@ class LongbowReader:
         rows = []
         for one, score in dict(pairs).items():
             batches = self._rows_of_id(name, one)
-            # The index knows an id by its last 32 bits, and knows nothing of deleted rows.
+            # The index knows an id by its last 32 bits.
             if not any(_has_score(batch, scores.query, score) for batch in batches):
                 return []
             rows += batches
@@ -192,17 +193,28 @@ class LongbowReader:
         return list(self._batches(name, self._connection.open_stream(name, ticket, what)))
 
 
-def _texts(schema: pa.Schema, filters: Filters) -> list[Filter]:
-    """Those of the conditions, joined by `and`, that compare a utf8 column with a text."""
+def _conjuncts(filters: Filters) -> list[Filter]:
+    """The conditions that must all be met, without their combinations by `and`."""
     found: list[Filter] = []
     for one in filters:
         if isinstance(one, Combination) and one.logic == "and":
-            inner = _texts(schema, one.conditions)
-            found += [one] if len(inner) == len(one.conditions) else inner
-        elif isinstance(one, Comparison) and isinstance(one.value, str):
-            is_text = one.field in schema.names and schema.field(one.field).type == pa.utf8()
-            found += [one] if is_text and one.operator not in ("in", "is null") else []
+            found += _conjuncts(one.conditions)
+        else:
+            found.append(one)
     return found
+
+
+def _texts(schema: pa.Schema, conditions: list[Filter]) -> list[Filter]:
+    """Those of the conditions that Longbow applies rightly: utf8 columns compared with a text."""
+    return [
+        one
+        for one in conditions
+        if isinstance(one, Comparison)
+        and one.operator not in ("in", "is null")
+        and isinstance(one.value, str)
+        and one.field in schema.names
+        and schema.field(one.field).type == pa.utf8()
+    ]
 
 
 def _has_index_ids(schema: pa.Schema, scores: RowScores, k: int) -> bool:
