@@ -134,7 +134,11 @@ class FlightConnection:
         return reader.schema
 
     def read_size(self, dataset: str) -> tuple[int, int]:
-        """A Longbow's numbers of batches and of bytes of a dataset. Raises as `open_stream`."""
+        """Numbers of batches and bytes of a Longbow's dataset.
+
+        Raises:
+            FletcherError: As `open_stream`.
+        """
         descriptor = flight.FlightDescriptor.for_path(dataset)
         with _reading(dataset, f"looking for dataset `{dataset}`"):
             info = self.meta_client.get_flight_info(descriptor, self.call_options())
@@ -162,7 +166,7 @@ class FlightConnection:
 
 @contextmanager
 def _reading(dataset: str, what: str) -> Iterator[None]:
-    """As `store_call`, but a dataset that does not exist or has no rows is an unknown one."""
+    """Context like `store_call` for reads. Without rows, a dataset is unknown."""
     with store_call(what):
         try:
             yield

@@ -205,7 +205,7 @@ def _conjuncts(filters: Filters) -> list[Filter]:
 
 
 def _texts(schema: pa.Schema, conditions: list[Filter]) -> list[Filter]:
-    """Those of the conditions that Longbow applies rightly: utf8 columns compared with a text."""
+    """The conditions that a Longbow applies rightly: texts compared with texts."""
     return [
         one
         for one in conditions
