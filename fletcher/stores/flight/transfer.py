@@ -67,8 +67,8 @@ def exchange_rows(
                         acked = 1
                 writer.done_writing()
             except FAILURES:
-                # The call has ended; the next read raises the cause.
-                broken = True
+                broken = True  # if the call has ended, the next read raises the cause
+                _end_rows(writer)
             _await_acks(reader, sent[acked:], what)
             if broken:
                 with contextlib.suppress(StopIteration):
@@ -104,6 +104,7 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
                 writer.done_writing()
             except FAILURES:
                 broken = True  # `close` raises the cause
+                _end_rows(writer)
             while (answer := answers.read()) is not None:
                 slow_down = slow_down or b"slow_down" in answer.to_pybytes()
             writer.close()
@@ -155,6 +156,12 @@ def _next_ack(reader: Any) -> dict[str, Any]:
 
 def _ended_early(what: str) -> StoreUnavailableError:
     return StoreUnavailableError(f"the store ended the call while {what}")
+
+
+def _end_rows(writer: Any) -> None:
+    """End the rows of a call after an error, which may be local: the store then waits for more."""
+    with contextlib.suppress(*FAILURES):
+        writer.done_writing()
 
 
 def _end_call(writer: Any) -> None:

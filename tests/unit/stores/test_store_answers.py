@@ -15,8 +15,9 @@ from fletcher.stores import protocol
 from fletcher.stores.address import FlightStoreAddress
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.store import FlightStore
-from fletcher.stores.flight.transfer import _await_acks
+from fletcher.stores.flight.transfer import _await_acks, exchange_rows, put_rows
 from fletcher.stores.flight.writers import FletcherWriter
+from tests.doubles.longbow import LongbowDouble
 
 ANSWERS = [
     b"",
@@ -120,6 +121,49 @@ def test_an_acknowledgement_of_other_rows_is_none(acks: list[dict[str, Any]], sa
 
     with pytest.raises(StoreUnavailableError, match=said):
         _await_acks(SimpleNamespace(read_chunk=read_chunk), [10, 5], "writing")
+
+
+class _Failing:
+    """A writer of a call whose first write fails on this machine."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        raise pa.ArrowMemoryError("no memory for this batch")
+
+
+@pytest.mark.parametrize("send", ["exchange", "put"])
+def test_a_store_does_not_wait_for_rows_after_a_local_failure(
+    monkeypatch: pytest.MonkeyPatch, send: str
+) -> None:
+    # Both ends waited for each other until the call's deadline.
+    rows = pa.record_batch({"id": [1, 2]})
+    with LongbowDouble() as double:
+        address = FlightStoreAddress.from_text(double.address)
+        one = FlightConnection(address, timeout_s=20, compression="none", message_bytes=1 << 20)
+        client = one.data_client
+
+        def failing(call: Any) -> Any:
+            def begin(*arguments: Any) -> Any:
+                writer, reader = call(*arguments)
+                return _Failing(writer), reader
+
+            return begin
+
+        calls = SimpleNamespace(
+            do_exchange=failing(client.do_exchange), do_put=failing(client.do_put)
+        )
+        monkeypatch.setattr(FlightConnection, "data_client", calls)
+        with pytest.raises(StoreUnavailableError, match="the store ended the call"):
+            if send == "exchange":
+                exchange_rows(one, "d", rows, None)
+            else:
+                put_rows(one, "d", rows)
+        one.close()
 
 
 class _Refusing(flight.FlightServerBase):  # type: ignore[misc]
