@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from fletcher.errors import ColumnTypeError, RequestError
-from fletcher.stores.base import Combination, Comparison, Filter, Filters, Negation
+from fletcher.errors import ColumnTypeError
+from fletcher.stores.base import Comparison, Filter, Filters, Negation
 from fletcher.stores.filter_values import (
     ORDERED,
     Bound,
@@ -42,27 +42,9 @@ _UNIT_NAMES = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "N
 def to_json(filters: Filters) -> list[dict[str, Any]]:
     """The filters as Longbow's JSON, with added operators.
 
-    A Longbow does not know `in`, `is null` and `not`; `check_longbow` refuses them.
+    A Longbow joins all conditions by `and`, and does not know `in`, `is null` and `not`.
     """
     return [_to_object(one, "and") for one in filters]
-
-
-def check_longbow(filters: Filters) -> None:
-    """Refuse filters that a Longbow does not understand.
-
-    Raises:
-        RequestError: A filter is negated, or uses `in`, `is null` or `is not null`.
-    """
-    for one in filters:
-        if isinstance(one, Combination):
-            check_longbow(one.conditions)
-        elif isinstance(one, Negation) or one.operator in ("in", "is null") or one.value is None:
-            used = "not" if isinstance(one, Negation) else one.operator
-            raise RequestError(
-                f"`filter` uses `{used}`, which a Longbow store cannot do; compare with "
-                "=, !=, <, <=, > or >=, joined by `and` and `or`",
-                field="filter",
-            )
 
 
 def _to_object(one: Filter, logic: str) -> dict[str, Any]:

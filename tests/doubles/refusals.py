@@ -10,7 +10,7 @@ import grpc
 
 
 class Refusals(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Answers ListFlights with an empty list, and every other call with `status` and `text`."""
+    """Has no dataset, and answers calls that do not ask for one with `status` and `text`."""
 
     def __init__(self, status: grpc.StatusCode, text: str) -> None:
         self._status = status
@@ -28,6 +28,8 @@ class Refusals(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def service(self, details: Any) -> Any:
         def answer(_: Any, context: Any) -> Iterator[bytes]:
+            if details.method.endswith("DoGet"):
+                context.abort(grpc.StatusCode.NOT_FOUND, "dataset d not found")
             if not details.method.endswith("ListFlights"):
                 context.abort(self._status, self._text)
             return iter(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from pyarrow import flight
 
-from tests.doubles.real_longbow import LongbowDouble
+from tests.doubles.longbow import LongbowDouble
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "longbow_conformance"
 
@@ -59,3 +61,24 @@ def test_the_program_leaves_other_datasets_alone(program):
         assert list(double.tables) == ["mine"]
         assert double.tables["mine"] == [rows]
         assert double.namespaces == ["default", "own"]
+
+
+def test_a_kill_breaks_open_streams_and_loses_the_last_rows(program):
+    with LongbowDouble() as double:
+        client = flight.connect(f"grpc://127.0.0.1:{double._data.port}")
+        path = flight.FlightDescriptor.for_path("ingest", "d")
+        writer, reader = client.do_exchange(path)
+        rows = program.batch([1, 2])
+        writer.begin(rows.schema)
+        for _ in range(3):
+            writer.write_batch(rows)
+            reader.read_chunk()
+        double.kill(lost=1)
+        with pytest.raises((flight.FlightError, OSError)):
+            reader.read_chunk()
+        assert double.restart()
+        ticket = flight.Ticket(b'{"name":"d"}')
+        assert client.do_get(ticket).read_all().num_rows == 4
+        assert double.num_rows("d") == 4
+        with contextlib.suppress(flight.FlightError, OSError):
+            writer.close()

@@ -121,13 +121,33 @@ class FlightConnection:
                 without rows.
             FletcherError: As `store_call`, with `what`.
         """
-        try:
-            raw = flight.Ticket(msgspec.json.encode({"name": dataset, **ticket}))
-            return self.data_client.do_get(raw, self.call_options()).to_reader()
-        except FAILURES as error:
-            if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
-                raise unknown_dataset(dataset) from error
-            raise from_store_error(error, what) from error
+        return self._do_get(dataset, ticket, what).to_reader()
+
+    def read_schema(self, dataset: str) -> pa.Schema:
+        """The schema of a dataset's first rows; no other call of a Longbow tells it.
+
+        Raises:
+            FletcherError: As `open_stream`.
+        """
+        reader = self._do_get(dataset, {}, f"looking for dataset `{dataset}`")
+        reader.cancel()
+        return reader.schema
+
+    def read_size(self, dataset: str) -> tuple[int, int]:
+        """Numbers of batches and bytes of a Longbow's dataset.
+
+        Raises:
+            FletcherError: As `open_stream`.
+        """
+        descriptor = flight.FlightDescriptor.for_path(dataset)
+        with _reading(dataset, f"looking for dataset `{dataset}`"):
+            info = self.meta_client.get_flight_info(descriptor, self.call_options())
+        return info.total_records, info.total_bytes
+
+    def _do_get(self, dataset: str, ticket: dict[str, Any], what: str) -> flight.FlightStreamReader:
+        raw = flight.Ticket(msgspec.json.encode({"name": dataset, **ticket}))
+        with _reading(dataset, what):
+            return self.data_client.do_get(raw, self.call_options())
 
     def close(self) -> None:
         """Close the clients. Idempotent."""
@@ -142,3 +162,25 @@ class FlightConnection:
                 with store_call(f"connecting to {self.address.text}"):
                     self._clients[uri] = connect(uri)
             return self._clients[uri]
+
+
+@contextmanager
+def _reading(dataset: str, what: str) -> Iterator[None]:
+    """Context like `store_call` for reads. Without rows, a dataset is unknown."""
+    with store_call(what):
+        try:
+            yield
+        except FAILURES as error:
+            if _is_unknown(error):
+                raise unknown_dataset(dataset) from error
+            raise
+
+
+def _is_unknown(error: Exception) -> bool:
+    """Whether a DoGet failed because the dataset does not exist or has no rows yet."""
+    text = str(error)
+    return (
+        (type(error) is pa.ArrowKeyError and "not found" in text)
+        or (type(error) is flight.FlightInternalError and "never sent a data message" in text)
+        or (type(error) is pa.ArrowInvalid and "schema" in text.lower())
+    )

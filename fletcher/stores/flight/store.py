@@ -33,9 +33,10 @@ from fletcher.stores.base import (
     WriteMode,
 )
 from fletcher.stores.exact_search import existing_dataset, unknown_dataset
-from fletcher.stores.filters import check_longbow, to_json
+from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
 from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
 from fletcher.stores.schemas import (
     check_compatible,
@@ -68,6 +69,7 @@ class FlightStore(Store):
         self._connection = connection
         self._capabilities: StoreCapabilities | None = None
         self._widening_logged = False
+        self._longbow = LongbowReader(connection)
 
     @property
     def capabilities(self) -> StoreCapabilities:
@@ -115,16 +117,21 @@ class FlightStore(Store):
         what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
         with store_call(what):
             options = self._connection.call_options()
-            flights = self._connection.meta_client.list_flights(criteria, options)
+            flights = list(self._connection.meta_client.list_flights(criteria, options))
+        if self._is_fletcher:
             return sorted((_info(one) for one in flights), key=lambda info: info.name)
+        names = sorted(one.descriptor.path[0].decode() for one in flights if one.descriptor.path)
+        return [info for info in map(self._longbow_info, names) if info is not None]
+
+    def _longbow_info(self, name: str) -> DatasetInfo | None:
+        schema = self._longbow.read_schema(name)
+        return None if schema is None else DatasetInfo(name, schema, 0)
 
     def dataset(self, name: str) -> DatasetInfo | None:
-        """See `Store.dataset`. For a Longbow, `num_rows` is its number of batches."""
+        """See `Store.dataset`. In a Longbow, a dataset without rows does not exist yet."""
         check_stored(name)
         if not self._is_fletcher:
-            # Longbow's GetFlightInfo reports an unknown dataset with the same error as other
-            # failures.
-            return next((info for info in self._list(b"") if info.name == name), None)
+            return self._longbow_info(name)
         descriptor = flight.FlightDescriptor.for_path(name)
         try:
             with store_call(f"looking for dataset `{name}`"):
@@ -189,16 +196,15 @@ class FlightStore(Store):
     def scan(
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
-        """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
+        """See `Store.scan`."""
         check_stored(name)
-        ticket: dict[str, Any] = {"filters": to_json(filters)}
         if not self._is_fletcher:
-            check_longbow(filters)
-        else:
-            if columns is not None:
-                ticket["columns"] = list(columns)
-            if limit is not None:
-                ticket["limit"] = limit
+            return self._longbow.scan(name, columns=columns, filters=filters, limit=limit)
+        ticket: dict[str, Any] = {"filters": to_json(filters)}
+        if columns is not None:
+            ticket["columns"] = list(columns)
+        if limit is not None:
+            ticket["limit"] = limit
         what = f"reading dataset `{name}`"
         reader = self._connection.open_stream(name, ticket, what)
         wanted = wanted_columns(name, reader.schema, columns)
@@ -215,42 +221,25 @@ class FlightStore(Store):
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        """See `Store.search`. A Longbow returns only `id` and `score`.
-
-        If ids are texts, Longbow returns row numbers as `id`.
-
-        Raises:
-            RequestError: Other columns than `id` are requested of a Longbow.
-        """
+        """See `Store.search`."""
         check_stored(dataset)
-        wanted = list(columns) if columns is not None else None
         is_multi = vector.ndim > 1
         if is_multi and "multi" not in self.capabilities.outputs:
             raise DimensionMismatchError(
                 "`vector` has several vectors, expected one: this store keeps one per row",
                 field="vector",
             )
+        if not self._is_fletcher:
+            return self._longbow.search(dataset, vector, k=k, columns=columns, filters=filters)
+        wanted = existing_dataset(self, dataset).schema.names if columns is None else list(columns)
         name = "token_vectors" if is_multi else "vector"
         search: dict[str, Any] = {"dataset": dataset, name: vector.tolist(), "k": k}
-        search["filters"] = to_json(filters)
-        if self._is_fletcher:
-            if wanted is None:
-                wanted = existing_dataset(self, dataset).schema.names
-            search["columns"] = wanted
-        elif wanted is not None and set(wanted) - {"id"}:
-            raise RequestError(
-                f"`columns` asks for {', '.join(wanted)}, a Longbow store answers a search with "
-                "`id` and `score` alone; read the rows by their ids",
-                field="columns",
-                allowed=["id"],
-            )
-        else:
-            check_longbow(filters)
+        search |= {"filters": to_json(filters), "columns": wanted}
         what = f"searching dataset `{dataset}`"
         reader = self._connection.open_stream(dataset, {"search": search}, what)
         with store_call(what):
             found = reader.read_all()
-        return found.select([*(["id"] if wanted is None else wanted), "score"])
+        return found.select([*wanted, "score"])
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)

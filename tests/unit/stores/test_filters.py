@@ -20,12 +20,11 @@ from fletcher.errors import (
     ColumnTypeError,
     FletcherError,
     InvalidCommandError,
-    RequestError,
     UnknownColumnError,
 )
 from fletcher.stores.base import Combination, Comparison, Filter, Negation
 from fletcher.stores.filter_parser import MAX_DEPTH, MAX_TESTS, parse_filter
-from fletcher.stores.filters import check_longbow, to_expression, to_json, to_sql
+from fletcher.stores.filters import to_expression, to_json, to_sql
 from fletcher.stores.lance.library import import_lancedb
 from fletcher.storeserver.requests import FilterRequest, convert_request, to_filters
 
@@ -376,14 +375,3 @@ def test_any_json_is_a_filter_or_one_of_our_errors() -> None:
             to_expression("d", SMALL, filters)
         except FletcherError:
             pass
-
-
-def test_a_longbow_is_not_sent_what_it_ignores() -> None:
-    check_longbow([Combination("or", (Comparison("a", "=", 1), Comparison("a", "<", 0)))])
-    for refused in (
-        Negation(Comparison("a", "=", 1)),
-        Comparison("a", "in", (1,)),
-        Combination("and", (Comparison("b", "=", 1), Comparison("a", "is null"))),
-    ):
-        with pytest.raises(RequestError, match="Longbow"):
-            check_longbow([refused])
