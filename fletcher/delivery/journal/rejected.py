@@ -56,7 +56,7 @@ class RejectedGroups:
         return self._path(group.segment.path, group.info).exists()
 
     def drop_group(self, group: JournaledGroup) -> None:
-        """Delete the file of a group that the journal has, too; a process was killed in between."""
+        """Delete a group's file, because the journal still has the group."""
         path = self._path(group.segment.path, group.info)
         if path.exists():
             self._delete(path)

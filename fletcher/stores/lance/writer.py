@@ -58,6 +58,8 @@ _OWN_COLUMNS = frozenset(
         *("_indices", "_fragid", "_row_created_at_version", "_row_last_updated_at_version"),
     ]
 )
+# LanceDB's messages about a table that is deleted while it is opened or read.
+_GONE = re.compile(r"Not found: .*/_versions|Table '.*' was not found")
 _DATA_FILE = re.compile(r"\bdata/\w+\.lance\b")
 KEEP_FOREVER = dt.timedelta(days=36500)
 
@@ -338,7 +340,7 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Invalid input" in text:
             reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
             raise RequestError(reason) from error
-        if "Not found" in text and "/_versions" in text:
+        if _GONE.search(text):
             raise table_gone(dataset) from error
         if concerns_store(error) or "StorageFull" in text:
             reason, field = "the disk is full or read-only; free some space", "store"
