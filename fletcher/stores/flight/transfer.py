@@ -159,7 +159,10 @@ def _ended_early(what: str) -> StoreUnavailableError:
 
 
 def _end_rows(writer: Any) -> None:
-    """End the rows of a call after an error, which may be local: the store then waits for more."""
+    """End the rows of a call after an error.
+
+    If the error is local, the store still waits for more rows.
+    """
     with contextlib.suppress(*FAILURES):
         writer.done_writing()
 
