@@ -102,8 +102,8 @@ class UploadSession:
                 failures = 1 if self._progress > progress else failures + 1
                 if failures > self._transfer.max_retries:
                     raise
-                # A busy server that acknowledged no row took none, or skips those it took when they
-                # come again. The question would wait for the store, and load the server further.
+                # Do not ask if a busy server acknowledged no row: it took none, or will skip the
+                # repeated ones. The question would wait for the store and add load.
                 asked &= isinstance(error, OverloadedError) and self._progress == progress
                 if failures == 1:
                     _log.warning("upload %s: %s; retrying", self._options.upload_id, error)
@@ -127,9 +127,9 @@ class UploadSession:
             stored, self._row_offset, self._acknowledged - 1
         ):
             raise UploadConflictError(
-                f"rows of upload `{self._options.upload_id}` that the server had acknowledged (up "
-                f"to {self._acknowledged - 1}) are gone from dataset `{self._options.dataset}`; "
-                "send the whole upload again",
+                f"acknowledged rows of upload `{self._options.upload_id}` (rows up to number "
+                f"{self._acknowledged - 1}) are gone from dataset `{self._options.dataset}`; send "
+                "the whole upload again",
                 field="upload_id",
             )
         self._unacknowledged = deque(

@@ -13,10 +13,10 @@ _OFFSET = re.compile(r"[+-]([01]\d|2[0-3]):[0-5]\d")
 
 
 def unknown_zone(kind: pa.DataType) -> str | None:
-    """The first time zone in a type, also a nested one, that nobody could read back.
+    """First unknown time zone in a type or its nested types.
 
-    Arrow takes any text for a zone, and fails when such a value is looked at. None: all zones are
-    known, or this machine has no database of zones.
+    Arrow accepts any text as a zone, and fails when a value is converted. None if all zones are
+    known or this machine has no zone database.
     """
     if pa.types.is_timestamp(kind):
         return None if kind.tz is None or _is_known(kind.tz) else str(kind.tz)

@@ -63,8 +63,9 @@ class Upload:
         lost: Whether it ended because its dataset was deleted or replaced.
         connections: Number of connections that feed the upload; guarded by `UploadRegistry`.
         stored_as: Name of the dataset that has the upload's rows.
-        incarnation: Its incarnation when the upload was opened, or when its first rows were stored
-            if they were found in the journal. None until then; empty if it has none.
+        incarnation: The dataset's incarnation when the upload was opened. For an upload found in
+            the journal: when its first rows were stored. None before that; empty if the dataset has
+            no incarnation or was deleted at once.
     """
 
     def __init__(

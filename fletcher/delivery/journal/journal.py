@@ -144,8 +144,9 @@ class Journal:
     ) -> list[JournaledGroup]:
         """Write groups of one schema and sync them, so that they survive a power loss.
 
-        If an error is raised, none of these groups is kept. While the disk refuses to cut them off,
-        each append fails: their rows may come again in other groups, and would be doubled.
+        If an error is raised, none of these groups is kept. Until they are truncated from the file,
+        each append fails. Otherwise a sender could send the rows again in other groups, and they
+        would be stored twice.
 
         Raises:
             JournalFullError: The disk is full.
@@ -172,7 +173,7 @@ class Journal:
             written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
         file.flush()
         os.fsync(file.fileno())
-        segment.path.stat()  # raises if somebody deleted the file, which would not survive
+        segment.path.stat()  # raises if the file was deleted: its rows would be lost
         with self._lock:
             size, kept = file.tell(), segment.groups + written
             grown = size - segment.num_bytes

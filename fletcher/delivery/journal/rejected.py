@@ -56,7 +56,10 @@ class RejectedGroups:
         return self._path(group.segment.path, group.info).exists()
 
     def drop_group(self, group: JournaledGroup) -> None:
-        """Delete a group's file, because the journal still has the group."""
+        """Delete the file of a group that is still in the journal.
+
+        Both exist if the process was killed while it set the group aside.
+        """
         path = self._path(group.segment.path, group.info)
         if path.exists():
             self._delete(path)

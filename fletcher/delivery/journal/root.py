@@ -117,8 +117,8 @@ def revive_segments(folder: Path, again: list[Path] | None = None) -> int:
 def lock_journal(root: Path) -> ExitStack:
     """Lock the folder of all journals for this process, until the result is closed.
 
-    A second lock lies beside the folder: somebody who deletes the folder while a server uses it
-    deletes the lock inside, and another server would start.
+    One lock file is in the folder, a second one beside it. If the folder is deleted while a server
+    uses it, the second lock still stops another server.
 
     Raises:
         ConfigError: The folder cannot be used, or another process has locked it.

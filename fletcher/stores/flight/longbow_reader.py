@@ -1,9 +1,9 @@
 """Reads of a Longbow's datasets: schema, rows and searches.
 
-Only a plain DoGet is right about everything. Filtered reads of a Longbow bring deleted rows back
-and drop rows silently if batches differ in their columns, and a filter on a column of numbers with
-nulls ends the server. So filters are applied here. Conditions on texts are sent, too, if a dataset
-is too large to be read.
+Only a DoGet without filters returns exactly the stored rows. Filtered reads of a Longbow bring
+deleted rows back and drop rows silently if batches differ in their columns, and a filter on a
+column of numbers with nulls ends the server. So filters are applied here. Conditions on texts are
+sent, too, if a dataset is too large to be read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from fletcher.stores.filters import to_expression, to_json
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.schemas import limit_rows, wanted_columns
 
-# Most bytes of rows that one search reads, and most bytes that are read without a filter.
+# Limit on the bytes of rows that one search compares. In a larger dataset, Longbow applies the
+# conditions on texts first.
 MAX_READ_BYTES = 4 << 30
 # Most rows of a search by Longbow's index: each takes a call.
 MAX_INDEX_K = 100
-# Largest difference of a score and its true value by which a row of the index is recognised.
+# Tolerance when a row's score is compared with the score that the index reported.
 _SCORE_ERROR = 1e-3
 
 
@@ -86,9 +87,10 @@ class LongbowReader:
     ) -> pa.Table:
         """See `Store.search`.
 
-        Longbow's index is used if ids are int64, the filters are conditions on texts, and the index
-        is known to have all rows: an earlier search has counted them. Otherwise all rows are read
-        and compared here.
+        Longbow's index is used if `_has_index_ids` is true, all filters are conditions on texts,
+        and `index_len` equals the number of rows. An earlier search counted the rows; in a dataset
+        larger than `max_read_bytes`, this search counts them. Otherwise all rows are read and
+        compared here.
 
         Raises:
             RequestError: The rows to compare are larger than `max_read_bytes`.
@@ -125,7 +127,10 @@ class LongbowReader:
         return _Size(*self._connection.read_size(name))
 
     def _num_rows(self, name: str, size: _Size) -> int | None:
-        """Number of rows; None if unknown. Reads a dataset that is too large for a search."""
+        """Number of rows, or None if unknown.
+
+        If the dataset is larger than `max_read_bytes`, it is read once to count them.
+        """
         if size.num_bytes > self._max_read_bytes and self._counted.get(name, (None, 0))[0] != size:
             for _ in self._counting(name, size, self._batches(name, self._open(name, (), None))):
                 pass
@@ -218,7 +223,10 @@ def _texts(schema: pa.Schema, conditions: list[Filter]) -> list[Filter]:
 
 
 def _has_index_ids(schema: pa.Schema, scores: RowScores, k: int) -> bool:
-    """Whether Longbow's index, which ranks by distance, tells rows by their ids."""
+    """Whether Longbow's index can serve a search.
+
+    It can for int64 ids, a ranking equal to that by distance, and a small `k`.
+    """
     metadata = schema.metadata or {}
     is_unit = metadata.get(b"fletcher.normalized") == b"true"
     ranks = scores.similarity.name == "euclidean" or (

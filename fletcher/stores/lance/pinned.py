@@ -1,4 +1,4 @@
-"""A table that is written in one folder only, whatever takes the folder's name."""
+"""LanceDB table bound to one open folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class PinnedTable:
     """A LanceDB table for a writer, opened through a link to its open folder.
 
     Lance looks up the folder by name at each commit. Another program may have deleted the folder,
-    and made another table of the same name. Lance then makes the folder again, or commits a version
-    to the new table that lacks the rows of the new table. Through the link, Lance writes to the
-    deleted folder, which fails.
+    and made another table of the same name. Lance would then create the folder again, or commit a
+    version to the new table without that table's rows. Through the link, Lance still writes to the
+    deleted folder, so the write fails.
 
     Args:
         folder: The table's folder `NAME.lance`.
@@ -38,7 +38,7 @@ class PinnedTable:
 
     @property
     def is_current(self) -> bool:
-        """Whether the folder is still there under its name."""
+        """Whether the folder's name still leads to the opened folder."""
         try:
             return os.path.samestat(os.fstat(self._opened), self._folder.stat())
         except FileNotFoundError:
@@ -50,7 +50,7 @@ class PinnedTable:
 
 
 def _make_folder(beside: Path) -> Path:
-    """A new folder for the link: where temporary files are, or else beside the table."""
+    """Make a folder in the temporary directory, or beside the table if that fails."""
     try:
         return Path(tempfile.mkdtemp(prefix="fletcher-"))
     except OSError:

@@ -8,8 +8,8 @@ sends the unacknowledged rows again.
 Only such versions are set aside, and only by a writer. A file beside the table names the newest
 synced version. If that version or an older one lacks a file, another cause than a power loss
 damaged the table, and the newer versions may hold rows that were acknowledged. The table is then
-refused and nothing is renamed. A table without that file was made by another program: all its
-versions count as synced.
+refused and nothing is renamed. If the note is missing or unreadable, all versions count as
+synced; tables of other programs have no note.
 
 The layout is Lance's: https://lance.org/format/table/. A manifest file ends with the manifest's
 offset, the format's version and a magic number. Data files also end with the magic number.
@@ -40,7 +40,7 @@ _NEWEST_FIRST = 1 << 63  # numbers in file names from here on count down
 _TORN = ".torn"
 _SYNCED = "_fletcher_synced"
 
-# Files of a version that a process found complete: by path, the size and time of the last change.
+# Files that an earlier check found complete: size and modification time by path.
 WholeFiles = dict[str, tuple[int, int]]
 
 
@@ -155,8 +155,8 @@ def find_defect(
 
     Args:
         known: Paths of files that are known to be complete.
-        whole: Files that were complete at an earlier check. They must still be there, unchanged.
-            Holds the version's files afterwards.
+        whole: Files that an earlier check found complete. Only files that changed since are opened.
+            Updated to this version's files.
     """
     data = manifest.read_bytes()
     try:

@@ -263,7 +263,7 @@ class LanceStore(EmbeddedStore):
             self._earlier.close()
 
     def _drop(self, name: str) -> None:
-        """Delete a table. A crash meanwhile leaves files, but no table that lacks some."""
+        """Delete a table. A crash midway may leave files, but never a damaged table."""
         folder = self.folder / f"{name}.lance"
         with contextlib.suppress(FileNotFoundError):
             (folder / "_versions").rename(folder / "_versions.deleted")

@@ -193,7 +193,7 @@ class LanceWriter(EmbeddedWriter):
 
     @contextlib.contextmanager
     def _in_its_folder(self) -> Iterator[None]:
-        """Refuse the write of the block if the table's folder was deleted before its end."""
+        """Context that raises `table_gone` if the folder is deleted before the block ends."""
         try:
             self._check_folder()
             yield
@@ -280,7 +280,7 @@ class LanceWriter(EmbeddedWriter):
 
 
 def table_gone(dataset: str) -> StoreUnavailableError:
-    """Error for a table whose folder was deleted while it was written."""
+    """Error for a table that another program deleted or made again during a call."""
     return StoreUnavailableError(
         f"dataset `{dataset}` was deleted by another program; its rows are gone", field="dataset"
     )
