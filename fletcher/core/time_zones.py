@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import pyarrow as pa
 
+from fletcher.errors import ColumnTypeError
+
 # https://github.com/apache/arrow/blob/main/format/Schema.fbs (table Timestamp)
 _OFFSET = re.compile(r"[+-]([01]\d|2[0-3]):[0-5]\d")
 
@@ -26,6 +28,22 @@ def unknown_zone(kind: pa.DataType) -> str | None:
         return unknown_zone(kind.storage_type)
     inner = (unknown_zone(kind.field(place).type) for place in range(kind.num_fields))
     return next((zone for zone in inner if zone is not None), None)
+
+
+def check_zones(kind: pa.DataType, column: str, field: str) -> None:
+    """Refuse a column with an unknown time zone.
+
+    `column` is its description in the error, `field` its name.
+
+    Raises:
+        ColumnTypeError: The type has, or contains, an unknown time zone.
+    """
+    if (zone := unknown_zone(kind)) is not None:
+        raise ColumnTypeError(
+            f"{column} has the time zone {zone[:100]!r}, expected a name such as Europe/Berlin or "
+            "an offset such as +02:00; cast it to timestamp with such a zone, or leave it out",
+            field=field,
+        )
 
 
 @lru_cache(1024)

@@ -17,7 +17,7 @@ from fletcher.core.encodings import (
     is_text_extension,
     runs_as_dictionary,
 )
-from fletcher.core.time_zones import unknown_zone
+from fletcher.core.time_zones import check_zones
 from fletcher.errors import ColumnTypeError, InvalidUtf8Error
 
 BATCH_BYTES = 4 << 20  # approximate maximum size of a batch
@@ -36,12 +36,7 @@ def plain_type(kind: pa.DataType, name: str, where: str) -> pa.DataType:
     Raises:
         ColumnTypeError: The type is an extension without a stand-in, or has an unknown time zone.
     """
-    if (zone := unknown_zone(kind)) is not None:
-        raise ColumnTypeError(
-            f"{where}: column `{name}` has the time zone {zone[:100]!r}, expected a name such as "
-            "Europe/Berlin or an offset such as +02:00",
-            field=name,
-        )
+    check_zones(kind, f"{where}: column `{name}`", name)
     if is_extension(kind):
         if is_text_extension(kind):
             return pa.utf8()

@@ -11,7 +11,7 @@ from fletcher.core.quantization import QUANTIZATION
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import CHUNK_FIELDS, TIMESTAMP, parse_batch_key
 from fletcher.core.similarity import SIMILARITY
-from fletcher.core.time_zones import unknown_zone
+from fletcher.core.time_zones import check_zones
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
@@ -95,12 +95,7 @@ def check_storable(schema: pa.Schema) -> None:
                 "dictionary-encoded inside",
                 field=field.name,
             )
-        if (zone := unknown_zone(field.type)) is not None:
-            raise ColumnTypeError(
-                f"`{field.name}` has the time zone {zone[:100]!r}, expected a name such as "
-                "Europe/Berlin or an offset such as +02:00",
-                field=field.name,
-            )
+        check_zones(field.type, f"`{field.name}`", field.name)
 
 
 def has_chunks(schema: pa.Schema) -> bool:

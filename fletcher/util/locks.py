@@ -39,7 +39,7 @@ class FileLock:
             try:
                 if not lock_descriptor(file, blocking=wait):
                     raise BlockingIOError(f"{path} is locked by another holder")
-                if _is_at(file, path):
+                if is_at(file, path):
                     return
             except BaseException:
                 self.release()
@@ -69,8 +69,8 @@ class FileLock:
         self.release()
 
 
-def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file is still the one at a path."""
+def is_at(file: int, path: Path) -> bool:
+    """Whether an open file or folder is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:

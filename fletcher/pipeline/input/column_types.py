@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
-from fletcher.core.time_zones import unknown_zone
+from fletcher.core.time_zones import check_zones
 from fletcher.errors import ColumnTypeError
 
 
@@ -25,13 +25,8 @@ def check_readable(schema: pa.Schema, command: EmbedCommand) -> None:
                 "be read; send a duration, an integer or text instead, or leave it out",
                 field=name,
             )
-        if name in used and (zone := unknown_zone(schema.field(place).type)) is not None:
-            raise ColumnTypeError(
-                f"column {name!r} has the time zone {zone[:100]!r}, expected a name such as "
-                "Europe/Berlin or an offset such as +02:00; cast it to timestamp with such a zone, "
-                "or leave it out",
-                field=name,
-            )
+        if name in used:
+            check_zones(schema.field(place).type, f"column {name!r}", name)
 
 
 def _is_readable(kind: pa.DataType) -> bool:

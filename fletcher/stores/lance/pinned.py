@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from fletcher.util.locks import is_at
+
 
 class PinnedTable:
     """A LanceDB table for a writer, opened through a link to its open folder.
@@ -39,10 +41,7 @@ class PinnedTable:
     @property
     def is_current(self) -> bool:
         """Whether the folder's name still leads to the opened folder."""
-        try:
-            return os.path.samestat(os.fstat(self._opened), self._folder.stat())
-        except FileNotFoundError:
-            return False
+        return is_at(self._opened, self._folder)
 
     def close(self) -> None:
         """Remove the link. Idempotent."""
