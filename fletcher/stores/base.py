@@ -7,7 +7,7 @@ dataset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -47,12 +47,31 @@ class StoreCapabilities:
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """A stored dataset. `schema` includes the metadata of `fletcher.core.schema`."""
+    """A stored dataset. A number is None if the store does not tell it.
+
+    Attributes:
+        schema: Schema of the rows, with the metadata of `fletcher.core.schema`.
+        num_rows: Number of stored rows.
+        num_bytes: Size of the stored rows.
+        num_indexed: Number of rows that the store's index has, for a store that indexes rows some
+            time after it stored them.
+    """
 
     name: str
     schema: pa.Schema
-    num_rows: int
+    num_rows: int | None
     num_bytes: int | None = None
+    num_indexed: int | None = None
+
+
+def total_rows(infos: Iterable[DatasetInfo]) -> int | None:
+    """Number of rows of several datasets; None if that of one is unknown."""
+    total = 0
+    for info in infos:
+        if info.num_rows is None:
+            return None
+        total += info.num_rows
+    return total
 
 
 @dataclass(frozen=True, slots=True)
