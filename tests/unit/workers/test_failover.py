@@ -178,7 +178,7 @@ def test_an_answer_that_makes_no_sense_costs_only_its_worker(
 
 
 def test_urgent_work_does_not_wait_for_a_worker_that_reads_nothing() -> None:
-    source, timing = QueueSource(), PoolTiming(answer_timeout_s=2.0)
+    source, timing = QueueSource(), PoolTiming(answer_timeout_s=4.0)
     specs = [spec("cuda-0", "load_echo", 1)]
     with running(specs, source=source, timing=timing) as (pool, submit):
         os.kill(pool.process_ids()[0], signal.SIGSTOP)
@@ -189,7 +189,7 @@ def test_urgent_work_does_not_wait_for_a_worker_that_reads_nothing() -> None:
             source.urgent.append(answer.job)
             before = time.monotonic()
             pool.dispatch_urgent()
-            assert time.monotonic() - before < 1.0
+            assert time.monotonic() - before < 3.0
         assert [answer.wait() for answer in answers] == [0, 1, 2]
         assert len(large.wait()) == 4 << 20
 
