@@ -88,7 +88,7 @@ class LongbowDatasets:
 
 
 def _told(ask: Callable[[], int | None]) -> int | None:
-    """Answer of a store to a question that not every store knows; None without an answer."""
+    """Answer of a store to a question that not every store knows; else None."""
     try:
         return ask()
     except FletcherError:
@@ -96,7 +96,10 @@ def _told(ask: Callable[[], int | None]) -> int | None:
 
 
 def _find_count(exceeds: Callable[[int], bool], last: int) -> int:
-    """The smallest number, at least 0, for which `exceeds` is false; near `last` in few calls."""
+    """The smallest number, at least 0, for which `exceeds` is false.
+
+    A number near `last` is found in few calls.
+    """
     low, high, step = -1, max(last - 1, 0), 1
     while exceeds(high):
         low, high, step = high, high + step, 2 * step
