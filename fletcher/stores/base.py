@@ -34,6 +34,8 @@ class StoreCapabilities:
         counts_groups: A group counts as stored if the store has as many of its rows as the key
             says. The store therefore cannot confirm a group of which some rows were not sent.
         outputs: Kinds of `vector` that are stored and searched, as in VectorSpec.
+        overwrite: A dataset can be replaced for good.
+        nanosecond_times: All times are kept in nanoseconds, so only those from 1677 to 2262.
     """
 
     dtypes: tuple[str, ...]
@@ -43,6 +45,8 @@ class StoreCapabilities:
     durable: bool
     counts_groups: bool = False
     outputs: tuple[str, ...] = ("dense",)
+    overwrite: bool = True
+    nanosecond_times: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ CAPABILITIES = StoreCapabilities(
     drops_repeated_keys=False,
     durable=False,
     counts_groups=True,
+    overwrite=False,
+    nanosecond_times=True,
 )
 _TIMESTAMP = pa.timestamp("ns")
 

@@ -94,7 +94,7 @@ class FlightStore(Store):
                 "`mode` is upsert, which a Longbow store cannot do: it only appends; use append, "
                 "or a store of Fletcher",
                 field="mode",
-                allowed=["append", "overwrite"],
+                allowed=["append"],
             )
         narrow = longbow.longbow_schema(schema)
         if narrow.field("vector").type != schema.field("vector").type and not self._widening_logged:
@@ -143,7 +143,7 @@ class FlightStore(Store):
         return None if info is None else incarnation_of(info.schema)
 
     def replace_dataset(self, name: str, staged: str) -> None:
-        """See `Store.replace_dataset`. A Longbow is empty while its rows are copied."""
+        """See `Store.replace_dataset`. A Longbow refuses it."""
         check_stored(name)
         if self._is_fletcher:
             request = protocol.ReplaceDatasetRequest(name, staged)
@@ -153,23 +153,12 @@ class FlightStore(Store):
                     field="store",
                 )
             return
-        info = self.dataset(staged)
-        if info is None:
-            raise unknown_dataset(staged)
-        if self.dataset(name) is not None:
-            self.delete_dataset(name)
-        writer = self.open_writer(name, info.schema, "append")
-        keys: set[str] = set()
-        for batch in self.scan(staged):
-            keys.update(count_batch_keys(batch))
-            writer.append([batch])
-        if missing := writer.missing_keys(sorted(keys)):
-            raise StoreUnavailableError(
-                f"the store lacks {len(missing)} of {len(keys)} groups that were copied to "
-                f"`{name}`; try again",
-                field="dataset",
-            )
-        self.delete_dataset(staged)
+        raise RequestError(
+            f"dataset `{name}` cannot be replaced: a Longbow brings deleted rows back when it "
+            "restarts; write to a new dataset",
+            field="mode",
+            allowed=["append"],
+        )
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         """See `Store.stored_ranges`. For a Longbow, only complete groups count."""
