@@ -20,6 +20,7 @@ from fletcher.stores.base import (
     DatasetWriter,
     Filters,
     Names,
+    Store,
     StoreCapabilities,
     Vector,
     WriteMode,
@@ -32,16 +33,20 @@ from fletcher.stores.schemas import check_compatible, conform_batch, limit_rows,
 from fletcher.stores.staging import incarnation_of
 
 
-class FletcherServer:
+class FletcherServer(Store):
     """A `fletcher store`. Thread-safe, except for its writers.
 
-    It takes every dtype, drops repeated groups, keeps the type of ids and appends durably. The
-    methods are those of `Store`.
+    It takes every dtype, drops repeated groups, keeps the type of ids and appends durably.
     """
 
     def __init__(self, connection: FlightConnection, capabilities: StoreCapabilities) -> None:
+        self.address = connection.address.text
         self._connection = connection
-        self.capabilities = capabilities
+        self._capabilities = capabilities
+
+    @property
+    def capabilities(self) -> StoreCapabilities:
+        return self._capabilities
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> FletcherWriter:
         writer = FletcherWriter(self._connection, dataset, schema, mode)
@@ -85,7 +90,7 @@ class FletcherServer:
         return _checked_ranges(answer.ranges)
 
     def scan(
-        self, name: str, *, columns: Names, filters: Filters, limit: int | None
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         ticket: dict[str, Any] = {"filters": to_json(filters)}
         if columns is not None:
@@ -106,7 +111,7 @@ class FletcherServer:
         return pa.RecordBatchReader.from_batches(schema, batches())
 
     def search(
-        self, dataset: str, vector: Vector, *, k: int, columns: Names, filters: Filters
+        self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
         is_multi = vector.ndim > 1
         if is_multi and "multi" not in self.capabilities.outputs:
@@ -123,6 +128,9 @@ class FletcherServer:
         with store_call(what):
             found = reader.read_all()
         return found.select([*wanted, "score"])
+
+    def close(self) -> None:
+        self._connection.close()
 
     def delete_dataset(self, name: str) -> None:
         self._connection.run_action("delete-dataset", {"dataset": name})

@@ -68,7 +68,7 @@ class LongbowReader:
         batches = limit_rows(_matching(self._batches(name, reader), condition), schema, limit)
         return pa.RecordBatchReader.from_batches(schema, batches)
 
-    def search_rows(
+    def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
         """See `Store.search`.

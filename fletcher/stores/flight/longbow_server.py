@@ -13,7 +13,16 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownDatasetError,
 )
-from fletcher.stores.base import Comparison, DatasetInfo, Filters, Names, Vector, WriteMode
+from fletcher.stores.base import (
+    Comparison,
+    DatasetInfo,
+    Filters,
+    Names,
+    Store,
+    StoreCapabilities,
+    Vector,
+    WriteMode,
+)
 from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
@@ -32,20 +41,22 @@ from fletcher.stores.staging import incarnation_of
 _log = logging.getLogger(__name__)
 
 
-class LongbowServer:
+class LongbowServer(Store):
     """A Longbow. Thread-safe, except for its writers.
 
-    It takes float32 and only appends. The methods are those of `Store`.
+    It takes float32 and only appends.
     """
 
-    capabilities = longbow.CAPABILITIES
-
     def __init__(self, connection: FlightConnection) -> None:
+        self.address = connection.address.text
         self._connection = connection
         self._reader = LongbowReader(connection)
         self._datasets = LongbowDatasets(connection)
         self._widening_logged = False
-        self.scan = self._reader.scan
+
+    @property
+    def capabilities(self) -> StoreCapabilities:
+        return longbow.CAPABILITIES
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LongbowWriter:
         if mode == "upsert":
@@ -68,7 +79,8 @@ class LongbowServer:
         """All datasets with rows, and the staged datasets of earlier releases."""
         return self._datasets.describe_all()
 
-    staged_datasets = datasets
+    def staged_datasets(self) -> list[DatasetInfo]:
+        return self._datasets.describe_all()
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """A dataset; one without rows does not exist yet."""
@@ -96,15 +108,23 @@ class LongbowServer:
         whole = (key for key, count in counts.items() if count >= num_group_rows(key))
         return upload_ranges(whole, upload_id)
 
+    def scan(
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
+    ) -> pa.RecordBatchReader:
+        return self._reader.scan(name, columns=columns, filters=filters, limit=limit)
+
     def search(
-        self, dataset: str, vector: Vector, *, k: int, columns: Names, filters: Filters
+        self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
         if vector.ndim > 1:
             raise DimensionMismatchError(
                 "`vector` has several vectors, expected one: a Longbow keeps one per row",
                 field="vector",
             )
-        return self._reader.search_rows(dataset, vector, k=k, columns=columns, filters=filters)
+        return self._reader.search(dataset, vector, k=k, columns=columns, filters=filters)
+
+    def close(self) -> None:
+        self._connection.close()
 
     def delete_dataset(self, name: str) -> None:
         if self._datasets.read_schema(name) is None:

@@ -33,6 +33,7 @@ ANSWERS = [
 
 def connection(answer: bytes) -> Any:
     one = object.__new__(FlightConnection)
+    one.address = FlightStoreAddress.from_text("grpc://127.0.0.1:1")
     one.run_action = lambda *_: answer  # type: ignore[method-assign]
     return one
 
@@ -72,7 +73,6 @@ def test_ranges_that_are_no_rows_are_no_answer(ranges: bytes) -> None:
 def test_capabilities_that_cannot_be_read_are_not_those_of_a_longbow(answer: bytes) -> None:
     # The store was taken for a Longbow from then on: groups were stored twice, upserts refused.
     one = connection(answer)
-    one.address = FlightStoreAddress.from_text("grpc://127.0.0.1:1")
     store = FlightStore(one)
     with pytest.raises(StoreUnavailableError, match="cannot be read"):
         assert store.capabilities
