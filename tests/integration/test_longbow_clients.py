@@ -123,3 +123,38 @@ def test_another_type_of_ids_is_refused(data, name):
     with pytest.raises(flight.FlightError, match="`id` is double, expected utf8 or an integer"):
         put(data, name, batch(pa.array([1.0, 2.0])))
     assert get(data, name=name)["id"].to_pylist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("field", "operator", "value", "right"),
+    [
+        ("n", "<", "3", [1, 2]),
+        ("n", "=", "2.0", [2]),
+        ("n", ">=", 3, [3]),
+        ("f", ">", "0.9", [2, 3]),
+        ("flag", "=", "true", [1, 3]),
+        ("flag", "!=", "true", [2]),
+        ("word", "=", 7, [3]),
+        ("word", "=", "7", [3]),
+        ("id", "==", "2", [2]),
+        ("timestamp", ">", "1970-01-01T00:00:00.000000001", [3]),
+    ],
+)
+def test_values_of_filters_may_be_text(data, meta, name, field, operator, value, right):
+    word = pa.array(["a", "b", "7"], pa.large_utf8())
+    flag = pa.array([True, False, True])
+    n = pa.array([1, 2, 3])
+    put(data, name, batch(n, n=n, f=pa.array([0.5, 1, 1.5]), flag=flag, word=word))
+    filters = [{"field": field, "op": operator, "value": value}]
+    for client in (data, meta):
+        assert get(client, name=name, filters=filters)["n"].to_pylist() == right
+        search = {"dataset": name, "vector": [1.0] * DIMS, "k": 5, "filters": filters}
+        assert sorted(get(client, search=search)["id"].to_pylist()) == right
+
+
+@pytest.mark.parametrize("value", ["abc", "", "true", [], None])
+def test_values_that_fit_no_number_are_refused(data, name, value):
+    put(data, name, batch(pa.array([1, 2]), n=pa.array([1, 2])))
+    filters = [{"field": "n", "op": "<", "value": value}]
+    with pytest.raises(flight.FlightError, match="a filter compares `n`, which is int64, with"):
+        get(data, name=name, filters=filters)
