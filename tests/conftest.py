@@ -43,3 +43,9 @@ def logging_as_before() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     own.setLevel(levels[1])
+
+
+@pytest.fixture(autouse=True)
+def quick_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a Longbow settle at once in this process: its double loses them on request only."""
+    monkeypatch.setattr("fletcher.stores.flight.settling.SETTLE_S", 0.01)

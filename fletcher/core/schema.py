@@ -251,6 +251,20 @@ def batch_key(upload_id: str, first: int, last: int) -> str:
     return f"{upload_id}:{first}-{last}"
 
 
+def row_keys(upload_id: str, offsets: npt.NDArray[np.int64]) -> pa.Array:
+    """Keys of rows of one upload, one key for each run of consecutive offsets.
+
+    Each key names exactly the rows that have it. `offsets`: sorted, at least one.
+    """
+    breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
+    starts, ends = np.append(0, breaks), np.append(breaks, len(offsets))
+    keys = [
+        batch_key(upload_id, int(offsets[start]), int(offsets[end - 1]))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return pa.array(keys, pa.utf8()).take(pa.array(np.repeat(np.arange(len(keys)), ends - starts)))
+
+
 def parse_batch_key(key: str) -> tuple[str, int, int] | None:
     """Split a batch key into (upload_id, first, last); None if it has another form."""
     match = _BATCH_KEY.fullmatch(key)

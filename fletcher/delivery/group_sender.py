@@ -117,8 +117,11 @@ class GroupSender:
             wanted = self._wanted_groups(writer, groups)
         self._exclude_stored_rows(wanted.values())
         with _not_refused():
-            null_vectors = self._destination.store.capabilities.null_vectors
-            rows = {key: one.to_batch(null_vectors=null_vectors) for key, one in wanted.items()}
+            can = self._destination.store.capabilities
+            rows = {
+                key: one.to_batch(null_vectors=can.null_vectors, exact_keys=can.counts_groups)
+                for key, one in wanted.items()
+            }
         batches = [batch for batch in rows.values() if batch.num_rows]
         num_rows = sum(batch.num_rows for batch in batches)
         if upsert and self._journal is not None:
@@ -131,12 +134,10 @@ class GroupSender:
             telemetry.span("append", rows=num_rows, groups=len(batches)),
         ):
             slow_down = bool(batches) and writer.append(batches)
-        with _not_refused():
-            counts_groups = self._destination.store.capabilities.counts_groups
         unknown = [
             key
             for key, group in wanted.items()
-            if not group.is_recognized(rows[key].num_rows, counts_groups=counts_groups)
+            if not group.is_recognized(rows[key].num_rows, counts_groups=can.counts_groups)
         ]
         if unknown and self._journal is not None:
             with _journal_errors():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from fletcher.core.schema import batch_key
+from fletcher.core.schema import batch_key, row_keys
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.upload import Upload
 from fletcher.stores.base import Store
@@ -196,15 +196,22 @@ class Group:
             return False
         return num_stored > 0 and not (counts_groups and num_stored < self.num_rows)
 
-    def to_batch(self, *, null_vectors: bool) -> pa.RecordBatch:
-        """The rows to store, with the column `batch_key`."""
-        batch = pa.concat_batches(
-            [
-                _without(rows.load_batch(), rows.places_not_stored(null_vectors=null_vectors))
-                for rows in self.rows
-            ]
-        )
-        keys = pa.repeat(self.batch_key, batch.num_rows)
+    def to_batch(self, *, null_vectors: bool, exact_keys: bool = False) -> pa.RecordBatch:
+        """The rows to store, with the column `batch_key`.
+
+        `exact_keys`: a key names only rows that are in the batch, so that rows that are left out
+        divide the group. Not for texts with several rows.
+        """
+        parts, offsets = [], []
+        for rows in self.rows:
+            places = rows.places_not_stored(null_vectors=null_vectors)
+            parts.append(_without(rows.load_batch(), places))
+            offsets.append(np.delete(np.arange(rows.first, rows.last + 1), places))
+        batch = pa.concat_batches(parts)
+        if exact_keys and batch.num_rows:
+            keys = row_keys(self.rows[0].upload.upload_id, np.concatenate(offsets))
+        else:
+            keys = pa.repeat(self.batch_key, batch.num_rows)
         return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
 
 

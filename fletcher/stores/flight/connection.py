@@ -72,12 +72,15 @@ class FlightConnection:
         """Client of the meta port. Raises StoreUnavailableError for an unknown host."""
         return self._client(self.address.meta_uri)
 
-    def call_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> flight.FlightCallOptions:
+    def call_options(
+        self, write: pa.ipc.IpcWriteOptions | None = None, *, held_s: float = 0.0
+    ) -> flight.FlightCallOptions:
         """Options of one call: its deadline and, for DoPut, the options of its rows.
 
-        Every call has a deadline because a Longbow under memory pressure stalls.
+        Every call has a deadline because a Longbow under memory pressure stalls. `held_s`: time for
+        which the call stays open after its work.
         """
-        return flight.FlightCallOptions(timeout=self._timeout_s, write_options=write)
+        return flight.FlightCallOptions(timeout=self._timeout_s + held_s, write_options=write)
 
     def run_action(self, name: str, body: Any) -> bytes:
         """Call an action on the data port.

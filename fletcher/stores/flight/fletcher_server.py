@@ -28,7 +28,7 @@ from fletcher.stores.base import (
 from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight.connection import FlightConnection, store_call
-from fletcher.stores.flight.transfer import exchange_rows
+from fletcher.stores.flight.transfer import cut_rows, exchange_rows
 from fletcher.stores.schemas import check_compatible, conform_batch, limit_rows, wanted_columns
 from fletcher.stores.staging import incarnation_of
 
@@ -192,7 +192,8 @@ class FletcherWriter(DatasetWriter):
 
     def _send_group(self, rows: pa.RecordBatch) -> None:
         header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))
-        exchange_rows(self._connection, self._dataset, rows, header)
+        messages = cut_rows(rows, self._connection.message_bytes)
+        exchange_rows(self._connection, self._dataset, messages, header)
 
 
 def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

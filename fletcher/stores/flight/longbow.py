@@ -6,15 +6,12 @@ stores them twice.
 
 from __future__ import annotations
 
-from collections import Counter
-
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.errors import ColumnTypeError, RequestError
+from fletcher.errors import ColumnTypeError, RequestError, UnknownColumnError
 from fletcher.stores.base import StoreCapabilities
-from fletcher.stores.schemas import converted
+from fletcher.stores.schemas import check_compatible, converted
 
 CAPABILITIES = StoreCapabilities(
     dtypes=("float32",),
@@ -59,8 +56,32 @@ def longbow_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema(fields, metadata=metadata)
 
 
+def dataset_schema(dataset: str, stored: pa.Schema, offered: pa.Schema) -> pa.Schema:
+    """Schema in which rows of `offered` are sent to a dataset with the columns `stored`.
+
+    Both are in Longbow's types.
+
+    Raises:
+        UnknownColumnError: The dataset lacks a column of `offered`. Longbow would take it, but only
+            gives back the columns of a dataset's first rows.
+        FletcherError: As `check_compatible`.
+    """
+    check_compatible(dataset, stored, offered)
+    added = [name for name in offered.names if name not in stored.names]
+    if added:
+        raise UnknownColumnError(
+            f"dataset `{dataset}` has no column {', '.join(f'`{name}`' for name in added)}, and a "
+            "Longbow gives back only the columns of a dataset's first rows; leave out such "
+            "columns, or write to a new dataset",
+            field=added[0],
+            allowed=stored.names,
+        )
+    fields = [offered.field(one.name) if one.name in offered.names else one for one in stored]
+    return pa.schema(fields, metadata=offered.metadata)
+
+
 def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch converted to a schema from `longbow_schema`.
+    """The batch converted to a schema from `longbow_schema`; missing columns are null.
 
     Raises:
         RequestError: A row has no vector, which Longbow does not accept, or a time that
@@ -68,6 +89,9 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """
     columns = []
     for field in schema:
+        if field.name not in batch.schema.names:
+            columns.append(pa.nulls(batch.num_rows, field.type))
+            continue
         column = batch.column(field.name)
         if field.name == "vector" and column.null_count:
             raise RequestError(
@@ -81,22 +105,3 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
             column = converted(column, field, batch.schema)
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def without_stored(batch: pa.RecordBatch, stored: Counter[str]) -> pa.RecordBatch:
-    """The batch without the first `stored[key]` rows of each key; reduces `stored`.
-
-    Longbow keeps the order in which rows were sent, so its rows of a group are the group's first
-    rows.
-    """
-    if not stored or "batch_key" not in batch.schema.names:
-        return batch
-    column = batch.column("batch_key")
-    keep = np.ones(batch.num_rows, bool)
-    for key in column.unique().to_pylist():
-        if key is not None and stored[key]:
-            rows = np.flatnonzero(np.asarray(pc.equal(column, key).fill_null(False)))
-            drop = rows[: stored[key]]
-            stored[key] -= len(drop)
-            keep[drop] = False
-    return batch if keep.all() else batch.filter(pa.array(keep))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 
 import pyarrow as pa
 
 from fletcher.errors import (
     DimensionMismatchError,
-    FletcherError,
     InvalidCommandError,
-    UnknownDatasetError,
 )
 from fletcher.stores.base import (
-    Comparison,
     DatasetInfo,
     Filters,
     Names,
@@ -24,18 +20,13 @@ from fletcher.stores.base import (
     WriteMode,
 )
 from fletcher.stores.exact_search import unknown_dataset
-from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
-from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.connection import FlightConnection
 from fletcher.stores.flight.longbow_datasets import LongbowDatasets
 from fletcher.stores.flight.longbow_reader import LongbowReader
+from fletcher.stores.flight.longbow_uploads import LongbowUploads
 from fletcher.stores.flight.longbow_writer import LongbowWriter
-from fletcher.stores.schemas import (
-    check_compatible,
-    count_batch_keys,
-    num_group_rows,
-    upload_ranges,
-)
+from fletcher.stores.flight.transfer import put_rows
 from fletcher.stores.staging import incarnation_of
 
 _log = logging.getLogger(__name__)
@@ -52,6 +43,7 @@ class LongbowServer(Store):
         self._connection = connection
         self._reader = LongbowReader(connection)
         self._datasets = LongbowDatasets(connection)
+        self._uploads = LongbowUploads(connection)
         self._widening_logged = False
 
     @property
@@ -72,8 +64,11 @@ class LongbowServer(Store):
             _log.info("vectors are widened to float32, the one type that Longbow indexes")
         stored = self._datasets.read_schema(dataset)
         if stored is not None:
-            check_compatible(dataset, stored, narrow)
-        return LongbowWriter(self._connection, dataset, narrow, self._count_keys)
+            narrow = longbow.dataset_schema(dataset, stored, narrow)
+        # The stored columns are those of the first rows, and Longbow knows more: columns of later
+        # rows, and those that other writers declared.
+        put_rows(self._connection, dataset, [pa.RecordBatch.from_pylist([], schema=narrow)])
+        return LongbowWriter(self._connection, dataset, narrow, self._uploads)
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets with rows, and the staged datasets of earlier releases."""
@@ -99,14 +94,7 @@ class LongbowServer(Store):
         )
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        """See `Store.stored_ranges`. Only complete groups count."""
-        # All keys of the upload are between these two, and so are keys of uploads with a longer
-        # name.
-        low, high = f"{upload_id}:", f"{upload_id};"
-        bounds = (Comparison("batch_key", ">=", low), Comparison("batch_key", "<=", high))
-        counts = self._count_keys(dataset, bounds)
-        whole = (key for key, count in counts.items() if count >= num_group_rows(key))
-        return upload_ranges(whole, upload_id)
+        return self._uploads.read_rows(dataset, upload_id).whole.ranges()
 
     def scan(
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
@@ -130,21 +118,3 @@ class LongbowServer(Store):
         if self._datasets.read_schema(name) is None:
             raise unknown_dataset(name)
         self._connection.run_action("delete-dataset", {"dataset": name})
-
-    def _count_keys(self, dataset: str, filters: Filters) -> Counter[str]:
-        """Number of rows by batch key, among rows that meet the filters."""
-        what = f"asking what dataset `{dataset}` holds"
-        counts: Counter[str] = Counter()
-        try:
-            with store_call(what):
-                ticket = {"filters": to_json(filters)}
-                for batch in self._connection.open_stream(dataset, ticket, what):
-                    counts.update(count_batch_keys(batch))
-        except UnknownDatasetError:
-            return Counter()
-        except FletcherError:
-            # Longbow has no error code for an unknown dataset.
-            if self._datasets.read_schema(dataset) is None:
-                return Counter()
-            raise
-        return counts

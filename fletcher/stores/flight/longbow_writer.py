@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
-from fletcher.stores.base import Comparison, DatasetWriter, Filters
+from fletcher.core.batches import Int64Array
+from fletcher.core.schema import parse_batch_key, row_keys
+from fletcher.errors import InternalError, StoreUnavailableError
+from fletcher.stores.base import DatasetWriter
 from fletcher.stores.flight.connection import FlightConnection
-from fletcher.stores.flight.longbow import longbow_batch, without_stored
-from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
-from fletcher.stores.schemas import num_group_rows
+from fletcher.stores.flight.longbow import longbow_batch
+from fletcher.stores.flight.longbow_uploads import LongbowUploads, UploadRows, row_offsets
+from fletcher.stores.flight.transfer import (
+    NotIngestError,
+    cut_rows,
+    exchange_rows,
+    put_rows,
+)
 
 _log = logging.getLogger(__name__)
 
 
+class _Rows(NamedTuple):
+    """Rows of one upload, with their offsets."""
+
+    upload_id: str
+    offsets: Int64Array
+    batch: pa.RecordBatch
+
+
 class LongbowWriter(DatasetWriter):
-    """Writer to a Longbow, where the first append creates the dataset.
+    """Writer to a Longbow, where the first append creates the dataset. One thread owns it.
 
-    Rows are sent by Longbow's acknowledged DoExchange, or by DoPut if the store lacks that call. If
-    rows are sent twice, Longbow stores them twice. After a send with unknown outcome,
-    `missing_keys` therefore counts the stored rows of each key. The next `append` of such a key
-    sends only the missing rows.
+    Rows are sent by Longbow's acknowledged DoExchange. The call stays open until the Longbow cannot
+    lose the rows any more: if its process ends before that, the call breaks. Nothing else would
+    show it, because a new process answers later calls as if nothing had happened. A store without
+    that call gets the rows by DoPut, and is asked for them afterwards.
 
-    `schema` comes from `longbow_schema`. `count_keys` takes a dataset and filters, and returns the
-    number of stored rows per batch key, among rows that meet the filters.
+    If rows are sent twice, Longbow stores them twice. After a send with unknown outcome,
+    `missing_keys` therefore asks for the stored rows of each upload. The next `append` sends only
+    the others.
+
+    `schema` comes from `longbow_schema`.
     """
 
     def __init__(
@@ -34,56 +54,104 @@ class LongbowWriter(DatasetWriter):
         connection: FlightConnection,
         dataset: str,
         schema: pa.Schema,
-        count_keys: Callable[[str, Filters], Counter[str]],
+        uploads: LongbowUploads,
     ) -> None:
         self._connection = connection
         self._dataset = dataset
         self._schema = schema
-        self._count_keys = count_keys
-        self._stored: Counter[str] = Counter()
+        self._uploads = uploads
+        self._stored: dict[str, UploadRows] = {}  # uploads with groups in doubt
         self._use_put = False
         self._exchange_proven = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """See `DatasetWriter.append`. A failure may leave a group partly stored."""
-        stored = self._stored.copy()
-        rows = [
-            longbow_batch(without_stored(batch, stored), self._schema)
-            for batch in batches
-            if batch.num_rows
-        ]
-        rows = [batch for batch in rows if batch.num_rows]
-        slow_down = bool(rows) and self._send_rows(pa.concat_batches(rows))
-        for batch in batches:
-            for key in batch.column("batch_key").unique().to_pylist() if self._stored else ():
-                self._stored.pop(key, None)
-        return slow_down
+        """See `DatasetWriter.append`. A failure may leave a part of the rows stored."""
+        rows = [self._missing_rows(batch) for batch in batches if batch.num_rows]
+        rows = [one for one in rows if len(one.offsets)]
+        try:
+            return bool(rows) and self._send_rows(rows)
+        except StoreUnavailableError:
+            self._uploads.settling.note_failure()
+            raise
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        """See `DatasetWriter.missing_keys`. Reads the rows back, one call per key."""
+        """See `DatasetWriter.missing_keys`. Reads the uploads' rows back.
+
+        A group of which some rows were never sent counts as missing, and its next append sends
+        nothing.
+        """
+        self._uploads.settling.note_failure()
+        self._stored = {}
         missing = []
         for key in batch_keys:
-            counts = self._count_keys(self._dataset, [Comparison("batch_key", "=", key)])
-            # Rows without a vector were never sent, so a complete group may have fewer rows than
-            # its key says. The group then counts as missing, and its next append sends nothing.
-            num_rows = num_group_rows(key)
-            if not num_rows or counts[key] < num_rows:
-                self._stored[key] = counts[key]
+            parsed = parse_batch_key(key)
+            if parsed is None or not self._read_upload(parsed[0]).whole.covers(*parsed[1:]):
                 missing.append(key)
         return missing
 
     def close(self) -> None:
         """Nothing to do."""
 
-    def _send_rows(self, rows: pa.RecordBatch) -> bool:
+    def _read_upload(self, upload_id: str) -> UploadRows:
+        if upload_id not in self._stored:
+            self._stored[upload_id] = self._uploads.read_rows(self._dataset, upload_id)
+        return self._stored[upload_id]
+
+    def _missing_rows(self, batch: pa.RecordBatch) -> _Rows:
+        """Rows of a group that are not stored, as far as is known, in Longbow's types."""
+        found = row_offsets(batch)
+        if found is None:
+            raise InternalError("the keys of a group do not name its rows")
+        upload_id, offsets = found
+        narrow = longbow_batch(batch, self._schema)
+        known = self._uploads.known_parts(self._dataset, upload_id)
+        stored = self._stored.get(upload_id, known)
+        if stored is not None:
+            missing = stored.find_missing(narrow, offsets)
+            narrow, offsets = narrow.filter(pa.array(missing)), offsets[missing]
+        return _Rows(upload_id, offsets, narrow)
+
+    def _messages(self, rows: Sequence[_Rows]) -> Iterator[pa.RecordBatch]:
+        """The rows in messages. The keys of a message name exactly its rows."""
+        batch = pa.concat_batches([one.batch for one in rows])
+        place = batch.schema.get_field_index("batch_key")
+        uploads = np.repeat(np.arange(len(rows)), [len(one.offsets) for one in rows])
+        offsets = np.concatenate([one.offsets for one in rows])
+        first = 0
+        for message in cut_rows(batch, self._connection.message_bytes):
+            end = first + message.num_rows
+            keys = [
+                row_keys(rows[upload].upload_id, offsets[first:end][uploads[first:end] == upload])
+                for upload in np.unique(uploads[first:end])
+            ]
+            yield message.set_column(place, self._schema.field(place), pa.concat_arrays(keys))
+            first = end
+
+    def _send_rows(self, rows: Sequence[_Rows]) -> bool:
+        messages = list(self._messages(rows))
+        settling = self._uploads.settling
         if not self._use_put:
             try:
-                first = not self._exchange_proven
-                exchange_rows(self._connection, self._dataset, rows, None, await_first=first)
+                exchange_rows(
+                    self._connection,
+                    self._dataset,
+                    messages,
+                    await_first=not self._exchange_proven,
+                    settling=settling,
+                )
             except NotIngestError:
                 _log.info("the store has no acknowledged ingest; sending rows by DoPut")
                 self._use_put = True
             else:
                 self._exchange_proven = True
                 return False
-        return put_rows(self._connection, self._dataset, rows)
+        slow_down = put_rows(self._connection, self._dataset, messages)
+        settling.note_failure()
+        for one in rows:
+            stored = self._uploads.read_rows(self._dataset, one.upload_id)
+            if stored.find_missing(one.batch, one.offsets).any():
+                raise StoreUnavailableError(
+                    f"the store does not have all rows that were written to `{self._dataset}`",
+                    field="dataset",
+                )
+        return slow_down

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,49 +14,61 @@ from fletcher.errors import InternalError, StoreUnavailableError, from_json
 from fletcher.net.flight_errors import store_error
 from fletcher.stores import protocol
 from fletcher.stores.flight.connection import FAILURES, FlightConnection, store_call
+from fletcher.stores.flight.settling import Settling
 
 
 class NotIngestError(Exception):
     """The store answered a DoExchange without storing: it has no acknowledged ingest."""
 
 
+def cut_rows(rows: pa.RecordBatch, message_bytes: int) -> list[pa.RecordBatch]:
+    """Cut rows into slices of about `message_bytes`, without a copy; at least one."""
+    step = max(1, rows.num_rows * message_bytes // max(rows.nbytes, 1))
+    return [rows.slice(first, step) for first in range(0, max(rows.num_rows, 1), step)]
+
+
 def exchange_rows(
     connection: FlightConnection,
     dataset: str,
-    rows: pa.RecordBatch,
-    metadata: bytes | None,
+    messages: Sequence[pa.RecordBatch],
+    metadata: bytes | None = None,
     *,
     await_first: bool = False,
+    settling: Settling | None = None,
 ) -> None:
     """Send rows by DoExchange and wait for the acknowledgement of every message.
 
     Args:
         connection: Connection to the store.
         dataset: Dataset that receives the rows.
-        rows: Rows to send; they are cut into messages.
+        messages: Rows to send; at least one message.
         metadata: Sent with every message.
         await_first: Wait for the first message's acknowledgement before sending the second message.
             A store without acknowledged ingest sends another answer and ends the call. That answer
             would be lost if more messages were being sent.
+        settling: Wait after the last acknowledgement, while the call is still open.
 
     Raises:
         NotIngestError: The store has no acknowledged ingest; nothing is stored.
-        StoreUnavailableError: The store failed or stalled; some rows may be stored.
+        StoreUnavailableError: The store failed or stalled, or ended before the wait was
+            over; some rows may be stored.
         RequestError: The store refuses the rows.
     """
     what = f"writing to dataset `{dataset}`"
     descriptor = flight.FlightDescriptor.for_path(protocol.INGEST, dataset)
     with store_call(what):
-        write = connection.compression.options(rows)
-        writer, reader = connection.data_client.do_exchange(descriptor, connection.call_options())
+        write = connection.compression.options(messages[0])
+        held_s = 0.0 if settling is None else settling.allowed_s
+        options = connection.call_options(held_s=held_s)
+        writer, reader = connection.data_client.do_exchange(descriptor, options)
         try:
             sent: list[int] = []
             acked = 0
             broken = False
             try:
                 # Unlike DoPut's, this writer takes no options from the call.
-                writer.begin(rows.schema, options=write)
-                for message in _messages(rows, connection.message_bytes):
+                writer.begin(messages[0].schema, options=write)
+                for message in messages:
                     sent.append(message.num_rows)
                     if metadata is None:
                         writer.write_batch(message)
@@ -65,7 +77,8 @@ def exchange_rows(
                     if await_first and not acked:
                         _await_acks(reader, sent, what)
                         acked = 1
-                writer.done_writing()
+                if settling is None:
+                    writer.done_writing()
             except FAILURES:
                 broken = True  # if the call has ended, the next read raises the cause
                 _end_rows(writer)
@@ -74,6 +87,15 @@ def exchange_rows(
                 with contextlib.suppress(StopIteration):
                     _next_ack(reader)  # raises the cause if no message was sent
                 raise _ended_early(what)
+            if settling is not None:
+                try:
+                    settling.settle()
+                except BaseException:
+                    reader.cancel()  # else closing the call waits for the store
+                    raise
+                writer.done_writing()
+                with contextlib.suppress(StopIteration):
+                    _next_ack(reader)  # raises the cause if the store ended the call
             writer.close()
         except pa.ArrowNotImplementedError as error:
             raise NotIngestError from error
@@ -81,8 +103,12 @@ def exchange_rows(
             _end_call(writer)
 
 
-def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -> bool:
+def put_rows(
+    connection: FlightConnection, dataset: str, messages: Sequence[pa.RecordBatch]
+) -> bool:
     """Send rows by DoPut, which confirms only that the store received them.
+
+    A message without rows declares the columns: Longbow checks their types and stores nothing.
 
     Returns:
         Whether the store asks to slow down because its write-ahead log is nearly full.
@@ -93,14 +119,15 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
     """
     what = f"writing to dataset `{dataset}`"
     with store_call(what):
-        options = connection.call_options(connection.compression.options(rows))
+        options = connection.call_options(connection.compression.options(messages[0]))
         descriptor = flight.FlightDescriptor.for_path(dataset)
-        writer, answers = connection.data_client.do_put(descriptor, rows.schema, options)
+        writer, answers = connection.data_client.do_put(descriptor, messages[0].schema, options)
         try:
             broken = slow_down = False
             try:
-                for message in _messages(rows, connection.message_bytes):
-                    writer.write_batch(message)
+                for message in messages:
+                    if message.num_rows:
+                        writer.write_batch(message)
                 writer.done_writing()
             except FAILURES:
                 broken = True  # `close` raises the cause
@@ -113,13 +140,6 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
         finally:
             _end_call(writer)
     return slow_down
-
-
-def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Cut rows into slices of about `message_bytes`, without a copy; at least one."""
-    step = max(1, rows.num_rows * message_bytes // max(rows.nbytes, 1))
-    for first in range(0, max(rows.num_rows, 1), step):
-        yield rows.slice(first, step)
 
 
 def _await_acks(reader: Any, sent: list[int], what: str) -> None:

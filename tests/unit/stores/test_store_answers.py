@@ -154,9 +154,9 @@ def test_a_store_does_not_wait_for_rows_after_a_local_failure(
         monkeypatch.setattr(FlightConnection, "data_client", calls)
         with pytest.raises(StoreUnavailableError, match="the store ended the call"):
             if send == "exchange":
-                exchange_rows(one, "d", rows, None)
+                exchange_rows(one, "d", [rows])
             else:
-                put_rows(one, "d", rows)
+                put_rows(one, "d", [rows])
         one.close()
 
 
