@@ -28,6 +28,8 @@ from fletcher.errors import (
     UnauthorizedError,
 )
 from fletcher.stores.address import open_store
+from fletcher.stores.flight.longbow import longbow_schema
+from fletcher.stores.flight.longbow_writer import LongbowWriter
 from fletcher.storeserver.server import StoreServer
 from fletcher.telemetry.tracing import Telemetry
 from tests.doubles import store_rows as rows
@@ -262,7 +264,9 @@ def test_each_status_is_taken_for_what_it_is(
     with Refusals(status, "no room") as server:
         address = f"grpc://127.0.0.1:{server.port}?meta={server.port}&profile=longbow"
         store = open_store(address, timeout_s=10)
-        writer = store.open_writer("d", rows.schema(), "append")
+        own = store._server
+        schema = longbow_schema(rows.schema())
+        writer = LongbowWriter(own._connection, "d", schema, own._uploads)
         writer._use_put = use_put
         with pytest.raises(kind, match=r"no room|deadline") as caught:
             writer.append([rows.batch(0, 10)])

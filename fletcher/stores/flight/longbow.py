@@ -57,7 +57,7 @@ def longbow_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def dataset_schema(dataset: str, stored: pa.Schema, offered: pa.Schema) -> pa.Schema:
-    """Schema in which rows of `offered` are sent to a dataset with the columns `stored`.
+    """Schema for rows of `offered` in a dataset with the columns `stored`.
 
     Both are in Longbow's types.
 

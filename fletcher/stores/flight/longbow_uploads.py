@@ -1,9 +1,9 @@
 """Rows of uploads that a Longbow has, by their batch keys.
 
 A Longbow loses rows by messages: of each message, it has all rows or none. `LongbowWriter` gives
-the rows of each message keys of their own, so a key has all its rows or none. Earlier releases sent
-a group in several messages under one key, and may have left a part of it. Rows of such a part are
-recognized by their values.
+each message keys that no other message has, so a key has all its rows or none. Earlier releases
+sent a group in several messages under one key, and may have left a part of it. Rows of such a part
+are recognized by their values.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class _Rows(NamedTuple):
 
 
 class LongbowWriter(DatasetWriter):
-    """Writer to a Longbow, where the first append creates the dataset. One thread owns it.
+    """Writer to a Longbow. One thread owns it. The first append creates the dataset.
 
     Rows are sent by Longbow's acknowledged DoExchange. The call stays open until the Longbow cannot
     lose the rows any more: if its process ends before that, the call breaks. Nothing else would
