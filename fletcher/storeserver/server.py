@@ -42,7 +42,7 @@ from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.staging import check_stored
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
-from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request, to_filters
+from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request
 from fletcher.storeserver.upload_call import AckWriter, read_groups
 from fletcher.util.insist import insist
 from fletcher.util.locks import FileLock
@@ -155,7 +155,7 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
         rows = self._store.scan(
             request.dataset,
             columns=request.columns,
-            filters=to_filters(request.filters),
+            filters=self._actions.filters_of(request.dataset, request.filters),
             limit=request.limit,
         )
         return generator_stream(rows.schema, _handled_batches(rows))
