@@ -174,7 +174,7 @@ def cli(
 
 
 def _check_store(config: ServeConfig) -> None:
-    """Ask a remote store for its capabilities, before files are read and a model is loaded.
+    """Ask a remote store for its capabilities, before files and a model are loaded.
 
     Raises:
         StoreUnavailableError: The store does not answer.
