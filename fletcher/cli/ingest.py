@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
-# Retries for about four minutes, as a restarted server loads its model before it answers.
+# Retries for about four minutes, as a restarted server loads its model before it answers, and a
+# store may be away.
 MAX_RETRIES = 35
+_CHECK_S = 4.0
 _REPORTED = (
     *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
     *("rows_deduplicated", "rows_skipped"),
@@ -145,6 +147,8 @@ def cli(
         excluded=[] if target.server else _store_folders(config, fields["dataset"]),
         notice=lambda line: say(f"fletcher ingest: {line}"),
     )
+    if not target.server:
+        _check_stores(config)
     with target.open_client(config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
         if options.prompt is None:
@@ -167,6 +171,18 @@ def cli(
     else:
         _print(report)
     return 0 if summary.complete else 1
+
+
+def _check_stores(config: ServeConfig) -> None:
+    """Raise FletcherError if a store is away, before the model is loaded.
+
+    Later the upload waits for a store that goes away.
+    """
+    from fletcher.stores.address import open_store
+
+    for address in config.store_addresses.values():
+        with contextlib.closing(open_store(address, timeout_s=_CHECK_S)) as store:
+            assert store.capabilities
 
 
 def _store_folders(config: ServeConfig, dataset: str) -> list[Path]:
