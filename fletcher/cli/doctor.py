@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import grouped, print_json, print_table, styled
+from fletcher.cli.terminal import counted, grouped, print_json, print_table, styled
 from fletcher.config.option import GIB
 from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
@@ -279,6 +279,7 @@ def _self_check(config: ServeConfig, chosen: Decision) -> Iterator[_Found]:
 
 def _stores(config: ServeConfig) -> Iterator[_Found]:
     from fletcher.stores.address import folder_of, open_store
+    from fletcher.stores.base import total_rows
 
     for name, address in config.store_addresses.items():
         folder = folder_of(address)
@@ -293,8 +294,8 @@ def _stores(config: ServeConfig) -> Iterator[_Found]:
             fix = "start the store, or correct its address"
             yield name, "broken", f"{address}: {error.message}", fix
         else:
-            rows = sum(one.num_rows for one in datasets)
-            yield name, "ok", f"{address}: {len(datasets)} datasets, {rows:,} rows"
+            rows = counted(total_rows(datasets), "rows")
+            yield name, "ok", f"{address}: {len(datasets)} datasets, {rows}"
 
 
 def _print(findings: list[Finding]) -> None:

@@ -6,13 +6,13 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
-from fletcher.cli.terminal import print_json
+from fletcher.cli.terminal import counted, print_json
 from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError, UnknownDatasetError
 
@@ -45,7 +45,7 @@ def list_overwrites(flags: ConfigFlags, as_json: bool) -> None:
 
     An overwrite that is running now is listed, too.
     """
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": info.name,
             "dataset": info.name.partition(".")[0],
@@ -64,7 +64,7 @@ def list_overwrites(flags: ConfigFlags, as_json: bool) -> None:
         print("no overwrite is unfinished")
     for one in found:
         upload = f"upload {one['upload_id']}" if one["upload_id"] else "no rows yet"
-        print(f"{one['name']}  {one['rows']:,} rows  {upload}  {one['store']}")
+        print(f"{one['name']}  {counted(one['rows'], 'rows')}  {upload}  {one['store']}")
 
 
 @cli.subcommand("drop", "fletcher overwrite drop articles.staged-0123456789abcdef")

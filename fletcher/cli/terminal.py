@@ -41,6 +41,11 @@ def printable(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
+def counted(number: int | None, what: str = "") -> str:
+    """A number with its unit as text, such as `1,000 rows`; `unknown rows` for None."""
+    return f"{'unknown' if number is None else f'{number:,}'} {what}".rstrip()
+
+
 def say(line: str) -> None:
     """Print a message to standard error, which keeps it apart from the results."""
     print(printable(line), file=sys.stderr, flush=True)

@@ -88,6 +88,8 @@ def decode(array: pa.Array, target: pa.DataType) -> pa.Array:
         return values.take(array.indices)
     if array.type == target:
         return array
+    if types.is_null(array.type):
+        return pa.nulls(len(array), target)
     if types.is_nested(target):
         return _decode_nested(array, target)
     return pc.cast(array, target)

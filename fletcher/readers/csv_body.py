@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 
@@ -15,7 +16,8 @@ class CsvBody:
 
     pyarrow drops a closing quote that has text after it: `"a \"b\" c"` would become `a \b\" c"`.
     The stream therefore ends before such a row, and before a row that is too long. No read ends
-    between CR and LF, because pyarrow would drop the LF, even within quotes.
+    between CR and LF, because pyarrow would drop the LF, even within quotes. The stream begins with
+    a byte-order mark, because pyarrow drops one: without it, it would be that of the first value.
 
     Attributes:
         problem: Fault of the row before which the stream ended early; None if there is none.
@@ -32,6 +34,7 @@ class CsvBody:
         self._last_row = row
         self._ended = False
         self._ready = b""
+        self._start = codecs.BOM_UTF8
         quote = b'"' if quoted else b"(?!)"
         limits = rb"\r\n" + re.escape(delimiter.encode())
         in_quotes = quote + rb'[^"]*+(?:""[^"]*+)*+"'
@@ -45,6 +48,8 @@ class CsvBody:
     def read(self, size: int) -> bytes:
         while not self._ready and not self._ended:
             self._ready = self._next_rows(size)
+            if self._ready:
+                self._ready, self._start = self._start + self._ready, b""
         data, self._ready = self._ready[:size], self._ready[size:]
         if len(data) > 1 and data.endswith(b"\r") and self._ready:
             data, self._ready = data[:-1], b"\r" + self._ready

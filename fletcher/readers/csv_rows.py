@@ -113,7 +113,7 @@ class CsvFile:
         options = {
             "read_options": pa_csv.ReadOptions(
                 use_threads=False,  # with threads, errors do not name the row
-                block_size=CSV_BLOCK_BYTES,
+                block_size=CSV_BLOCK_BYTES + len(codecs.BOM_UTF8),
                 column_names=[str(number) for number in range(len(self._header))],
             ),
             "parse_options": pa_csv.ParseOptions(

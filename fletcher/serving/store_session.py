@@ -14,8 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.core.chunking import AGGREGATIONS
-from fletcher.core.command import EmbedCommand
 from fletcher.core.owner import plain_id
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
 from fletcher.delivery.dedupe.stored_vector_reader import StoredVectorReader
@@ -23,7 +21,6 @@ from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InvalidCommandError, OverloadedError
-from fletcher.models.bundle.bundle import NULL_PREFIX
 from fletcher.pipeline.input.intake import Skip
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.stream import unexpected_failure
@@ -31,7 +28,13 @@ from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.serving.slice_result import RowRanges, SliceResult
-from fletcher.stores.base import Store
+from fletcher.serving.store_checks import (
+    check_output,
+    checked_store,
+    checking_times,
+    model_of,
+    widened,
+)
 from fletcher.util.insist import insist
 
 log = logging.getLogger(__name__)
@@ -119,23 +122,24 @@ class StoreSession(AbstractContextManager["StoreSession"]):
 
     def __enter__(self) -> StoreSession:
         command, service = self._command, self._service
-        store = _checked_store(service, command)
+        store = checked_store(service, command)
         # A dataset has vectors of one model, so an alias chooses a model per dataset, not per
         # upload.
         dataset = command.dataset or ""
         divided = service.models.is_divided(command.model)
         call = replace(
             self._call,
+            command=widened(command, store.capabilities.dtypes),
             dtypes=store.capabilities.dtypes,
             include_text=True,
             whole_rows=True,
             small_is_interactive=False,
             alias_key=dataset,
-            dataset_model=_model_of(store, dataset) if divided else None,
+            dataset_model=model_of(store, dataset) if divided else None,
         )
         with ExitStack() as exits:
             self._session = exits.enter_context(EmbedSession(service, call))
-            _check_output(self._session, store)
+            check_output(self._session, store)
             self._exits = exits.pop_all()
         return self
 
@@ -176,6 +180,8 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                 vectors = StoredVectorReader(self._sink.committer.destination, self._output)
             index = self._sink.dedupe_index
             self._skip = DedupePrefilter(index, upload, vectors).check_rows
+        if self._sink.committer.destination.store.capabilities.nanosecond_times:
+            self._skip = checking_times(self._output, self._skip)
         self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)
@@ -337,52 +343,3 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         with self._leaving:
             left, self._left = self._left, True
         self._service.delivery.close_upload(self.upload, self._sink, left=left)
-
-
-def _checked_store(service: Service, command: EmbedCommand) -> Store:
-    """Find the command's store, and refuse uploads that the store does not take."""
-    if command.dataset is None:
-        raise InvalidCommandError("`dataset` is missing", field="dataset")
-    if command.continuous:
-        raise InvalidCommandError(
-            "`continuous` is true, but uploads store and resume rows that are whole texts; use "
-            "DoExchange, or leave it out",
-            field="continuous",
-            allowed=["false"],
-        )
-    _, store = service.delivery.store(command.store)
-    if command.mode in ("upsert", "delta") and not store.capabilities.upsert:
-        raise InvalidCommandError(
-            f"`mode` is {command.mode}, but this store does not replace rows; use append or "
-            "overwrite, or another store, such as `lance:`",
-            field="mode",
-            allowed=["append", "overwrite"],
-        )
-    return store
-
-
-def _check_output(session: EmbedSession, store: Store) -> None:
-    """Refuse kinds of vectors and chunks that a store does not take."""
-    spec = session.spec
-    if spec.output not in store.capabilities.outputs:
-        raise InvalidCommandError(
-            f"`model` {session.model.bundle.name} gives {spec.output} vectors, which this store "
-            "does not take; `lance:`, `parquet:` and `fletcher store` do, and DoExchange returns "
-            "them",
-            field="model",
-        )
-    chunking = spec.chunking
-    if chunking is not None and chunking.rows and store.capabilities.counts_groups:
-        raise InvalidCommandError(
-            f"`chunking` is {chunking}, which makes several rows of a text, but this store "
-            "recognises a group by its number of rows; give each text one vector",
-            field="chunking",
-            allowed=[one for one in AGGREGATIONS if one != chunking.aggregation],
-        )
-
-
-def _model_of(store: Store, dataset: str) -> str | None:
-    """`name@hash` of the model whose vectors a dataset has; None if that is unknown."""
-    info = store.dataset(dataset)
-    name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
-    return None if name is None else name.decode().removeprefix(NULL_PREFIX)

@@ -7,7 +7,7 @@ dataset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,8 @@ class StoreCapabilities:
         counts_groups: A group counts as stored if the store has as many of its rows as the key
             says. The store therefore cannot confirm a group of which some rows were not sent.
         outputs: Kinds of `vector` that are stored and searched, as in VectorSpec.
+        overwrite: A dataset can be replaced for good.
+        nanosecond_times: All times are kept in nanoseconds, so only those from 1677 to 2262.
     """
 
     dtypes: tuple[str, ...]
@@ -43,16 +45,37 @@ class StoreCapabilities:
     durable: bool
     counts_groups: bool = False
     outputs: tuple[str, ...] = ("dense",)
+    overwrite: bool = True
+    nanosecond_times: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """A stored dataset. `schema` includes the metadata of `fletcher.core.schema`."""
+    """A stored dataset. A number is None if the store does not tell it.
+
+    Attributes:
+        schema: Schema of the rows, with the metadata of `fletcher.core.schema`.
+        num_rows: Number of stored rows.
+        num_bytes: Size of the stored rows.
+        num_indexed: Number of rows that the store's index has, for a store that indexes rows some
+            time after it stored them.
+    """
 
     name: str
     schema: pa.Schema
-    num_rows: int
+    num_rows: int | None
     num_bytes: int | None = None
+    num_indexed: int | None = None
+
+
+def total_rows(infos: Iterable[DatasetInfo]) -> int | None:
+    """Number of rows of several datasets; None if that of one is unknown."""
+    total = 0
+    for info in infos:
+        if info.num_rows is None:
+            return None
+        total += info.num_rows
+    return total
 
 
 @dataclass(frozen=True, slots=True)

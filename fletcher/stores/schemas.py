@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fletcher.core.quantization import QUANTIZATION
 from fletcher.core.ranges import RangeSet
@@ -35,6 +36,9 @@ _MODEL_KEYS = (
 
 # Types of Fletcher's own column `timestamp`; earlier releases wrote nanoseconds.
 _RECEIPT_TIMES = (TIMESTAMP, pa.timestamp("ns", tz="UTC"))
+
+_NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+_MAX_NANOSECONDS = 2**63 - 1
 
 # Types that stores accept whatever their parameters.
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
@@ -229,6 +233,27 @@ def converted(values: pa.Array, field: pa.Field, offered: pa.Schema) -> pa.Array
             field=field.name[:200],
             allowed=[str(field.type)],
         ) from None
+
+
+def check_nanoseconds(values: pa.Array, name: str, first: int) -> None:
+    """Refuse times that nanoseconds cannot hold.
+
+    `first` is the number of the first row.
+
+    Raises:
+        ColumnTypeError: A time is before 1677-09-21 or after 2262-04-11.
+    """
+    most = _MAX_NANOSECONDS // _NANOSECONDS[values.type.unit]
+    numbers = pc.cast(values, pa.int64())
+    outside = pc.or_(pc.less(numbers, -most), pc.greater(numbers, most)).fill_null(False)
+    row = pc.index(outside, True).as_py()
+    if row >= 0:
+        raise ColumnTypeError(
+            f"row {first + row}: `{name[:200]}` is {numbers[row]} {values.type.unit} since 1970, "
+            "expected a time from 1677-09-22 to 2262-04-11: the store keeps times in nanoseconds; "
+            "send the column as text, or leave it out",
+            field=name[:200],
+        )
 
 
 def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:

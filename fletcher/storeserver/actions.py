@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from fletcher.core.command import check_dataset
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
-from fletcher.stores.base import Comparison, Vector
+from fletcher.stores.base import Comparison, Vector, total_rows
 from fletcher.stores.exact_search import (
     Scores,
     check_query,
@@ -196,8 +196,8 @@ class Actions:
         found = [info for info in infos if info is not None]
         missing = request.dataset and not found
         status, reason = ("NOT_FOUND", "no such dataset") if missing else ("READY", "")
-        num_rows = sum(info.num_rows for info in found)
-        return [to_json({"status": status, "reason": reason, "index_len": num_rows})]
+        answer = {"status": status, "reason": reason, "index_len": total_rows(found)}
+        return [to_json(answer)]
 
     def _list_capabilities(self, _: EmptyRequest) -> list[bytes]:
         """Capabilities of this store beyond Longbow's."""

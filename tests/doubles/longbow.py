@@ -383,20 +383,33 @@ class _Meta(_Port):
 
     def list_flights(self, context, criteria):
         self.meet(context)
+        if criteria and not criteria.startswith(b"{"):
+            raise invalid("Invalid criteria: expected opening brace")
+        conditions = json.loads(criteria or b"{}").get("filters", [])
         for name in list(self.double.types):
-            yield self._info(name, 0)
+            if all(self._is_met(name, one) for one in conditions):
+                descriptor = flight.FlightDescriptor.for_path(name)
+                yield flight.FlightInfo(None, descriptor, [], 0, 0)
+
+    def _is_met(self, name: str, condition: dict[str, str]) -> bool:
+        """A condition of ListFlights. Conditions of other kinds are ignored."""
+        value, rows = condition["value"], self.double.num_rows(name)
+        tests: dict[tuple[str, str], Callable[[], bool]] = {
+            ("name", "contains"): lambda: value in name,
+            ("rows", ">"): lambda: rows > int(value),
+            ("rows", "<="): lambda: rows <= int(value),
+            ("rows", "=="): lambda: rows == int(value),
+        }
+        return tests.get((condition["field"], condition["operator"]), lambda: True)()
 
     def get_flight_info(self, context, descriptor):
         self.meet(context)
         name = descriptor.path[0].decode()
         if name not in self.double.types:
             raise missing("dataset not found")
-        return self._info(name, len(self.double.batches(name)))
-
-    def _info(self, name: str, num_batches: int) -> flight.FlightInfo:
-        size = sum(batch.nbytes for batch in self.double.batches(name))
-        descriptor = flight.FlightDescriptor.for_path(name)
-        return flight.FlightInfo(None, descriptor, [], num_batches, size)
+        batches = self.double.batches(name)
+        size = sum(batch.nbytes for batch in batches)
+        return flight.FlightInfo(None, descriptor, [], len(batches), size)
 
     def do_put(self, context, descriptor, reader, writer):
         raise unimplemented("DoPut not implemented on MetaServer; use DataServer")

@@ -144,6 +144,19 @@ class FlightConnection:
             info = self.meta_client.get_flight_info(descriptor, self.call_options())
         return info.total_records, info.total_bytes
 
+    def list_names(self, criteria: bytes) -> list[str]:
+        """Names of the datasets that a ListFlights of a Longbow answers.
+
+        Raises:
+            FletcherError: As `store_call`.
+        """
+        meta = self.address.meta_uri
+        what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
+        with store_call(what):
+            flights = list(self.meta_client.list_flights(criteria, self.call_options()))
+        paths = [one.descriptor.path for one in flights]
+        return sorted(path[0].decode(errors="replace") for path in paths if path)
+
     def _do_get(self, dataset: str, ticket: dict[str, Any], what: str) -> flight.FlightStreamReader:
         raw = flight.Ticket(msgspec.json.encode({"name": dataset, **ticket}))
         with _reading(dataset, what):

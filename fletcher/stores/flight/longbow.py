@@ -1,7 +1,7 @@
 """Conversion of rows for Longbow, and its capabilities.
 
 Longbow indexes float32 only and stores timestamps without a zone. If rows are sent twice, Longbow
-stores them twice. It does not report the number of rows.
+stores them twice.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ CAPABILITIES = StoreCapabilities(
     drops_repeated_keys=False,
     durable=False,
     counts_groups=True,
+    overwrite=False,
+    nanosecond_times=True,
 )
 _TIMESTAMP = pa.timestamp("ns")
 

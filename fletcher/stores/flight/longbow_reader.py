@@ -12,15 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 
-from fletcher.errors import RequestError, StoreUnavailableError, UnknownDatasetError
+from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores.base import Combination, Comparison, Filter, Filters, Names, Vector
 from fletcher.stores.exact_search import APPROXIMATE, RowScores, check_query, nearest
 from fletcher.stores.filters import to_expression, to_json
 from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.longbow_datasets import Readiness
 from fletcher.stores.schemas import limit_rows, wanted_columns
 
 # Limit on the bytes of rows that one search compares. In a larger dataset, Longbow applies the
@@ -30,13 +30,6 @@ MAX_READ_BYTES = 4 << 30
 MAX_INDEX_K = 100
 # Tolerance when a row's score is compared with the score that the index reported.
 _SCORE_ERROR = 1e-3
-
-
-class _Readiness(msgspec.Struct):
-    """Answer of the action `check_readiness`."""
-
-    status: str
-    index_len: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +54,6 @@ class LongbowReader:
         self._max_read_bytes = max_read_bytes
         # Numbers of rows that whole reads have counted, if all have an id.
         self._counted: dict[str, tuple[_Size, int]] = {}
-
-    def read_schema(self, name: str) -> pa.Schema | None:
-        """The schema of a dataset's first rows; None if there are none."""
-        try:
-            return self._connection.read_schema(name)
-        except UnknownDatasetError:
-            return None
 
     def scan(
         self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
@@ -171,7 +157,7 @@ class LongbowReader:
         request = {"dataset": name}
         if num_rows is None:
             return []
-        ready = self._connection.ask("check_readiness", request, _Readiness)
+        ready = self._connection.ask("check_readiness", request, Readiness)
         if ready.status != "READY" or ready.index_len != num_rows:
             return []
         body = {**request, "vector": scores.query.tolist(), "k": k, "filters": to_json(filters)}

@@ -36,6 +36,7 @@ from fletcher.stores.exact_search import existing_dataset, unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
 from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.longbow_datasets import LongbowDatasets
 from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
 from fletcher.stores.schemas import (
@@ -70,6 +71,7 @@ class FlightStore(Store):
         self._capabilities: StoreCapabilities | None = None
         self._widening_logged = False
         self._longbow = LongbowReader(connection)
+        self._longbow_datasets = LongbowDatasets(connection)
 
     @property
     def capabilities(self) -> StoreCapabilities:
@@ -92,19 +94,18 @@ class FlightStore(Store):
                 "`mode` is upsert, which a Longbow store cannot do: it only appends; use append, "
                 "or a store of Fletcher",
                 field="mode",
-                allowed=["append", "overwrite"],
+                allowed=["append"],
             )
         narrow = longbow.longbow_schema(schema)
         if narrow.field("vector").type != schema.field("vector").type and not self._widening_logged:
             self._widening_logged = True
             _log.info("vectors are widened to float32, the one type that Longbow indexes")
-        info = self.dataset(dataset)
-        if info is not None:
-            check_compatible(dataset, info.schema, narrow)
+        stored = self._longbow_datasets.read_schema(dataset)
+        if stored is not None:
+            check_compatible(dataset, stored, narrow)
         return LongbowWriter(self._connection, dataset, narrow, self._count_keys)
 
     def datasets(self) -> list[DatasetInfo]:
-        """See `Store.datasets`. For a Longbow, `num_rows` is its number of batches."""
         return [info for info in self._list(b"") if staged_for(info.name) is None]
 
     def staged_datasets(self) -> list[DatasetInfo]:
@@ -112,26 +113,20 @@ class FlightStore(Store):
         return [info for info in listed if staged_for(info.name) is not None]
 
     def _list(self, criteria: bytes) -> list[DatasetInfo]:
-        assert self.capabilities  # the answer may name the meta port
+        if not self._is_fletcher:
+            return self._longbow_datasets.describe_all()
         meta = self._connection.address.meta_uri
         what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
         with store_call(what):
             options = self._connection.call_options()
             flights = list(self._connection.meta_client.list_flights(criteria, options))
-        if self._is_fletcher:
-            return sorted((_info(one) for one in flights), key=lambda info: info.name)
-        names = sorted(one.descriptor.path[0].decode() for one in flights if one.descriptor.path)
-        return [info for info in map(self._longbow_info, names) if info is not None]
-
-    def _longbow_info(self, name: str) -> DatasetInfo | None:
-        schema = self._longbow.read_schema(name)
-        return None if schema is None else DatasetInfo(name, schema, 0)
+        return sorted((_info(one) for one in flights), key=lambda info: info.name)
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """See `Store.dataset`. In a Longbow, a dataset without rows does not exist yet."""
         check_stored(name)
         if not self._is_fletcher:
-            return self._longbow_info(name)
+            return self._longbow_datasets.describe_dataset(name)
         descriptor = flight.FlightDescriptor.for_path(name)
         try:
             with store_call(f"looking for dataset `{name}`"):
@@ -141,11 +136,14 @@ class FlightStore(Store):
             return None
 
     def incarnation(self, name: str) -> str | None:
+        if not self._is_fletcher:
+            schema = self._longbow_datasets.read_schema(name)
+            return None if schema is None else incarnation_of(schema)
         info = self.dataset(name)
         return None if info is None else incarnation_of(info.schema)
 
     def replace_dataset(self, name: str, staged: str) -> None:
-        """See `Store.replace_dataset`. A Longbow is empty while its rows are copied."""
+        """See `Store.replace_dataset`. A Longbow refuses it."""
         check_stored(name)
         if self._is_fletcher:
             request = protocol.ReplaceDatasetRequest(name, staged)
@@ -155,23 +153,12 @@ class FlightStore(Store):
                     field="store",
                 )
             return
-        info = self.dataset(staged)
-        if info is None:
-            raise unknown_dataset(staged)
-        if self.dataset(name) is not None:
-            self.delete_dataset(name)
-        writer = self.open_writer(name, info.schema, "append")
-        keys: set[str] = set()
-        for batch in self.scan(staged):
-            keys.update(count_batch_keys(batch))
-            writer.append([batch])
-        if missing := writer.missing_keys(sorted(keys)):
-            raise StoreUnavailableError(
-                f"the store lacks {len(missing)} of {len(keys)} groups that were copied to "
-                f"`{name}`; try again",
-                field="dataset",
-            )
-        self.delete_dataset(staged)
+        raise RequestError(
+            f"dataset `{name}` cannot be replaced: a Longbow brings deleted rows back when it "
+            "restarts; write to a new dataset",
+            field="mode",
+            allowed=["append"],
+        )
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         """See `Store.stored_ranges`. For a Longbow, only complete groups count."""
@@ -243,7 +230,7 @@ class FlightStore(Store):
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
-        if not self._is_fletcher and self.dataset(name) is None:
+        if not self._is_fletcher and self._longbow_datasets.read_schema(name) is None:
             raise unknown_dataset(name)
         self._connection.run_action("delete-dataset", {"dataset": name})
 
@@ -264,7 +251,7 @@ class FlightStore(Store):
             return Counter()
         except FletcherError:
             # Longbow has no error code for an unknown dataset.
-            if self.dataset(dataset) is None:
+            if self._longbow_datasets.read_schema(dataset) is None:
                 return Counter()
             raise
         return counts
@@ -336,15 +323,15 @@ def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _info(one: flight.FlightInfo) -> DatasetInfo:
-    name = one.descriptor.path[0].decode() if one.descriptor.path else ""
-    if name and "vector" not in one.schema.names:
+    name = one.descriptor.path[0].decode(errors="replace") if one.descriptor.path else ""
+    if one.schema is None or (name and "vector" not in one.schema.names):
         raise StoreUnavailableError(
             f"the store's answer about dataset `{name[:128]}` cannot be read: it has no column "
             "`vector`",
             field="store",
         )
-    size = one.total_bytes if one.total_bytes and one.total_bytes > 0 else None
-    return DatasetInfo(name, one.schema, max(one.total_records, 0), size)
+    rows, size = one.total_records, one.total_bytes
+    return DatasetInfo(name, one.schema, rows if rows >= 0 else None, size if size > 0 else None)
 
 
 def _is_unknown_action(error: BaseException | None) -> bool:

@@ -144,6 +144,15 @@ def test_a_header_is_cut_as_the_body_is(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("first", ["\ufeff", "\ufeffa", "\ufeff\ufeffa"])
+def test_a_byte_order_mark_at_the_start_of_a_value_is_kept(tmp_path, start, suffix, first):
+    path = tmp_path / f"t{suffix}"
+    path.write_text(f"{start}text\n{first}\n{first}\n", encoding="utf-8")
+    assert read(path)["text"].to_pylist() == [first, first]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -170,6 +170,34 @@ def test_a_value_that_the_common_type_cannot_hold_is_named(tmp_path):
         list(source.batches())
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ([1], pa.list_(pa.int8())),
+        ([1, 2], pa.list_(pa.int8(), 2)),
+        ({"x": 1}, pa.struct({"x": pa.int8()})),
+        ([("k", 1)], pa.map_(pa.utf8(), pa.int8())),
+        (b"ab", pa.binary(2)),
+        (1, pa.duration("s")),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".arrow"])
+def test_a_column_of_nulls_beside_one_of_any_type_is_null(tmp_path, suffix, value, kind):
+    nulls = tmp_path / f"nulls{suffix}"
+    if suffix == ".csv":
+        nulls.write_text("text,v\na,\n")
+    elif suffix == ".jsonl":
+        jsonl(nulls, {"text": "a", "v": None})
+    else:
+        table = pa.table({"text": ["a"], "v": pa.nulls(1)})
+        with pa.ipc.new_file(nulls, table.schema) as writer:
+            writer.write_table(table)
+    table = pa.table({"text": ["b"], "v": pa.array([value], kind)})
+    pq.write_table(table, tmp_path / "z.parquet")
+    found = read([nulls, tmp_path / "z.parquet"], "v")["v"]
+    assert found.to_pylist() == [None, *pq.read_table(tmp_path / "z.parquet")["v"].to_pylist()]
+
+
 @pytest.mark.parametrize("lacking", ["a", "b"])
 def test_a_file_without_ids_beside_one_with_ids_is_named(tmp_path, lacking):
     for name in "ab":

@@ -17,6 +17,7 @@ from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.errors import (
     CancelledError,
+    ColumnTypeError,
     DrainingError,
     InternalError,
     InvalidCommandError,
@@ -370,3 +371,74 @@ def test_a_silent_connection_gives_its_place_back_beside_another(fakes: FakeServ
         assert other.finish()["rows_stored"] == 1
         silent.session.end_input()
         assert other.session.upload.failure is None
+
+
+def longbow(store: MemoryStore) -> None:
+    store.capabilities = dataclasses.replace(
+        store.capabilities,
+        dtypes=("float32",),
+        upsert=False,
+        overwrite=False,
+        nanosecond_times=True,
+    )
+
+
+def test_a_store_that_brings_deleted_rows_back_is_not_overwritten(
+    fakes: FakeService, store: MemoryStore
+) -> None:
+    longbow(store)
+    with pytest.raises(InvalidCommandError, match=r"overwrite.*new dataset") as caught:
+        StoreSession(fakes.service, call(mode="overwrite")).__enter__()
+    assert caught.value.allowed == ["append"]
+    with pytest.raises(InvalidCommandError, match="upsert") as caught:
+        StoreSession(fakes.service, call(mode="upsert")).__enter__()
+    assert caught.value.allowed == ["append"]  # it named overwrite, which destroyed the dataset
+    assert store.opened == []
+
+
+def test_float16_is_widened_with_one_line(
+    fakes: FakeService, store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    longbow(store)
+    with connected(fakes, dtype="float16") as client:
+        client.send(rows(0, 1, 2))
+        client.finish()
+    assert store.rows("d").schema.field("vector").type.value_type == pa.float32()
+    assert [one.message for one in caplog.records if "widened" in one.message] == [
+        "`dtype` float16 is widened to float32, because the store does not search float16"
+    ]
+    with pytest.raises(InvalidCommandError, match="`dtype` is int8"):
+        StoreSession(fakes.service, call(dtype="int8")).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("unit", "inside", "outside"),
+    [
+        ("s", 9223372036, 9223372037),
+        ("ms", -9223372036854, -9223372036855),
+        ("ns", 2**63 - 1, None),
+    ],
+)
+def test_a_time_beyond_nanoseconds_is_refused_before_it_is_stored(
+    fakes: FakeService, store: MemoryStore, unit: str, inside: int, outside: int | None
+) -> None:
+    # It was refused by the store, after the rows were acknowledged as journaled.
+    longbow(store)
+    kind = pa.timestamp(unit)
+    schema = SCHEMA.append(pa.field("at", kind))
+    table = rows(0, 1, 2, 3)
+
+    def send(client: Client, *values: int | None) -> None:
+        client.send(table.append_column("at", pa.array(values, kind)))
+
+    with StoreSession(fakes.service, call(columns=("at",))) as session:
+        session.open_input(schema)
+        session.admit()
+        client = Client(session)
+        send(client, None, inside, None)
+        if outside is not None:
+            with pytest.raises(ColumnTypeError, match=rf"row 2: `at` is {outside} {unit}"):
+                send(client, None, inside, outside)
+        client.finish()
+    assert store.rows("d").num_rows == 3

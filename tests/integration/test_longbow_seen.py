@@ -1,0 +1,98 @@
+"""Numbers that users see of a Longbow's datasets: true ones, or none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from fletcher.cli import main
+from fletcher.stores.address import open_store
+from fletcher.stores.staging import staged_name
+from tests.doubles import store_rows as rows
+from tests.doubles.longbow import LongbowDouble
+from tests.integration.conftest import StartServer
+
+
+class Untelling(LongbowDouble):
+    """A server that ignores the criteria of ListFlights, and therefore tells no number of rows."""
+
+    def num_rows(self, dataset: str) -> int:
+        return 1 << 63
+
+
+@pytest.fixture
+def double() -> Iterator[LongbowDouble]:
+    with LongbowDouble() as served:
+        fill(served)
+        yield served
+
+
+@pytest.fixture
+def untelling() -> Iterator[LongbowDouble]:
+    with Untelling() as served:
+        fill(served)
+        yield served
+
+
+def fill(double: LongbowDouble) -> None:
+    """15 rows of `d` in two batches, and 4 staged rows."""
+    store = open_store(double.address, timeout_s=20)
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 10)])
+    writer.append([rows.batch(10, 5)])
+    store.open_writer(staged_name("d", "u"), rows.schema(), "append").append([rows.batch(0, 4)])
+    store.close()
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Output of a command."""
+    main(list(argv))
+    return capsys.readouterr().out
+
+
+def store_finding(text: str) -> str:
+    (found,) = [one["value"] for one in json.loads(text)["findings"] if one["part"] == "stores"]
+    return found
+
+
+def test_doctor_shows_true_rows(
+    double: LongbowDouble, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--store", double.address, "--home", str(tmp_path)]
+    found = store_finding(shown(capsys, "doctor", "--json", *where))
+    assert found.endswith(": 1 datasets, 15 rows")
+
+
+def test_doctor_says_that_rows_are_unknown(
+    untelling: LongbowDouble, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--store", untelling.address, "--home", str(tmp_path)]
+    found = store_finding(shown(capsys, "doctor", "--json", *where))
+    assert found.endswith(": 1 datasets, unknown rows")
+
+
+def test_overwrites_are_listed_with_their_rows(
+    double: LongbowDouble, untelling: LongbowDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for one, number, text in ((double, 4, "4 rows"), (untelling, None, "unknown rows")):
+        where = ["--store", one.address]
+        (found,) = json.loads(shown(capsys, "overwrite", "list", "--json", *where))["overwrites"]
+        assert found["rows"] == number
+        assert f"  {text}  upload u  " in shown(capsys, "overwrite", "list", *where)
+
+
+def test_a_server_answers_true_rows_or_none(
+    double: LongbowDouble, untelling: LongbowDouble, start_server: StartServer
+) -> None:
+    for one, number in ((double, 15), (untelling, -1)):
+        server = start_server(store=(one.address,))
+        with flight.connect(server.address) as client:
+            path = flight.FlightDescriptor.for_path("d")
+            assert client.get_flight_info(path).total_records == number
+            assert [info.total_records for info in client.list_flights()] == [number]
+            assert client.get_schema(path).schema.field("id").type == pa.utf8()
