@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
+# Time in which a remote store must answer at the start.
+STORE_TIMEOUT_S = 3.0
 # Retries for about four minutes, as a restarted server loads its model before it answers, and a
 # store may be away.
 MAX_RETRIES = 35
-_CHECK_S = 4.0
 _REPORTED = (
     *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
     *("rows_deduplicated", "rows_skipped"),
@@ -133,6 +134,8 @@ def cli(
         target.refuse_local_flags()
     elif not config.store_addresses:
         raise ConfigError("`store` is none, which keeps no rows; give an address", field="store")
+    else:
+        _check_store(config)
     texts = open_source(
         paths,
         text_column=fields["text_column"],
@@ -147,8 +150,6 @@ def cli(
         excluded=[] if target.server else _store_folders(config, fields["dataset"]),
         notice=lambda line: say(f"fletcher ingest: {line}"),
     )
-    if not target.server:
-        _check_stores(config)
     with target.open_client(config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
         if options.prompt is None:
@@ -173,15 +174,18 @@ def cli(
     return 0 if summary.complete else 1
 
 
-def _check_stores(config: ServeConfig) -> None:
-    """Raise FletcherError if a store is away, before the model is loaded.
+def _check_store(config: ServeConfig) -> None:
+    """Ask a remote store for its capabilities, before files and a model are loaded.
 
-    Later the upload waits for a store that goes away.
+    Raises:
+        StoreUnavailableError: The store does not answer.
     """
-    from fletcher.stores.address import open_store
+    from fletcher.stores.address import folder_of, open_store
 
-    for address in config.store_addresses.values():
-        with contextlib.closing(open_store(address, timeout_s=_CHECK_S)) as store:
+    address = next(iter(config.store_addresses.values()))
+    if folder_of(address) is None:
+        timeout_s = min(STORE_TIMEOUT_S, config.delivery.store_timeout_s)
+        with contextlib.closing(open_store(address, timeout_s=timeout_s)) as store:
             assert store.capabilities
 
 

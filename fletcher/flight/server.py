@@ -21,7 +21,13 @@ from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory
 from fletcher.flight.put import put
 from fletcher.net.address import FlightAddress
 from fletcher.net.connections import ServerConnections
-from fletcher.net.flight_answers import action_results, flight_info, schema_result
+from fletcher.net.flight_answers import (
+    action_results,
+    action_types,
+    flight_info,
+    flight_list,
+    schema_result,
+)
 from fletcher.net.flight_errors import handler_errors, without_traceback
 from fletcher.serving.callers import CallWatch
 from fletcher.serving.service import Service
@@ -90,18 +96,19 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling(), self._callers.watch(context) as caller:
             body = action.body.to_pybytes() if action.body else b""
-            return action_results(run_action(self._service, action.type, body, caller))
+            return action_results([run_action(self._service, action.type, body, caller)])
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
-        return [(name, action.description) for name, action in ACTIONS.items()]
+        with self._handling():
+            return action_types({name: action.description for name, action in ACTIONS.items()})
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
         with self._handling():
             delivery = self._service.delivery
             if not delivery.stores:
-                return iter(())
+                return flight_list([])
             _, store = delivery.store(None)
-            return iter([_flight_info(info) for info in store.datasets()])
+            return flight_list([_flight_info(info) for info in store.datasets()])
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
         with self._handling():

@@ -1,16 +1,22 @@
 """Answers of Flight handlers, checked before pyarrow gets them.
 
-pyarrow ends the process if a schema in an answer is None. It answers other values of a wrong type
-with a traceback of the server. The errors here are the server's faults; `handler_errors` logs them.
+pyarrow ends the process if a schema or a batch in an answer is None. It answers other values of a
+wrong type with a traceback of the server. Every handler of every server therefore makes its answer
+here. The errors are the server's faults; `handler_errors` logs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
+
+from fletcher.net.flight_errors import handler_errors
+
+_log = logging.getLogger(__name__)
 
 
 def schema_result(schema: pa.Schema) -> flight.SchemaResult:
@@ -18,9 +24,20 @@ def schema_result(schema: pa.Schema) -> flight.SchemaResult:
     return flight.SchemaResult(_checked(schema, pa.Schema, "schema"))
 
 
-def generator_stream(schema: pa.Schema, batches: Iterable[Any]) -> flight.GeneratorStream:
-    """Answer of `do_get`. Raises TypeError if there is no schema."""
-    return flight.GeneratorStream(_checked(schema, pa.Schema, "schema"), batches)
+def generator_stream(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch]
+) -> flight.GeneratorStream:
+    """Answer of `do_get`. Raises TypeError if there is no schema.
+
+    A batch that is none, or has another schema, ends the call with an error.
+    """
+    _checked(schema, pa.Schema, "schema")
+    return flight.GeneratorStream(schema, _checked_batches(schema, batches))
+
+
+def table_stream(table: pa.Table) -> flight.RecordBatchStream:
+    """Answer of `do_get`. Raises TypeError if there is no table."""
+    return flight.RecordBatchStream(_checked(table, pa.Table, "table"))
 
 
 def flight_info(
@@ -43,9 +60,29 @@ def flight_info(
     )
 
 
-def action_results(answer: bytes) -> list[bytes]:
-    """Answer of `do_action`. Raises TypeError if it is not bytes."""
-    return [_checked(answer, bytes, "answer")]
+def flight_list(infos: Iterable[flight.FlightInfo]) -> Iterator[flight.FlightInfo]:
+    """Answer of `list_flights`. Raises TypeError if a value has the wrong type."""
+    return iter([_checked(info, flight.FlightInfo, "dataset") for info in infos])
+
+
+def action_results(answers: Sequence[bytes]) -> list[bytes]:
+    """Answer of `do_action`. Raises TypeError if a result is not bytes."""
+    return [_checked(one, bytes, "answer") for one in _checked(answers, list, "answer")]
+
+
+def action_types(descriptions: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Answer of `list_actions`. Raises TypeError if a description is not text."""
+    return [(name, _checked(text, str, "description")) for name, text in descriptions.items()]
+
+
+def _checked_batches(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    with handler_errors(_log):
+        for batch in batches:
+            if not _checked(batch, pa.RecordBatch, "batch").schema.equals(schema):
+                raise TypeError("a batch has another schema than the answer")
+            yield batch
 
 
 def _checked(value: Any, kind: type, what: str) -> Any:

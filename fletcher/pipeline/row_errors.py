@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.batches import BoolArray, Int64Array
+from fletcher.core.encodings import null_mask
 from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError, UnavailableError
-from fletcher.pipeline.input.arrays import large_utf8, null_mask, text_offsets
+from fletcher.pipeline.input.arrays import large_utf8, text_offsets
 
 
 def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError | None:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from fletcher.core.command import check_dataset
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
-from fletcher.stores.base import Comparison, Vector, total_rows
+from fletcher.stores.base import Comparison, Filter, Vector, total_rows
 from fletcher.stores.exact_search import (
     Scores,
     check_query,
@@ -34,6 +34,7 @@ from fletcher.storeserver.requests import (
     DeleteRequest,
     DeleteVectorRequest,
     EmptyRequest,
+    Filters,
     HybridSearchRequest,
     NamespaceRequest,
     ReadinessRequest,
@@ -101,7 +102,7 @@ class Actions:
         if request.include_vectors and "vector" not in columns:
             columns.append("vector")
         vector, k = request.query_vectors[index], request.k
-        filters = to_filters(request.filters)
+        filters = self.filters_of(request.dataset, request.filters)
         if not request.text_query or request.alpha == 1:
             return self.store.search(request.dataset, vector, k=k, columns=columns, filters=filters)
         schema = self._schema(request.dataset)
@@ -119,6 +120,10 @@ class Actions:
             k=k,
             columns=columns,
         )
+
+    def filters_of(self, dataset: str, requests: Filters) -> tuple[Filter, ...]:
+        """The filters of a request, with values of the types of the dataset's columns."""
+        return to_filters(requests, self.store.read_schema(dataset) if requests else None)
 
     def _vector_search(self, request: SearchRequest) -> list[bytes]:
         """Nearest rows; an Arrow IPC stream per vector."""

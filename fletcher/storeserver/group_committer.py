@@ -32,6 +32,7 @@ from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields, num_group_rows
 from fletcher.storeserver.key_ledger import KeyLedger
+from fletcher.storeserver.stored_columns import as_stored
 from fletcher.util.closing import close_for_good
 from fletcher.util.insist import insist
 from fletcher.util.threads import start_thread
@@ -303,12 +304,16 @@ class GroupCommitter:
             group.done.set_result(sum(batch.num_rows for batch in rows))
 
     def _prepare_writer(self, group: SubmittedRows) -> None:
-        """Open a writer if needed, check the group's schema, and add new columns."""
-        schema = group.batches[0].schema
-        self._close_lost_writer()
+        """Open a writer for the group if needed, and add new columns.
+
+        The group's batches are converted to the dataset's types, or refused.
+        """
+        self._open_existing()
         if self._writer is None:
-            self._open_writer(schema, "append")
+            self._open_writer(group.batches[0].schema, "append")
         assert self._writer is not None
+        group.batches = [as_stored(batch, self._writer.schema) for batch in group.batches]
+        schema = group.batches[0].schema
         check_compatible(self._dataset, self._writer.schema, schema)
         added = new_fields(self._writer.schema, schema)
         if added:

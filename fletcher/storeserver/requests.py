@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hi
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from msgspec import Meta
 
 from fletcher.core.command import DATASET_PATTERN
+from fletcher.core.encodings import is_text
 from fletcher.errors import InvalidCommandError
 from fletcher.stores.base import Combination, Comparison, Filter, Negation, Operator
 from fletcher.stores.exact_search import MAX_K
@@ -36,6 +38,7 @@ OPERATORS: dict[str, Operator] = {
 NOT = "not"
 
 _Request = TypeVar("_Request")
+_Kinds = dict[str, pa.DataType]  # types of columns
 
 
 def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
@@ -228,10 +231,11 @@ class DoGetRequest(msgspec.Struct, kw_only=True):
         return request
 
 
-def to_filters(requests: Filters) -> tuple[Filter, ...]:
+def to_filters(requests: Filters, schema: pa.Schema | None) -> tuple[Filter, ...]:
     """The filters of a request as the store takes them.
 
-    The `logic` of a filter joins it to all filters before it.
+    The `logic` of a filter joins it to all filters before it. `schema` is that of the dataset, for
+    the types of values: Longbow's clients also send numbers and booleans as text.
 
     Raises:
         InvalidCommandError: A filter has an unknown operator or logic, has no field, or is nested
@@ -239,16 +243,17 @@ def to_filters(requests: Filters) -> tuple[Filter, ...]:
     """
     if not requests:
         return ()
-    return (_join(requests, 0)[0],)
+    kinds = {} if schema is None else {field.name: field.type for field in schema}
+    return (_join(requests, kinds, 0)[0],)
 
 
-def _join(requests: list[FilterRequest], depth: int) -> tuple[Filter, int]:
+def _join(requests: list[FilterRequest], kinds: _Kinds, depth: int) -> tuple[Filter, int]:
     """The filter that requests make together, and the height of its tree."""
-    joined, height = _to_filter(requests[0], depth)
+    joined, height = _to_filter(requests[0], kinds, depth)
     _logic(requests[0])
     for request in requests[1:]:
         logic = _logic(request)
-        one, own_height = _to_filter(request, depth)
+        one, own_height = _to_filter(request, kinds, depth)
         if isinstance(joined, Combination) and joined.logic == logic:
             joined = Combination(joined.logic, (*joined.conditions, one))
             height = max(height, own_height + 1)
@@ -260,7 +265,7 @@ def _join(requests: list[FilterRequest], depth: int) -> tuple[Filter, int]:
     return joined, height
 
 
-def _to_filter(request: FilterRequest, depth: int) -> tuple[Filter, int]:
+def _to_filter(request: FilterRequest, kinds: _Kinds, depth: int) -> tuple[Filter, int]:
     given = (request.operator or request.op or "=").lower()
     if given != NOT and given not in OPERATORS:
         raise InvalidCommandError(
@@ -278,17 +283,32 @@ def _to_filter(request: FilterRequest, depth: int) -> tuple[Filter, int]:
                 "to negate into `filters`",
                 field="operator",
             )
-        parts.append(Comparison(request.field, operator, request.value))
+        value = _typed(request.value, kinds.get(request.field, pa.null()))
+        parts.append(Comparison(request.field, operator, value))
     if request.filters:
         if depth >= MAX_FILTER_DEPTH:
             raise _too_deep()
-        nested, height = _join(request.filters, depth + 1)
+        nested, height = _join(request.filters, kinds, depth + 1)
         parts.append(nested)
     if not parts:
         raise InvalidCommandError("a filter has no `field`; name a column", field="filters")
     if len(parts) > 1:
         return Combination("and", tuple(parts)), height + 1
     return (Negation(parts[0]), height + 1) if given == NOT else (parts[0], height)
+
+
+def _typed(value: Any, kind: pa.DataType) -> Any:
+    """A filter's value for a column: "true" becomes a boolean, and 5 the text "5".
+
+    The store itself reads numbers and times from text.
+    """
+    if isinstance(value, list):
+        return [_typed(one, kind) for one in value]
+    if pa.types.is_boolean(kind) and value in ("true", "false"):
+        return value == "true"
+    if is_text(kind) and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
 
 
 def _logic(request: FilterRequest) -> Literal["and", "or"]:

@@ -25,7 +25,14 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.net.address import FlightAddress
-from fletcher.net.flight_answers import flight_info, generator_stream
+from fletcher.net.flight_answers import (
+    action_results,
+    action_types,
+    flight_info,
+    flight_list,
+    generator_stream,
+    table_stream,
+)
 from fletcher.net.flight_errors import handler_errors
 from fletcher.net.ports import check_port
 from fletcher.stores import protocol
@@ -35,7 +42,7 @@ from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.staging import check_stored
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
-from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request, to_filters
+from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request
 from fletcher.storeserver.upload_call import AckWriter, read_groups
 from fletcher.util.insist import insist
 from fletcher.util.locks import FileLock
@@ -134,21 +141,21 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
     @_handling()
     def do_action(self, context: Any, action: Any) -> list[Any]:
         body = action.body.to_pybytes()
-        return [flight.Result(one) for one in answer_action(self._handlers, action.type, body)]
+        return action_results(answer_action(self._handlers, action.type, body))
 
     @_handling()
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
-        return [(name, action.about) for name, action in self._handlers.items()]
+        return action_types({name: action.about for name, action in self._handlers.items()})
 
     @_handling()
     def do_get(self, context: Any, ticket: Any) -> flight.FlightDataStream:
         request = DoGetRequest.from_ticket(ticket.ticket)
         if request.search is not None:
-            return flight.RecordBatchStream(self._actions.search_rows(request.search))
+            return table_stream(self._actions.search_rows(request.search))
         rows = self._store.scan(
             request.dataset,
             columns=request.columns,
-            filters=to_filters(request.filters),
+            filters=self._actions.filters_of(request.dataset, request.filters),
             limit=request.limit,
         )
         return generator_stream(rows.schema, _handled_batches(rows))
@@ -230,7 +237,7 @@ class _MetaServer(_Server):
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:
         staged = criteria == protocol.STAGED
         infos = self._store.staged_datasets() if staged else self._store.datasets()
-        return iter([self._info(info) for info in infos])
+        return flight_list([self._info(info) for info in infos])
 
     @_handling()
     def get_flight_info(self, context: Any, descriptor: Any) -> flight.FlightInfo:

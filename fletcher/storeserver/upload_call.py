@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from fletcher.core.encodings import is_text
 from fletcher.core.schema_text import check_schema_text
 from fletcher.errors import (
     BatchTooLargeError,
@@ -23,6 +24,7 @@ from fletcher.stores.protocol import GroupHeader
 from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import decode_request
+from fletcher.storeserver.stored_columns import decode_columns
 from fletcher.storeserver.vector_checks import check_vectors
 from fletcher.util.threads import start_thread
 
@@ -56,10 +58,10 @@ def read_groups(
     for chunk in reader:
         if chunk.data is None:
             continue
-        _check_rows(chunk.data)
+        batch = _checked_rows(chunk.data)
         header = _header(chunk.app_metadata)
-        group.append(chunk.data)
-        num_rows += chunk.data.num_rows
+        group.append(batch)
+        num_rows += batch.num_rows
         if header.group_rows is not None and num_rows < header.group_rows:
             if sum(one.nbytes for one in group) > MAX_GROUP_BYTES:
                 raise BatchTooLargeError(
@@ -133,11 +135,17 @@ class AckWriter:
         self._writer.write_metadata(msgspec.json.encode(ack))
 
 
-def _check_rows(batch: pa.RecordBatch) -> None:
-    """Refuse damaged arrays, and rows without the columns that a search needs."""
+def _checked_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows with decoded columns.
+
+    Damaged arrays, and rows without the columns that a search needs, are refused.
+    """
     try:
         batch.validate(full=True)
-    except pa.ArrowInvalid as error:
+        for column in batch.columns:
+            if pa.types.is_dictionary(column.type):
+                column.dictionary.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowIndexError) as error:  # the latter of a bad view
         raise InvalidCommandError(f"the rows are damaged: {str(error)[:200]}") from None
     check_schema_text(batch.schema, metadata=True)
     names = batch.schema.names
@@ -150,17 +158,16 @@ def _check_rows(batch: pa.RecordBatch) -> None:
                 field=name,
                 allowed=["id", "vector", "timestamp"],
             )
+    batch = decode_columns(batch, MAX_GROUP_BYTES)
     id_type = batch.schema.field("id").type
-    if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type)):
+    if not (pa.types.is_integer(id_type) or is_text(id_type)):
         raise ColumnTypeError(
             f"`id` is {id_type}, expected utf8 or an integer",
             field="id",
             allowed=["utf8", "int64", "uint64"],
         )
     check_vectors(batch)
-    key_type = batch.schema.field("batch_key").type if "batch_key" in names else pa.utf8()
-    if not pa.types.is_string(key_type):
-        raise ColumnTypeError(f"`batch_key` is {key_type}, expected utf8", field="batch_key")
+    return batch
 
 
 def _header(metadata: pa.Buffer | None) -> GroupHeader:

@@ -6,11 +6,14 @@ import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
 from fletcher.core.encodings import (
+    decoded_bytes,
     extension_texts,
     is_text,
     is_text_extension,
     runs_as_dictionary,
     value_type,
+    viewed_bytes,
+    without_views,
 )
 from fletcher.core.json_columns import is_json_type, json_texts
 from fletcher.errors import (
@@ -19,7 +22,7 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownColumnError,
 )
-from fletcher.pipeline.input.arrays import decoded_bytes, validate, viewed_bytes, without_views
+from fletcher.pipeline.input.arrays import validate
 
 METADATA = "metadata"
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from fletcher.errors import InvalidCommandError
@@ -109,7 +110,7 @@ def test_a_ticket_is_a_name_or_an_object() -> None:
     ticket = DoGetRequest.from_ticket(json.dumps(outer).encode())
     assert ticket.search is not None
     assert ticket.search.dataset == "d"
-    assert to_filters(ticket.search.filters) == (Comparison("id", "=", "x"),)
+    assert to_filters(ticket.search.filters, None) == (Comparison("id", "=", "x"),)
     inner = {**outer, "search": {"dataset": "e", "vector": [1], "filters": []}}
     ticket = DoGetRequest.from_ticket(json.dumps(inner).encode())
     assert ticket.search is not None
@@ -129,7 +130,37 @@ def test_filters_take_longbows_spellings() -> None:
         FilterRequest(filters=[FilterRequest("c", value=None)]),
     ]
     either = Combination("or", (Comparison("a", "=", 1), Comparison("b", ">=", 2)))
-    assert to_filters(requests) == (Combination("and", (either, Comparison("c", "=", None))),)
+    assert to_filters(requests, None) == (Combination("and", (either, Comparison("c", "=", None))),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "right"),
+    [
+        (pa.bool_(), "true", True),
+        (pa.bool_(), "false", False),
+        (pa.bool_(), ["true", False], [True, False]),
+        (pa.utf8(), 5, "5"),
+        (pa.large_utf8(), [5, "x"], ["5", "x"]),
+        (pa.utf8(), "true", "true"),
+        # These are left to the store, which reads numbers and times from text, or refuses them.
+        (pa.bool_(), "yes", "yes"),
+        (pa.bool_(), 1, 1),
+        (pa.utf8(), 1.5, 1.5),
+        (pa.utf8(), True, True),
+        (pa.int64(), "5", "5"),
+        (pa.int64(), 5, 5),
+    ],
+)
+def test_values_are_typed_by_the_column(kind: pa.DataType, value: Any, right: Any) -> None:
+    schema = pa.schema([("a", kind)])
+    nested = FilterRequest(operator="not", filters=[FilterRequest("a", op="in", value=value)])
+    for requests, found in (
+        ([FilterRequest("a", value=value)], Comparison("a", "=", right)),
+        ([nested], Negation(Comparison("a", "in", right))),
+    ):
+        (one,) = to_filters(requests, schema)
+        assert one == found
+        assert repr(one) == repr(found), "1 equals True"
 
 
 def test_filters_take_our_operators_too() -> None:
@@ -140,16 +171,16 @@ def test_filters_take_our_operators_too() -> None:
     ]
     negated = Negation(Comparison("a", "in", [1, 2]))
     both = (negated, Comparison("b", "is null"), Comparison("c", "=", 1))
-    assert to_filters(requests) == (Combination("and", both),)
+    assert to_filters(requests, None) == (Combination("and", both),)
     with pytest.raises(InvalidCommandError, match="not in a filter on `a`"):
-        to_filters([FilterRequest("a", operator="not", value=1)])
+        to_filters([FilterRequest("a", operator="not", value=1)], None)
 
 
 def test_alternating_logic_is_bounded() -> None:
     one = [FilterRequest("a", value=1, logic=("and", "or")[place % 2]) for place in range(1000)]
     with pytest.raises(InvalidCommandError, match="nested"):
-        to_filters(one)
-    assert to_filters([FilterRequest("a", value=1, logic="or")] * 1000)
+        to_filters(one, None)
+    assert to_filters([FilterRequest("a", value=1, logic="or")] * 1000, None)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +193,7 @@ def test_alternating_logic_is_bounded() -> None:
 )
 def test_a_filter_that_means_nothing_is_refused(request_: FilterRequest, field: str) -> None:
     with pytest.raises(InvalidCommandError) as caught:
-        to_filters([request_])
+        to_filters([request_], None)
     assert caught.value.field == field
 
 
@@ -170,6 +201,6 @@ def test_filters_are_nested_to_a_bound() -> None:
     nested = FilterRequest("a", value=1)
     for _ in range(MAX_FILTER_DEPTH):
         nested = FilterRequest(filters=[nested])
-    assert to_filters([nested])
+    assert to_filters([nested], None)
     with pytest.raises(InvalidCommandError, match="nested"):
-        to_filters([FilterRequest(filters=[nested])])
+        to_filters([FilterRequest(filters=[nested])], None)
