@@ -1,4 +1,4 @@
-"""Numbers of the datasets of stores whose index falls behind, for the `stats` action."""
+"""Numbers of the datasets of stores that index rows late, for `stats`."""
 
 from __future__ import annotations
 

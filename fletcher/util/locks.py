@@ -78,8 +78,8 @@ class NameLock:
     """An exclusive lock on names among the processes of this machine, until `release`.
 
     Each name is bound as an abstract Unix socket. So no file is left, any user's process conflicts,
-    and the kernel releases the lock when the process ends. Containers with a network of their own
-    have their own names. The lock is also released when the object is deleted.
+    and the kernel releases the lock when the process ends. Containers with separate networks have
+    separate names. The lock is also released when the object is deleted.
 
     Raises:
         BlockingIOError: A name is locked already, perhaps in this process.

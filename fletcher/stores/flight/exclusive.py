@@ -1,4 +1,4 @@
-"""Lock of the dataset of a Longbow, which itself lets any number of writers write to it."""
+"""Lock of a dataset of a Longbow, which itself lets several writers write."""
 
 from __future__ import annotations
 
