@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_rows_that_were_acknowledged_and_lost_are_sent_again(
         writer.append(batches)
     num_left = double.num_rows("d")
     assert num_left < 100 or not lost
+    writer.close()
     writer = store.open_writer("d", rows.schema(), "append")
     missing = writer.missing_keys(keys)
     assert missing == keys if lost == 100 else "u:0-39" not in missing
@@ -138,7 +140,8 @@ YEARS = with_column(rows.batch(0, 3), pa.array([1, 2, 3], pa.int32()))
 
 
 def test_what_a_longbow_never_gives_back_is_refused(double: LongbowDouble, store: Any) -> None:
-    store.open_writer("d", rows.schema(), "append").append([rows.batch(0, 3)])
+    with closing(store.open_writer("d", rows.schema(), "append")) as writer:
+        writer.append([rows.batch(0, 3)])
     with pytest.raises(UnknownColumnError, match=r"no column `year`.* new dataset") as caught:
         store.open_writer("d", YEARS.schema, "append")
     assert caught.value.field == "year"
@@ -151,7 +154,8 @@ def test_what_a_longbow_never_gives_back_is_refused(double: LongbowDouble, store
 
 
 def test_a_column_that_rows_lack_is_null(double: LongbowDouble, store: Any) -> None:
-    store.open_writer("d", YEARS.schema, "append").append([YEARS])
+    with closing(store.open_writer("d", YEARS.schema, "append")) as writer:
+        writer.append([YEARS])
     plain = rows.batch(3, 2)
     store.open_writer("d", plain.schema, "append").append([plain])
     assert Counter(store.scan("d").read_all()["year"].to_pylist()) == Counter([1, 2, 3, None, None])
@@ -162,10 +166,10 @@ def test_a_writer_declares_its_types_before_the_first_row(
     double: LongbowDouble, store: Any
 ) -> None:
     # No row shows them yet, and a DoExchange checks nothing: the Longbow never started again.
-    first = store.open_writer("d", YEARS.schema, "append")
+    store.open_writer("d", YEARS.schema, "append").close()
     other = with_column(rows.batch(3, 3), pa.array(["x", "y", "z"]))
     with pytest.raises(RequestError, match="schema mismatch"):
         store.open_writer("d", other.schema, "append")
-    first.append([YEARS])
+    store.open_writer("d", YEARS.schema, "append").append([YEARS])
     assert double.restart()
     assert double.num_rows("d") == 3

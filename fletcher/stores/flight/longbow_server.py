@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from weakref import WeakSet
 
 import pyarrow as pa
 
@@ -26,7 +27,6 @@ from fletcher.stores.flight.longbow_datasets import LongbowDatasets
 from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.longbow_uploads import LongbowUploads
 from fletcher.stores.flight.longbow_writer import LongbowWriter
-from fletcher.stores.flight.transfer import put_rows
 from fletcher.stores.staging import incarnation_of
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class LongbowServer(Store):
         self._datasets = LongbowDatasets(connection)
         self._uploads = LongbowUploads(connection)
         self._widening_logged = False
+        self._writers: WeakSet[LongbowWriter] = WeakSet()
 
     @property
     def capabilities(self) -> StoreCapabilities:
@@ -65,10 +66,14 @@ class LongbowServer(Store):
         stored = self._datasets.read_schema(dataset)
         if stored is not None:
             narrow = longbow.dataset_schema(dataset, stored, narrow)
-        # The stored columns are those of the first rows, and Longbow knows more: columns of later
-        # rows, and those that other writers declared.
-        put_rows(self._connection, dataset, [pa.RecordBatch.from_pylist([], schema=narrow)])
-        return LongbowWriter(self._connection, dataset, narrow, self._uploads)
+        writer = LongbowWriter(self._connection, dataset, narrow, self._uploads)
+        try:
+            writer.declare_columns()
+        except BaseException:
+            writer.close()
+            raise
+        self._writers.add(writer)
+        return writer
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets with rows, and the staged datasets of earlier releases."""
@@ -112,6 +117,8 @@ class LongbowServer(Store):
         return self._reader.search(dataset, vector, k=k, columns=columns, filters=filters)
 
     def close(self) -> None:
+        for writer in list(self._writers):
+            writer.close()
         self._connection.close()
 
     def delete_dataset(self, name: str) -> None:

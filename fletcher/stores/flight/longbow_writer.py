@@ -14,6 +14,7 @@ from fletcher.core.schema import parse_batch_key, row_keys
 from fletcher.errors import InternalError, StoreUnavailableError
 from fletcher.stores.base import DatasetWriter
 from fletcher.stores.flight.connection import FlightConnection
+from fletcher.stores.flight.exclusive import lock_dataset
 from fletcher.stores.flight.longbow import longbow_batch
 from fletcher.stores.flight.longbow_uploads import LongbowUploads, UploadRows, row_offsets
 from fletcher.stores.flight.transfer import (
@@ -63,6 +64,21 @@ class LongbowWriter(DatasetWriter):
         self._stored: dict[str, UploadRows] = {}  # uploads with groups in doubt
         self._use_put = False
         self._exchange_proven = False
+        self._lock = lock_dataset(connection.address.data, dataset)
+
+    def declare_columns(self) -> None:
+        """Have the Longbow check the types of all columns, before the first row.
+
+        The columns that it gives back are those of a dataset's first rows. It knows more: columns
+        of later rows, and those that other writers declared.
+
+        Raises:
+            RequestError: A column has another type.
+            StoreUnavailableError: The store does not answer.
+        """
+        put_rows(
+            self._connection, self._dataset, [pa.RecordBatch.from_pylist([], schema=self._schema)]
+        )
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """See `DatasetWriter.append`. A failure may leave a part of the rows stored."""
@@ -90,7 +106,8 @@ class LongbowWriter(DatasetWriter):
         return missing
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Release the dataset's lock."""
+        self._lock.release()
 
     def _read_upload(self, upload_id: str) -> UploadRows:
         if upload_id not in self._stored:
