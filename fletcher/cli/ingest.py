@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
-# Retries for about four minutes, as a restarted server loads its model before it answers.
+# Time in which a remote store must answer at the start.
+STORE_TIMEOUT_S = 3.0
+# Retries for about four minutes, as a restarted server loads its model before it answers, and a
+# store may be away.
 MAX_RETRIES = 35
 _REPORTED = (
     *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
@@ -131,6 +134,8 @@ def cli(
         target.refuse_local_flags()
     elif not config.store_addresses:
         raise ConfigError("`store` is none, which keeps no rows; give an address", field="store")
+    else:
+        _check_store(config)
     texts = open_source(
         paths,
         text_column=fields["text_column"],
@@ -167,6 +172,21 @@ def cli(
     else:
         _print(report)
     return 0 if summary.complete else 1
+
+
+def _check_store(config: ServeConfig) -> None:
+    """Ask a remote store for its capabilities, before files and a model are loaded.
+
+    Raises:
+        StoreUnavailableError: The store does not answer.
+    """
+    from fletcher.stores.address import folder_of, open_store
+
+    address = next(iter(config.store_addresses.values()))
+    if folder_of(address) is None:
+        timeout_s = min(STORE_TIMEOUT_S, config.delivery.store_timeout_s)
+        with contextlib.closing(open_store(address, timeout_s=timeout_s)) as store:
+            assert store.capabilities
 
 
 def _store_folders(config: ServeConfig, dataset: str) -> list[Path]:

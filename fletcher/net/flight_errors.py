@@ -115,6 +115,8 @@ _SENT = re.compile(
     r"^(Flight|gRPC) returned [\w ]+ error|Detail: Python exception|gRPC client debug context: "
     "(INVALID_ARGUMENT|NOT_FOUND|ALREADY_EXISTS|OUT_OF_RANGE|FAILED_PRECONDITION|UNIMPLEMENTED)"
 )
+# gRPC's words for the answer of another server than one of gRPC, such as a web server or a proxy.
+_OTHER_SERVER = "Received http2 header with status"
 # pyarrow has no class for RESOURCE_EXHAUSTED. It raises ArrowInvalid, as for a refused request.
 _EXHAUSTED = "gRPC returned resource exhausted error"
 
@@ -224,6 +226,10 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
     text = clean_message(exc)
     if str(exc).startswith(_EXHAUSTED):
         return errors.OverloadedError(f"the store is overloaded, {what}: {text}", field="store")
+    if _OTHER_SERVER in text:
+        return errors.StoreUnavailableError(
+            f"a web server or a proxy answers instead of the store, {what}: {text}", field="store"
+        )
     kind, words = next(row[1:] for row in STORE_ERRORS if isinstance(exc, row[0]))
     if kind is errors.RequestError and not _SENT.search(str(exc)):
         kind, words = errors.StoreUnavailableError, "the store's answer cannot be read, {}"

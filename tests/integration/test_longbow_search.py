@@ -172,7 +172,7 @@ def test_a_deleted_row_is_not_found(double, store, given):
 @pytest.mark.parametrize("given", ["utf8", "int64"], indirect=True)
 def test_a_dataset_too_large_to_read_is_searched_by_index_or_refused(double, store, given):
     assert store.capabilities
-    store._longbow._max_read_bytes = 2000
+    store._server._reader._max_read_bytes = 2000
     query = rows.vectors(7, 1)[0]
     if given["id"].type == pa.int64():
         assert store.search("d", query, k=1)["id"].to_pylist() == [7]

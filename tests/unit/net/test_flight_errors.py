@@ -363,3 +363,14 @@ def test_messages_lose_what_was_added_on_the_way():
     assert clean_message(OSError("the message. Detail: Failed")) == "the message"
     assert clean_message(OSError("gRPC returned invalid argument error, with message: no")) == "no"
     assert clean_message(OSError("")) == "OSError"
+
+
+def test_a_web_server_is_not_taken_for_a_store():
+    # gRPC's UNIMPLEMENTED, which a Longbow answers to unknown actions.
+    found = pa.ArrowNotImplementedError(
+        "Flight returned unimplemented error, with message: Received http2 header with status: 404"
+    )
+    error = from_store_error(found, "asking for capabilities")
+    assert type(error) is errors.StoreUnavailableError
+    assert error.field == "store"
+    assert "404" in error.message

@@ -14,9 +14,9 @@ from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores import protocol
 from fletcher.stores.address import FlightStoreAddress
 from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.fletcher_server import FletcherServer, FletcherWriter
 from fletcher.stores.flight.store import FlightStore
 from fletcher.stores.flight.transfer import _await_acks, exchange_rows, put_rows
-from fletcher.stores.flight.writers import FletcherWriter
 from tests.doubles.longbow import LongbowDouble
 
 ANSWERS = [
@@ -33,8 +33,13 @@ ANSWERS = [
 
 def connection(answer: bytes) -> Any:
     one = object.__new__(FlightConnection)
+    one.address = FlightStoreAddress.from_text("grpc://127.0.0.1:1")
     one.run_action = lambda *_: answer  # type: ignore[method-assign]
     return one
+
+
+def server(answer: bytes) -> FletcherServer:
+    return FletcherServer(connection(answer), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -48,26 +53,18 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(answer: bytes) -> None
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_a_dataset_is_replaced_only_if_the_store_says_so(
-    monkeypatch: pytest.MonkeyPatch, answer: bytes
-) -> None:
+def test_a_dataset_is_replaced_only_if_the_store_says_so(answer: bytes) -> None:
     # The client was told that its overwrite was complete, and the dataset had its old rows.
-    monkeypatch.setattr(FlightStore, "_is_fletcher", True)
-    store = object.__new__(FlightStore)
-    store._connection = connection(answer)
+    store = server(answer)
     with pytest.raises(StoreUnavailableError, match="cannot be read"):
         store.replace_dataset("d", "d.staged-0123456789abcdef")
-    store._connection = connection(b"replaced")
+    store = server(b"replaced")
     store.replace_dataset("d", "d.staged-0123456789abcdef")
 
 
 @pytest.mark.parametrize("ranges", [b"[[5, 4]]", b"[[-1, 4]]", b"[[0, 9], [20, 15]]"])
-def test_ranges_that_are_no_rows_are_no_answer(
-    monkeypatch: pytest.MonkeyPatch, ranges: bytes
-) -> None:
-    monkeypatch.setattr(FlightStore, "_is_fletcher", True)
-    store = object.__new__(FlightStore)
-    store._connection = connection(b'{"ranges": %b}' % ranges)
+def test_ranges_that_are_no_rows_are_no_answer(ranges: bytes) -> None:
+    store = server(b'{"ranges": %b}' % ranges)
     with pytest.raises(StoreUnavailableError, match="not row offsets"):
         store.stored_ranges("d", "u")
 
@@ -76,7 +73,6 @@ def test_ranges_that_are_no_rows_are_no_answer(
 def test_capabilities_that_cannot_be_read_are_not_those_of_a_longbow(answer: bytes) -> None:
     # The store was taken for a Longbow from then on: groups were stored twice, upserts refused.
     one = connection(answer)
-    one.address = FlightStoreAddress.from_text("grpc://127.0.0.1:1")
     store = FlightStore(one)
     with pytest.raises(StoreUnavailableError, match="cannot be read"):
         assert store.capabilities
@@ -90,14 +86,12 @@ def test_a_dataset_without_vectors_is_no_answer(
     monkeypatch: pytest.MonkeyPatch, schema: pa.Schema
 ) -> None:
     # It had no incarnation, so that uploads were told that somebody had dropped their rows.
-    monkeypatch.setattr(FlightStore, "_is_fletcher", True)
 
     class Meta:
         def get_flight_info(self, asked: Any, _: object) -> flight.FlightInfo:
             return flight.FlightInfo(schema, asked, [], -1, -1)
 
-    store = object.__new__(FlightStore)
-    store._connection = connection(b"")
+    store = server(b"")
     monkeypatch.setattr(FlightConnection, "meta_client", Meta())
     monkeypatch.setattr(FlightConnection, "call_options", lambda _: None)
     with pytest.raises(StoreUnavailableError, match="no column `vector`"):

@@ -1,4 +1,4 @@
-"""Dataset writers of a Flight store: one for `fletcher store`, one for Longbow."""
+"""Writer of a dataset of a Longbow."""
 
 from __future__ import annotations
 
@@ -6,74 +6,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import msgspec
 import pyarrow as pa
 
-from fletcher.stores import protocol
-from fletcher.stores.base import Comparison, DatasetWriter, Filters, WriteMode
+from fletcher.stores.base import Comparison, DatasetWriter, Filters
 from fletcher.stores.flight.connection import FlightConnection
 from fletcher.stores.flight.longbow import longbow_batch, without_stored
 from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
-from fletcher.stores.schemas import check_compatible, conform_batch, num_group_rows
+from fletcher.stores.schemas import num_group_rows
 
 _log = logging.getLogger(__name__)
 
 
-class FlightWriter(DatasetWriter):
-    """Writer to a Flight store. Every append is a separate call. One thread owns it.
-
-    `schema` is the schema of the rows that are sent.
-    """
-
-    def __init__(self, connection: FlightConnection, dataset: str, schema: pa.Schema) -> None:
-        self._connection = connection
-        self._dataset = dataset
-        self._schema = schema
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class FletcherWriter(FlightWriter):
-    """Writer to `fletcher store`.
-
-    Each append is sent as one group. The server commits all rows of the group or none.
-    """
-
-    def __init__(
-        self, connection: FlightConnection, dataset: str, schema: pa.Schema, mode: WriteMode
-    ) -> None:
-        super().__init__(connection, dataset, schema)
-        self._mode: WriteMode = mode
-
-    def create_dataset(self) -> None:
-        """Create the dataset; the server checks the schema.
-
-        Raises:
-            RequestError: The dataset does not take rows of this schema.
-            StoreUnavailableError: The store does not answer.
-        """
-        self._send_group(pa.RecordBatch.from_pylist([], schema=self._schema))
-
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        for batch in batches:
-            check_compatible(self._dataset, self._schema, batch.schema)
-        rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
-        if rows:
-            self._send_group(pa.concat_batches(rows))
-        return False
-
-    def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        request = protocol.MissingKeysRequest(self._dataset, list(batch_keys))
-        answer = self._connection.ask(protocol.MISSING_KEYS, request, protocol.MissingKeysAnswer)
-        return answer.missing
-
-    def _send_group(self, rows: pa.RecordBatch) -> None:
-        header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))
-        exchange_rows(self._connection, self._dataset, rows, header)
-
-
-class LongbowWriter(FlightWriter):
+class LongbowWriter(DatasetWriter):
     """Writer to a Longbow, where the first append creates the dataset.
 
     Rows are sent by Longbow's acknowledged DoExchange, or by DoPut if the store lacks that call. If
@@ -92,7 +36,9 @@ class LongbowWriter(FlightWriter):
         schema: pa.Schema,
         count_keys: Callable[[str, Filters], Counter[str]],
     ) -> None:
-        super().__init__(connection, dataset, schema)
+        self._connection = connection
+        self._dataset = dataset
+        self._schema = schema
         self._count_keys = count_keys
         self._stored: Counter[str] = Counter()
         self._use_put = False
@@ -125,6 +71,9 @@ class LongbowWriter(FlightWriter):
                 self._stored[key] = counts[key]
                 missing.append(key)
         return missing
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def _send_rows(self, rows: pa.RecordBatch) -> bool:
         if not self._use_put:
