@@ -1,4 +1,4 @@
-"""The table between Fletcher's errors and those of pyarrow's handlers, in both directions.
+"""The table between Fletcher's errors and pyarrow's, in both directions.
 
 Flight's own exceptions carry `extra_info`, and a `StatusError` gets it from `handler_errors`. If a
 handler raises any other exception, pyarrow sends the server's traceback to the client. So every

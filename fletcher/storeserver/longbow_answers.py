@@ -1,4 +1,4 @@
-"""Results of searches as a Longbow answers them: ids as uint64, and scores from distances."""
+"""Results of searches as a Longbow answers them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def longbow_scores(scores: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def longbow_table(found: pa.Table) -> pa.Table:
-    """Rows that a search found, in a Longbow's order of columns, with whole numbers as uint64.
+    """Rows that a search found, with a Longbow's order of columns and type of ids.
 
-    Negative ids become their two's complement. Ids that are texts stay texts: a Longbow has row
+    Whole numbers become uint64. Negative ids become their two's complement. Ids that are texts stay texts: a Longbow has row
     numbers in their place, by which nobody can find the rows.
     """
     columns = {name: found[name] for name in ("id", "score")}

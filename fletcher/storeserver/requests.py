@@ -179,7 +179,10 @@ class SearchRequest(msgspec.Struct, kw_only=True):
 
     @property
     def is_longbows(self) -> bool:
-        """Whether a client of Longbow asks. Earlier releases of Fletcher send `columns` alone."""
+        """Whether a client of Longbow asks.
+
+        Clients of earlier releases of Fletcher send `columns` alone.
+        """
         return self.score is None and self.columns is None
 
     @property

@@ -59,7 +59,7 @@ END_CALLS_S = 1.0
 
 @contextmanager
 def _handling(context: Any, *, as_status: bool = False) -> Iterator[None]:
-    """Turn any exception of a handler into one that pyarrow sends; see `handler_errors`."""
+    """Turn any exception of a handler into one that `handler_errors` raises."""
     with handler_errors(context, _log, as_status=as_status):
         try:
             yield

@@ -85,7 +85,9 @@ def read_groups(
 
 
 def check_declared(store: LanceStore, dataset: str, schema: pa.Schema) -> None:
-    """Check the schema of a call without rows, by which Longbow's clients ask before they send.
+    """Check the schema of a call without rows.
+
+    Longbow's clients ask by such a call before they send rows.
 
     Raises:
         RequestError: Rows of that schema would be refused.

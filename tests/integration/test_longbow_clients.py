@@ -399,8 +399,8 @@ def test_fletchers_clients_get_stored_ids_and_cosines(data, meta, name):
     for ids, scores in [*found, (earlier["id"].to_pylist(), earlier["score"].to_pylist())]:
         assert ids == [7, 5, -3, 1]
         np.testing.assert_allclose(scores, [1, 0.8, 0, -1], atol=1e-6)
-    with pytest.raises(flight.FlightError, match=r"`score` is .*expected one of cosine"):
-        get(data, search={**request, "score": "dot"})
+    with pytest.raises(flight.FlightError, match=r'`score` is "dot" .*expected one of cosine'):
+        act(data, "VectorSearch", {**request, "score": "dot"})
 
 
 def test_longbows_clients_rank_by_distance(data, meta, name):

@@ -179,7 +179,7 @@ def test_vector_search_every_way(data, name):
     query = rows.vectors(42, 1)[0]
     cosines = rows.vectors(0, 200) @ query
     best = [f"id{row}" for row in np.argsort(-cosines)[:3]]
-    search = {"dataset": name, "vector": query.tolist(), "k": 3}
+    search = {"dataset": name, "vector": query.tolist(), "k": 3, "score": "cosine"}
 
     found = get(data, {"name": name, "search": search})
     assert found.column_names == ["id", "score"]
@@ -358,7 +358,9 @@ NONSENSE = {
     "wrong width": lambda c, d: act(c, "VectorSearch", {"dataset": d, "vector": [1, 2]}),
     "vector of text": lambda c, d: act(c, "VectorSearch", {"dataset": d, "vector": "abc"}),
     "ragged vectors": lambda c, d: act(c, "VectorSearch", {"dataset": d, "vectors": [[1], [1, 2]]}),
-    "zero vector": lambda c, d: act(c, "VectorSearch", {"dataset": d, "vector": [0] * 8}),
+    "zero vector": lambda c, d: act(
+        c, "VectorSearch", {"dataset": d, "vector": [0] * 8, "score": "cosine"}
+    ),
     "no vector": lambda c, d: act(c, "VectorSearch", {"dataset": d}),
     "body no JSON": lambda c, d: act(c, "VectorSearch", b"\xff"),
     "deep JSON": lambda c, d: act(c, "VectorSearch", b"[" * 100_000),

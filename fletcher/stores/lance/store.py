@@ -228,7 +228,10 @@ class LanceStore(EmbeddedStore):
         filters: Filters = (),
         metric: str | None = None,
     ) -> pa.Table:
-        """See `Store.search`. `metric` replaces the dataset's similarity, for single vectors."""
+        """See `Store.search`.
+
+        `metric` replaces the dataset's similarity, for single vectors.
+        """
         with lance_errors(dataset):
             table = self._table(dataset)
             scores = check_query(dataset, table.schema, vector, k, metric=metric)
