@@ -23,8 +23,8 @@ def longbow_scores(scores: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 def longbow_table(found: pa.Table) -> pa.Table:
     """Rows that a search found, with a Longbow's order of columns and type of ids.
 
-    Whole numbers become uint64. Negative ids become their two's complement. Ids that are texts stay texts: a Longbow has row
-    numbers in their place, by which nobody can find the rows.
+    Whole numbers become uint64. Negative ids become their two's complement. Ids that are texts stay
+    texts: a Longbow has row numbers in their place, by which nobody can find the rows.
     """
     columns = {name: found[name] for name in ("id", "score")}
     columns |= {name: found[name] for name in found.column_names if name not in columns}
