@@ -119,8 +119,8 @@ class EmbedTarget:
         """Context manager of a client of the remote server, or of one in this process.
 
         A server in this process runs until the context ends. `config` applies to a server in this
-        process, `max_retries` to calls to a remote server. Raises FletcherError if the server
-        cannot be reached or started.
+        process. `max_retries` applies to uploads; without it, uploads to a server in this process
+        are not retried. Raises FletcherError if the server cannot be reached or started.
         """
         if self.server:
             self.refuse_local_flags()
@@ -142,9 +142,10 @@ class EmbedTarget:
         )
         with (
             Runtime(private, progress=say, own_token=token) as runtime,
-            # The server retries a failing store itself, for --store-retry.
+            # The server retries writes to a failing store itself, for --store-retry. It does not
+            # retry the opening of an upload.
             connect(
-                runtime.address, token=token, transfer=TransferOptions(max_retries=0)
+                runtime.address, token=token, transfer=TransferOptions(max_retries=max_retries or 0)
             ) as client,
         ):
             yield client

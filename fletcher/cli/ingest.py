@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 SHOWN_ERRORS = 5
 # Time in which a remote store must answer at the start.
 STORE_TIMEOUT_S = 3.0
-# Retries for about four minutes, as a restarted server loads its model before it answers.
+# Retries for about four minutes, as a restarted server loads its model before it answers, and a
+# store may be away.
 MAX_RETRIES = 35
 _REPORTED = (
     *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
@@ -174,7 +175,7 @@ def cli(
 
 
 def _check_store(config: ServeConfig) -> None:
-    """Ask a remote store for its capabilities, before files are read and a model is loaded.
+    """Ask a remote store for its capabilities, before files and a model are loaded.
 
     Raises:
         StoreUnavailableError: The store does not answer.

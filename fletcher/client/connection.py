@@ -61,7 +61,8 @@ class TransferOptions:
             Larger messages take memory on a slow server.
         window_bytes: Most unacknowledged bytes. A larger window keeps a distant server busy. The
             client keeps these bytes in memory to send them again after a broken connection.
-        stall_timeout_s: Longest wait for an answer that the server owes.
+        stall_timeout_s: Longest wait for an answer that the server owes. A call that made no
+            progress for so long is not retried.
         max_retries: Most retries in a row without progress before the call fails.
         backoff_s: Pause before the first retry. The pause doubles up to `max_backoff_s`, and half
             of it is random.

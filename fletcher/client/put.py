@@ -85,10 +85,12 @@ class UploadSession:
         With `ask_first`, rows of this upload that the server already has are skipped.
 
         Raises:
-            FletcherError: The server refused the upload, or `max_retries` retries in a row failed.
+            FletcherError: The server refused the upload, or the retries allowed by
+                `TransferOptions` failed.
         """
         asked = not ask_first
         failures = 0
+        since_s = time.monotonic()
         while True:
             progress = self._progress
             try:
@@ -99,8 +101,11 @@ class UploadSession:
             except UnavailableError as error:
                 if self._options.durability == "memory" and self._next_row > self._row_offset:
                     raise  # the server cannot tell which rows arrived
-                failures = 1 if self._progress > progress else failures + 1
-                if failures > self._transfer.max_retries:
+                if self._progress > progress:
+                    failures, since_s = 0, time.monotonic()
+                failures += 1
+                stuck = time.monotonic() - since_s > self._transfer.stall_timeout_s
+                if stuck or failures > self._transfer.max_retries:
                     raise
                 # Do not ask if a busy server acknowledged no row: it took none, or will skip the
                 # repeated ones. The question would wait for the store and add load.

@@ -70,7 +70,12 @@ class Proxy:
             self._start(self._forward, client)
 
     def _forward(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._to)) as server:
+        try:
+            server = socket.create_connection(("127.0.0.1", self._to))
+        except OSError:  # the server is away
+            client.close()
+            return
+        with client, server:
             both = {client, server}
             with self._lock:
                 if not self.up:  # `cut` came between the accepted connection and its record

@@ -38,6 +38,7 @@ def play(role: str, **arguments: Any) -> int:
         "serve": serve,
         "store": store,
         "command": cli.main,
+        "ingest": ingest,
         "upload": upload,
         "leave": leave,
         "rewrite": rewrite,
@@ -69,6 +70,13 @@ def _run(name: str, argv: Sequence[str], constants: dict[str, Any], syncs: str |
     if syncs is not None:
         record_syncs(Path(syncs))
     return cli.main([name, *argv])
+
+
+def ingest(argv: Sequence[str], status: str) -> int:
+    """Run a command, and write its exit status to a file."""
+    code = cli.main(list(argv))
+    Path(status).write_text(str(code))
+    return code
 
 
 def upload(

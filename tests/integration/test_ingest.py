@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pytest
 from pyarrow import flight
 
 from fletcher.models.bundle.bundle import ModelBundle
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.flight_calls import TIMEOUT, action
 from tests.integration.numbered import stored
 from tests.integration.processes import (
@@ -50,12 +52,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert server.end() == 0
 
 
-def ingest(place: Place, store: str) -> dict[str, object]:
-    """Runs the command; its JSON summary."""
-    done = subprocess.run(
+def run_ingest(place: Place, store: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
-            *(sys.executable, "-c", FLETCHER, "ingest", str(SAMPLE), "--text", "body"),
-            *("--id", "package", "--dataset", "debian", "--store", store, "--json"),
+            *(sys.executable, "-c", FLETCHER, "ingest", *map(str, options)),
+            *("--dataset", "debian", "--store", store, "--json"),
             *("--home", str(place.home), "--model", place.model, "--backend", "null"),
         ],
         capture_output=True,
@@ -64,6 +65,11 @@ def ingest(place: Place, store: str) -> dict[str, object]:
         timeout=90,
         check=False,
     )
+
+
+def ingest(place: Place, store: str) -> dict[str, object]:
+    """Runs the command; its JSON summary."""
+    done = run_ingest(place, store, SAMPLE, "--text", "body", "--id", "package")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = done.stdout.splitlines()
@@ -178,3 +184,41 @@ def test_a_killed_ingest_sends_only_the_rest(place: Place) -> None:
         assert server.end() == 0
     table = stored(place.vectors, "resumed")
     assert table.column("id").to_pylist() == list(range(len(lines)))
+
+
+def test_a_store_that_goes_away_between_two_files_is_waited_for(
+    place: Place, tmp_path: Path
+) -> None:
+    class Blinking(LongbowDouble):
+        asked = 0
+
+        def read(self, ticket: bytes) -> Any:
+            if self.tables:
+                self.asked += 1
+                if self.asked <= 2:
+                    raise flight.FlightUnavailableError("shutting down")
+            return super().read(ticket)
+
+    for file in ("one.jsonl", "two.jsonl"):
+        lines = [json.dumps({"id": f"{file}-{row}", "text": "of it"}) for row in range(3)]
+        (tmp_path / file).write_text("\n".join(lines))
+    with Blinking() as double:
+        done = run_ingest(place, double.address, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert double.asked > 2
+        assert len(set(double.table("debian")["id"].to_pylist())) == 6
+        assert double.num_rows("debian") == 6
+
+
+def test_a_store_that_is_away_at_the_start_ends_the_command_at_once(
+    place: Place, tmp_path: Path
+) -> None:
+    with LongbowDouble() as double:
+        double.kill()
+        # The model is not loaded for it: here it could not be.
+        nowhere = Place(tmp_path / "home", place.vectors, "missing")
+        done = run_ingest(nowhere, double.address, SAMPLE, "--text", "body")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert double.address in line
+    assert "check its address and that it runs" in line

@@ -248,6 +248,18 @@ def test_retries_are_bounded():
         assert server.calls == 1 + FAST.max_retries
 
 
+def test_a_call_that_made_no_progress_for_long_is_not_retried():
+    class Down(Behaving):
+        def before(self, fields):
+            raise to_flight_error(errors.DrainingError("shutting down"))
+
+    limits = replace(FAST, stall_timeout_s=0.5, max_retries=1 << 20)
+    with Down() as server, connect(server.uri, transfer=limits) as client:
+        with pytest.raises(errors.DrainingError):
+            client.put(texts(10), "d")
+        assert server.calls > 1
+
+
 def test_rows_that_cannot_be_known_are_not_sent_again():
     class Down(Behaving):
         def before(self, fields):
