@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import counted, grouped, print_json, print_table, styled
+from fletcher.cli.terminal import counted, grouped, index_share, print_json, print_table, styled
 from fletcher.config.option import GIB
 from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 NEEDED_DISK_BYTES = 1 * GIB
 # Memory that the process needs in addition to `max_memory`: interpreter, libraries, one model.
 OWN_MEMORY_BYTES = 1 * GIB
+# Time in which the index of a store grows if rows are being indexed.
+INDEX_GROWS_S = 3.0
 
 _OPTIONS = (
     *("store", "model", "device", "backend", "precision", "threads", "max_batch_tokens", "home"),
@@ -280,6 +283,7 @@ def _self_check(config: ServeConfig, chosen: Decision) -> Iterator[_Found]:
 def _stores(config: ServeConfig) -> Iterator[_Found]:
     from fletcher.stores.address import folder_of, open_store
     from fletcher.stores.base import total_rows
+    from fletcher.stores.longbow_trouble import index_trouble
 
     for name, address in config.store_addresses.items():
         folder = folder_of(address)
@@ -290,12 +294,21 @@ def _stores(config: ServeConfig) -> Iterator[_Found]:
         try:
             with contextlib.closing(open_store(address, timeout_s=10.0)) as store:
                 datasets = store.datasets()
+                earlier = {info.name: info for info in datasets}
+                if any(index_trouble(None, info) for info in datasets):
+                    time.sleep(INDEX_GROWS_S)
+                    datasets = store.datasets()
         except FletcherError as error:
             fix = "start the store, or correct its address"
             yield name, "broken", f"{address}: {error.message}", fix
         else:
             rows = counted(total_rows(datasets), "rows")
             yield name, "ok", f"{address}: {len(datasets)} datasets, {rows}"
+            for info in datasets:
+                trouble = index_trouble(earlier.get(info.name), info)
+                if trouble is not None:
+                    share = index_share(info.num_rows, info.num_indexed)
+                    yield f"{name}/{info.name}", "note", share, trouble
 
 
 def _print(findings: list[Finding]) -> None:

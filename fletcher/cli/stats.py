@@ -9,7 +9,7 @@ from fletcher.cli.command_line import command
 from fletcher.cli.connection import RemoteServer, server_options
 from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import grouped, print_json, print_table
+from fletcher.cli.terminal import grouped, index_share, print_json, print_table
 
 # Suffixes of the counters `fletcher.rows.*`, in the order of printing.
 _ROWS = ("received", "stored", "failed", "deduplicated")
@@ -43,6 +43,10 @@ def _lines(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, store in stats["stores"].items():
         said = f"{store['state']}, {store['outages']} outages, pace {store['pace']:.0%}"
         yield "stores", f"{name}: {said}"
+        for dataset, numbers in store.get("datasets", {}).items():  # not of earlier releases
+            yield "stores", f"{name}/{dataset}: {index_share(numbers['rows'], numbers['indexed'])}"
+            if numbers["trouble"]:
+                yield "stores", f"-> {numbers['trouble']}"
     for model in stats["models"]:
         said = f"{model['state']}, {model['calls']} calls, {human(model['memory_bytes'])}B"
         yield "models", f"{model['name']}@{model['hash']}: {said}"

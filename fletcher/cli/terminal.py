@@ -46,6 +46,13 @@ def counted(number: int | None, what: str = "") -> str:
     return f"{'unknown' if number is None else f'{number:,}'} {what}".rstrip()
 
 
+def index_share(rows: int | None, indexed: int | None) -> str:
+    """Number of a dataset's rows, and the share that the store's index has."""
+    if rows is None or indexed is None:
+        return f"{counted(rows, 'rows')}, {counted(indexed)} indexed"
+    return f"{rows:,} rows, {indexed:,} indexed ({min(indexed / max(rows, 1), 1):.0%})"
+
+
 def say(line: str) -> None:
     """Print a message to standard error, which keeps it apart from the results."""
     print(printable(line), file=sys.stderr, flush=True)

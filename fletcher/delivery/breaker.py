@@ -164,6 +164,10 @@ class Breaker:
         with self._lock:
             return None if self._retry_at is None else self._since
 
+    def unavailability(self) -> float:
+        """1 while the store is unavailable, else 0."""
+        return float(self.unavailable_since is not None)
+
     def snapshot(self) -> dict[str, Any]:
         """State for the `stats` action."""
         with self._lock:

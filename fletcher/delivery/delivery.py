@@ -28,6 +28,7 @@ from fletcher.delivery.journal.writer import journaled_rows
 from fletcher.delivery.opening import UploadOpener
 from fletcher.delivery.recovery import DatasetPlace, Recovery, places_with_rows
 from fletcher.delivery.sink import DatasetSink
+from fletcher.delivery.store_survey import StoreSurvey
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload, UploadKey, UploadTerms
 from fletcher.delivery.upload_registry import UploadRegistry
@@ -79,10 +80,11 @@ class Delivery:
         )
         self._recovery = Recovery(self._recover_dataset, self._timing.retry)
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
+        self._surveys = {name: StoreSurvey(name, store) for name, store in stores.items()}
         telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
         telemetry.queue_depth.observe(self._num_waiting_rows, stage="rows")
         for name, breaker in self._breakers.items():
-            telemetry.store_away.observe(partial(_unavailability, breaker), store=name)
+            telemetry.store_away.observe(breaker.unavailability, store=name)
             telemetry.store_append_share.observe(partial(self._append_share, name), store=name)
 
     def store(self, name: str | None) -> tuple[str, Store]:
@@ -248,9 +250,10 @@ class Delivery:
 
     def statistics(self) -> dict[str, Any]:
         """Each store's state, for the `stats` action."""
+        found = {name: survey.statistics() for name, survey in self._surveys.items()}
         return {
-            name: {**breaker.snapshot(), "pace": self._append_share(name)}
-            for name, breaker in self._breakers.items()
+            name: {**one.snapshot(), "pace": self._append_share(name), "datasets": found[name]}
+            for name, one in self._breakers.items()
         }
 
     def flush(self, timeout_s: float) -> bool:
@@ -392,7 +395,3 @@ class Delivery:
 
     def _num_waiting_rows(self) -> int:
         return sum(sink.committer.num_waiting_rows for sink in self._all_sinks())
-
-
-def _unavailability(breaker: Breaker) -> float:
-    return float(breaker.unavailable_since is not None)

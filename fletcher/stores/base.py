@@ -36,6 +36,7 @@ class StoreCapabilities:
         outputs: Kinds of `vector` that are stored and searched, as in VectorSpec.
         overwrite: A dataset can be replaced for good.
         nanosecond_times: All times are kept in nanoseconds, so only those from 1677 to 2262.
+        index_lags: The store's own searches find rows only some time after they were stored.
     """
 
     dtypes: tuple[str, ...]
@@ -47,6 +48,7 @@ class StoreCapabilities:
     outputs: tuple[str, ...] = ("dense",)
     overwrite: bool = True
     nanosecond_times: bool = False
+    index_lags: bool = False
 
 
 @dataclass(frozen=True, slots=True)

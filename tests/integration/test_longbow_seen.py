@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.cli import main
+from fletcher.cli import doctor, main
+from fletcher.stores import longbow_trouble
 from fletcher.stores.address import open_store
 from fletcher.stores.staging import staged_name
 from tests.doubles import store_rows as rows
@@ -96,3 +97,30 @@ def test_a_server_answers_true_rows_or_none(
             assert client.get_flight_info(path).total_records == number
             assert [info.total_records for info in client.list_flights()] == [number]
             assert client.get_schema(path).schema.field("id").type == pa.utf8()
+
+
+def test_doctor_and_stats_show_rows_that_the_index_lost(
+    double: LongbowDouble,
+    start_server: StartServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "INDEX_GROWS_S", 0.01)
+    monkeypatch.setattr(longbow_trouble, "AUTO_SHARDING_ROWS", 14)
+    where = ["--store", double.address, "--home", str(tmp_path)]
+    server = start_server(store=(double.address,))
+    assert "default/d: 15 rows, 15 indexed (100%)" in shown(
+        capsys, "stats", "--server", server.address
+    )
+    double.num_unindexed = 12
+    findings = json.loads(shown(capsys, "doctor", "--json", *where))["findings"]
+    assert [one for one in findings if one["part"] == "stores"][1:] == [
+        {
+            "part": "stores",
+            "name": "default/d",
+            "state": "note",
+            "value": "15 rows, 3 indexed (20%)",
+            "fix": longbow_trouble.LOST,
+        }
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +45,9 @@ def test_rows_are_widened_and_lose_nothing(double, store, caplog):
     assert store.capabilities.dtypes == ("float32",)
     assert not store.capabilities.drops_repeated_keys
     for _ in range(2):
-        writer = store.open_writer("d", rows.schema(), "append")
+        with closing(store.open_writer("d", rows.schema(), "append")):
+            pass
+    writer = store.open_writer("d", rows.schema(), "append")
     writer.append([rows.batch(0, 10), rows.batch(10, 5)])
     writer.append([rows.batch(15, 5)])
     writer.close()

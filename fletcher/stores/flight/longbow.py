@@ -25,6 +25,7 @@ CAPABILITIES = StoreCapabilities(
     counts_groups=True,
     overwrite=False,
     nanosecond_times=True,
+    index_lags=True,
 )
 _TIMESTAMP = pa.timestamp("ns")
 

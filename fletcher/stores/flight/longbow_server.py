@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from weakref import WeakSet
 
 import pyarrow as pa
 
@@ -53,6 +54,7 @@ class LongbowServer(Store):
         self._reader = LongbowReader(connection)
         self._datasets = LongbowDatasets(connection)
         self._widening_logged = False
+        self._writers: WeakSet[LongbowWriter] = WeakSet()
 
     @property
     def capabilities(self) -> StoreCapabilities:
@@ -73,7 +75,9 @@ class LongbowServer(Store):
         stored = self._datasets.read_schema(dataset)
         if stored is not None:
             check_compatible(dataset, stored, narrow)
-        return LongbowWriter(self._connection, dataset, narrow, self._count_keys)
+        writer = LongbowWriter(self._connection, dataset, narrow, self._count_keys)
+        self._writers.add(writer)
+        return writer
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets with rows, and the staged datasets of earlier releases."""
@@ -124,6 +128,8 @@ class LongbowServer(Store):
         return self._reader.search(dataset, vector, k=k, columns=columns, filters=filters)
 
     def close(self) -> None:
+        for writer in list(self._writers):
+            writer.close()
         self._connection.close()
 
     def delete_dataset(self, name: str) -> None:

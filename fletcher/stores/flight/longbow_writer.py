@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from fletcher.stores.base import Comparison, DatasetWriter, Filters
 from fletcher.stores.flight.connection import FlightConnection
+from fletcher.stores.flight.exclusive import lock_dataset
 from fletcher.stores.flight.longbow import longbow_batch, without_stored
 from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
 from fletcher.stores.schemas import num_group_rows
@@ -43,6 +44,7 @@ class LongbowWriter(DatasetWriter):
         self._stored: Counter[str] = Counter()
         self._use_put = False
         self._exchange_proven = False
+        self._lock = lock_dataset(connection.address.data, dataset)
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """See `DatasetWriter.append`. A failure may leave a group partly stored."""
@@ -73,7 +75,8 @@ class LongbowWriter(DatasetWriter):
         return missing
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Release the dataset's lock."""
+        self._lock.release()
 
     def _send_rows(self, rows: pa.RecordBatch) -> bool:
         if not self._use_put:

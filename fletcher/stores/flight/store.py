@@ -107,8 +107,8 @@ class FlightStore(Store):
         self._server.delete_dataset(name)
 
     def close(self) -> None:
-        """Close the connections. Idempotent."""
-        self._connection.close()
+        """Close a Longbow's writers, and the connections. Idempotent."""
+        (self._found or self._connection).close()
 
     def _find_server(self) -> FletcherServer | LongbowServer:
         address = self._connection.address

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fletcher.util.locks import FileLock
+from fletcher.util.locks import FileLock, NameLock
 
 HOLD = """
 import sys
 from pathlib import Path
-from fletcher.util.locks import FileLock
+from fletcher.util.locks import FileLock, NameLock
 lock = FileLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
+HOLD_NAME = HOLD.replace("FileLock(Path(sys.argv[1]))", "NameLock(sys.argv[1:])")
 
 
 @pytest.fixture
@@ -147,3 +148,40 @@ def test_a_lock_file_that_cannot_be_removed_stays_and_is_unlocked(path, monkeypa
         failing.setattr(Path, "unlink", fail)
         lock.remove()
     FileLock(path).release()
+
+
+def test_a_name_has_one_lock_at_a_time_even_in_one_process():
+    lock = NameLock(["test a", "test b"])
+    for names in (["test a"], ["test c", "test b"]):
+        with pytest.raises(BlockingIOError, match=r"test [ab] is locked"):
+            NameLock(names)
+    NameLock(["test c"]).release()  # a refused lock holds no name
+    lock.release()
+    lock.release()
+    again = NameLock(["test a"])
+    NameLock(["test b"]).release()
+    del again  # its holder forgot it
+    NameLock(["test a"]).release()
+
+
+def test_a_killed_process_loses_its_names():
+    argv = [sys.executable, "-c", HOLD_NAME, "test killed"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(BlockingIOError):
+                NameLock(["test killed"])
+        finally:
+            holder.kill()
+        holder.wait()
+        NameLock(["test killed"]).release()
+
+
+def test_programs_that_the_holder_starts_do_not_hold_its_names():
+    with subprocess.Popen(["sleep", "60"], close_fds=False) as before:
+        lock = NameLock(["test child"])
+        with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
+            lock.release()
+            NameLock(["test child"]).release()
+            child.kill()
+        before.kill()

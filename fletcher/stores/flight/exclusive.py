@@ -1,0 +1,45 @@
+"""Lock of a dataset of a Longbow, which itself lets several writers write."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from fletcher.errors import StoreUnavailableError
+from fletcher.net.address import FlightAddress
+from fletcher.util.locks import NameLock
+
+
+def lock_dataset(address: FlightAddress, dataset: str) -> NameLock:
+    """Lock a dataset of a store for writing, among the processes of this machine.
+
+    Two writers would not know of each other's rows, and would store a row of the same upload twice.
+    Names of the host that resolve to the same IP address are the same store.
+
+    Raises:
+        StoreUnavailableError: Another writer holds the lock, or it cannot be taken.
+    """
+    try:
+        return NameLock(f"{host} {address.port} {dataset}" for host in _hosts(address))
+    except BlockingIOError as error:
+        raise StoreUnavailableError(
+            f"dataset `{dataset}` is being written by another process or upload of this machine; "
+            "wait for it to end, or let both write through one server",
+            field="dataset",
+            retry_after_ms=1000,
+        ) from error
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
+            field="dataset",
+        ) from error
+
+
+def _hosts(address: FlightAddress) -> set[str]:
+    """IP addresses of a store's host; all of the loopback interface are one."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except OSError:  # the connection names the problem
+        return {address.host}
+    hosts = {str(one[4][0]).partition("%")[0] for one in found}
+    return {"loopback" if ipaddress.ip_address(one).is_loopback else one for one in hosts}

@@ -1,0 +1,32 @@
+"""Signs of trouble in a Longbow, and remedies. docs/longbow.md explains them."""
+
+from __future__ import annotations
+
+from fletcher.stores.base import DatasetInfo
+
+# Number of rows from which Longbow's auto-sharding replaces a dataset's index.
+AUTO_SHARDING_ROWS = 10_000
+LOST = (
+    "auto-sharding lost rows from Longbow's index: start Longbow with "
+    "LONGBOW_AUTO_SHARDING_ENABLED=false, which indexes all rows anew. `fletcher search` finds all "
+    "rows meanwhile"
+)
+BEHIND = "Longbow's own searches find only indexed rows; `fletcher search` finds all rows"
+
+
+def index_trouble(earlier: DatasetInfo | None, now: DatasetInfo) -> str | None:
+    """Trouble with a dataset's index, and the remedy; None without trouble.
+
+    Args:
+        earlier: The dataset some seconds ago, if known. Only an index that does not grow has lost
+            rows.
+        now: The dataset.
+    """
+    rows, indexed = now.num_rows, now.num_indexed
+    if rows is None or indexed is None or indexed >= rows:
+        return None
+    stands_still = earlier is not None and (earlier.num_rows, earlier.num_indexed) == (
+        rows,
+        indexed,
+    )
+    return LOST if stands_still and rows > AUTO_SHARDING_ROWS else BEHIND
