@@ -138,9 +138,9 @@ class EmbeddedStore(Store):
 
     @contextmanager
     def locked_to_its_end(self, dataset: str) -> Iterator[None]:
-        """Lock a dataset that the block deletes or renames. Then its lock's file goes, too.
+        """Lock a dataset that the block deletes or renames; the lock's file goes, too.
 
-        So do those of other staged datasets of the same dataset that are gone: a process that was
+        So do those of other staged datasets of the same dataset that are gone. A process that is
         killed leaves the file behind.
         """
         lock = self.lock_dataset(dataset)
