@@ -151,7 +151,7 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
     from fletcher.delivery.journal import segment as files
-    from fletcher.delivery.journal.root import journal_folders
+    from fletcher.delivery.journal.root import journal_folders, paths_in
 
     states = {
         files.WAITING: "waits",
@@ -161,7 +161,7 @@ def _files(root: Path) -> Iterator[dict[str, Any]]:
         files.TORN: "torn",
     }
     for store, dataset, folder in journal_folders(root):
-        paths = (one for one in folder.iterdir() if one.suffix in states)
+        paths = (one for one in paths_in(folder) if one.suffix in states)
         for path, segment in sorted(files.read_segments(paths), key=lambda one: one[0]):
             described = _describe(segment, states[path.suffix])
             yield {"dataset": dataset, "store": store, "file": path.name, **described}

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.delivery.journal.root import journal_folders
+from fletcher.delivery.journal.root import journal_folders, paths_in
 from fletcher.delivery.journal.segment import REJECTED, WAITING, Segment, read_segments
 from tests.faults.callsites import Control, Fault
 from tests.faults.launching import Forking, Process
@@ -174,7 +174,8 @@ class Run:
         self._check(NUM_ROWS, vectors)
         stored = self._num_stored()
         _require(stored == num_rows, f"{stored} of {num_rows} rows are stored at the end")
-        rejected = list(self._home.glob(f"journal/*/*/*{REJECTED}"))
+        folders = [folder for _, _, folder in journal_folders(self._home / "journal")]
+        rejected = [path for one in folders for path in paths_in(one) if path.suffix == REJECTED]
         _require(not rejected, "rows were rejected for good")
         return True
 

@@ -59,9 +59,17 @@ def folder_name(address: str) -> str:
 
 def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield each journal under `root`: its store's folder name, dataset and folder."""
-    for store in sorted(path for path in root.glob("*") if path.is_dir()):
-        for folder in sorted(path for path in store.glob("*") if path.is_dir()):
+    for store in filter(Path.is_dir, paths_in(root)):
+        for folder in filter(Path.is_dir, paths_in(store)):
             yield store.name, folder.name, folder
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """The sorted content of a folder, none if it is gone: a server deletes empty journals."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ def survey_journals(root: Path) -> list[JournalContent]:
     """
     found = []
     for store, dataset, folder in journal_folders(root):
-        paths = list(folder.iterdir())
+        paths = paths_in(folder)
         if paths:
             waits = any(path.suffix == WAITING for path in paths)
             rejected = sum(path.stat().st_size for path in paths if path.suffix == REJECTED)

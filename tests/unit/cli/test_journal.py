@@ -43,6 +43,15 @@ def test_an_empty_journal(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "there is no journal" in capsys.readouterr().err
 
 
+def test_a_journal_that_its_server_deletes_meanwhile_is_empty(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = lambda _: iter([("lance-0", "d", folder)])  # noqa: E731
+    monkeypatch.setattr("fletcher.delivery.journal.root.journal_folders", gone)
+    assert main(["journal", "status"]) == 0
+    assert "empty" in capsys.readouterr().out
+
+
 def test_the_journal_of_another_home(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
