@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fletcher.errors import DrainingError
+from fletcher.errors import DrainingError, FletcherError
 
 
 class MemoryBudget:
@@ -94,7 +94,7 @@ class Allowance:
         self._used = 0
         self._kept = 0
         self._rows = 0
-        self._closed = False
+        self._closed: FletcherError | None = None  # what waiting threads get
 
     @property
     def max_row_bytes(self) -> int:
@@ -111,7 +111,7 @@ class Allowance:
         with budget._changed:
             budget._tables_used -= self._kept
             free = budget._tables_bytes - budget._tables_used
-            granted = num_bytes <= free and not self._closed
+            granted = num_bytes <= free and self._closed is None
             self._kept = num_bytes if granted else 0
             budget._tables_used += self._kept
             return granted
@@ -124,35 +124,37 @@ class Allowance:
         free the memory that `MemoryBudget.spare` sets aside.
 
         Raises:
-            DrainingError: The stream was closed while waiting.
+            FletcherError: The stream was closed: the error given to `close`.
         """
         budget = self._budget
         with budget._changed:
-            if not self._closed and not self._fits(num_bytes, bulk=bulk):
+            if self._closed is None and not self._fits(num_bytes, bulk=bulk):
                 budget._waiting[self] = budget._clock()
                 try:
-                    while not self._closed and not self._fits(num_bytes, bulk=bulk):
+                    while self._closed is None and not self._fits(num_bytes, bulk=bulk):
                         budget._changed.wait()
                 finally:
                     budget._waiting.pop(self, None)
-            if self._closed:
-                raise DrainingError("the stream was closed")
+            if self._closed is not None:
+                raise self._closed
             self._add(num_bytes)
 
     def grow_row(self, num_bytes: int) -> None:
         """Waits until the stream's incomplete row may hold `num_bytes` in total.
 
-        `num_bytes` is at most `max_row_bytes`; 0 gives the row up. Raises DrainingError if the
-        stream is closed.
+        `num_bytes` is at most `max_row_bytes`; 0 gives the row up. Raises the error given to
+        `close` if the stream is closed.
         """
         budget = self._budget
         with budget._changed:
-            if num_bytes and not self._closed:
+            if num_bytes and self._closed is None:
                 budget._growing.setdefault(self, 0)
                 budget._changed.notify_all()  # this may admit an `acquire` of the stream
-                budget._changed.wait_for(lambda: self._closed or self._may_grow(num_bytes))
-            if self._closed:
-                raise DrainingError("the stream was closed")
+                budget._changed.wait_for(
+                    lambda: self._closed is not None or self._may_grow(num_bytes)
+                )
+            if self._closed is not None:
+                raise self._closed
             self._add_row(num_bytes - budget._growing.get(self, 0))
             if num_bytes:
                 budget._growing[self] = num_bytes
@@ -177,17 +179,20 @@ class Allowance:
         Does nothing after `close`.
         """
         with self._budget._changed:
-            if not self._closed:
+            if self._closed is None:
                 self._add(-num_bytes)
                 self._add_row(-row_bytes)
                 self._budget._changed.notify_all()
 
-    def close(self) -> None:
-        """Gives all memory of the stream back and wakes a waiting `acquire`. Idempotent."""
+    def close(self, error: FletcherError | None = None) -> None:
+        """Gives all memory of the stream back and wakes a waiting `acquire`. Idempotent.
+
+        `error`: raised by `acquire` and `grow_row` from now on; None: a DrainingError.
+        """
         with self._budget._changed:
-            if not self._closed:
+            if self._closed is None:
                 self._add(-self._used)
-                self._closed = True
+                self._closed = error or DrainingError("the stream was closed")
                 self._budget._tables_used -= self._kept
                 self._kept = 0
                 self._add_row(-self._rows)

@@ -166,10 +166,7 @@ class EmbedStream:
         Raises:
             FletcherError: The stream was closed: the error given to `close`, or a DrainingError.
         """
-        try:
-            self.allowance.acquire(num_bytes, bulk=priority == "bulk")
-        except DrainingError as error:
-            raise self._cut_off or error from None
+        self.allowance.acquire(num_bytes, bulk=priority == "bulk")
         try:
             self._add_ticket(StreamTicket(self, texts, context, num_bytes, priority))
         except BaseException as error:  # else `results` would wait for a ticket that nobody has
@@ -248,14 +245,14 @@ class EmbedStream:
 
         `error`: raised by `submit` and `results` from now on; None: a DrainingError.
         """
+        stopped = error or DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
         with self._changed:
             self.closed = True
             if self._cut_off is None and (self._tickets or not self._ended):
-                stopped = DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
-                self._cut_off = error or stopped
+                self._cut_off = stopped
             self._tickets.clear()
             self._changed.notify_all()
-        self.allowance.close()
+        self.allowance.close(stopped)
         if not self._dropped:
             self._on_close(self)
             self._dropped = True

@@ -7,7 +7,8 @@ import logging
 import os
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,6 +77,10 @@ class EmbeddedStore(Store):
         """Names of the folder's datasets, staged ones included."""
 
     @abstractmethod
+    def dataset_folder(self, name: str) -> Path:
+        """The folder of a dataset, whether it exists or not."""
+
+    @abstractmethod
     def read_schema(self, name: str) -> pa.Schema | None:
         """A dataset's schema; None if it does not exist."""
 
@@ -130,6 +135,27 @@ class EmbeddedStore(Store):
                 f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
                 field="dataset",
             ) from error
+
+    @contextmanager
+    def locked_to_its_end(self, dataset: str) -> Iterator[None]:
+        """Lock a dataset that the block deletes or renames; the lock's file goes, too.
+
+        So do those of other staged datasets of the same dataset that are gone. A process that is
+        killed leaves the file behind.
+        """
+        lock = self.lock_dataset(dataset)
+        try:
+            yield
+        finally:
+            if self.dataset_folder(dataset).exists():
+                lock.release()
+            else:
+                lock.remove()
+        for path in self.folder.glob(f".{staged_for(dataset)}.staged-*.lock"):
+            name = path.name[1:].removesuffix(".lock")
+            if not self.dataset_folder(name).exists():
+                with suppress(StoreUnavailableError):  # the dataset is being made
+                    self.lock_dataset(name).remove()
 
     def close(self) -> None:
         for writer in list(self.writers):

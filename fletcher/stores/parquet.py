@@ -101,6 +101,9 @@ class ParquetStore(EmbeddedStore):
             undo.pop_all()
         return writer
 
+    def dataset_folder(self, name: str) -> Path:
+        return self.folder / name
+
     def dataset_names(self) -> Iterator[str]:
         # While a dataset is replaced, only its pointer may be there.
         pointed = (
@@ -133,14 +136,13 @@ class ParquetStore(EmbeddedStore):
         A pointer file names the staged folder. From then on it is the dataset, while the folders
         are renamed. Whoever opens the dataset for writing next finishes an interrupted replacement.
         """
-        with self.lock_dataset(name), self.lock_dataset(staged) as lock, _disk_errors(name):
+        with self.lock_dataset(name), self.locked_to_its_end(staged), _disk_errors(name):
             if self._current(name) == self.folder / name:  # else it was interrupted
                 if self.read_schema(staged) is None:
                     raise unknown_dataset(staged)
                 sync_path(self.folder / staged)
                 write_atomically(self._pointer(name), staged)
             self._finish_replacement(name)
-            lock.remove()
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
@@ -177,12 +179,11 @@ class ParquetStore(EmbeddedStore):
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
-        with self.lock_dataset(name) as lock, _disk_errors(name):
+        with self.locked_to_its_end(name), _disk_errors(name):
             self._finish_replacement(name)
             self._schema(name)
             shutil.rmtree(self.folder / name)
             sync_path(self.folder)
-            lock.remove()
 
     @contextmanager
     def _named_damage(self, dataset: str) -> Iterator[None]:

@@ -54,7 +54,8 @@ def put_in_place(folder: Path, target: Path) -> None:
     """Rename a folder to `target` durably; an old `target` gets the folder's name.
 
     Both names change at once, so `target` is a complete folder at any time, and after a crash. On a
-    file system that cannot exchange names, a crash between two renames can leave no `target`.
+    file system that cannot exchange names, a crash between two renames can leave no `target`, and
+    the old one as `FOLDER.old`.
 
     Raises:
         OSError: A folder cannot be renamed.
@@ -64,7 +65,11 @@ def put_in_place(folder: Path, target: Path) -> None:
     elif not _exchange(folder, target):
         aside = folder.with_name(f"{folder.name}.old")
         target.rename(aside)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
         aside.rename(folder)
     sync_path(target.parent)
 

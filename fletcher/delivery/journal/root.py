@@ -65,7 +65,7 @@ def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def paths_in(folder: Path) -> list[Path]:
-    """The sorted content of a folder, none if it is gone: a server deletes empty journals."""
+    """The sorted content of a folder; none if it is gone, as servers delete journals."""
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:

@@ -202,6 +202,10 @@ class Registry:
         *,
         replace: bool = False,
     ) -> ModelBundle:
+        target = self._folder / name
+        for aside in self._folder.glob(f".staging-{name}~*.old"):
+            if not target.exists():  # a process was killed while it replaced the bundle
+                aside.rename(target)
         for abandoned in self._folder.glob(f".staging-{name}~*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}~", dir=self._folder))

@@ -131,6 +131,11 @@ def note_synced(folder: Path, version: int) -> None:
             os.close(file)
 
 
+def is_noted_synced(folder: Path, version: int) -> bool:
+    """Whether a version is noted as being on disk."""
+    return version > 0 and _read_synced(folder) == version
+
+
 def _read_synced(folder: Path) -> int | None:
     try:
         return int((folder / _SYNCED).read_bytes())

@@ -123,9 +123,9 @@ class LanceStore(EmbeddedStore):
                     fields = [field.with_nullable(True) for field in schema]
                     stored = pa.schema(fields, metadata=schema.metadata)
                     stored = with_incarnation(dataset, stored)
-                    prepare_table(self.folder / f"{dataset}.lance")
+                    prepare_table(self.dataset_folder(dataset))
                     table = self._database.create_table(dataset, schema=stored)
-                pinned = PinnedTable(self.folder / f"{dataset}.lance", self._connect)
+                pinned = PinnedTable(self.dataset_folder(dataset), self._connect)
                 undo.callback(pinned.close)
                 if not pinned.table.schema.equals(table.schema, check_metadata=True):
                     raise table_gone(dataset)
@@ -135,6 +135,9 @@ class LanceStore(EmbeddedStore):
             self._replaced.discard(dataset)
             undo.pop_all()
         return writer
+
+    def dataset_folder(self, name: str) -> Path:
+        return self.folder / f"{name}.lance"
 
     def dataset_names(self) -> Iterator[str]:
         return (path.stem for path in self.folder.glob("*.lance") if path.is_dir())
@@ -160,7 +163,7 @@ class LanceStore(EmbeddedStore):
         Readers of the old version keep their files for a while, as with any commit. A dataset that
         does not exist yet gets the files themselves.
         """
-        with self.lock_dataset(name), self.lock_dataset(staged) as lock, lance_errors(name):
+        with self.lock_dataset(name), self.locked_to_its_end(staged), lance_errors(name):
             self._repair(staged)
             new = self._open_table(staged)
             if new is None:
@@ -169,13 +172,12 @@ class LanceStore(EmbeddedStore):
             with contextlib.suppress(StoreUnavailableError):  # it is damaged
                 self._repair(name)
                 old = self.incarnation(name)
-            folder = self.folder / f"{name}.lance"
+            folder = self.dataset_folder(name)
             if not folder.exists():
                 self._synced(staged).sync_new_files(settled=True)
-                (self.folder / f"{staged}.lance").rename(folder)
+                self.dataset_folder(staged).rename(folder)
                 self._whole.pop(staged, None)
                 sync_path(self.folder)
-                lock.remove()
                 return
             if old is None or old != incarnation_of(new.schema):
                 rows = new.search().to_batches(_scan_rows(new.schema))
@@ -194,7 +196,6 @@ class LanceStore(EmbeddedStore):
                 self.known_whole.add(name)
                 self._replaced.add(name)
             self._drop(staged)
-            lock.remove()
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
@@ -247,7 +248,7 @@ class LanceStore(EmbeddedStore):
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
-        with self.lock_dataset(name) as lock, lance_errors(name):
+        with self.locked_to_its_end(name), lance_errors(name):
             try:
                 known = self._open_table(name) is not None
             except StoreUnavailableError:  # it is damaged
@@ -255,7 +256,6 @@ class LanceStore(EmbeddedStore):
             if not known:
                 raise unknown_dataset(name)
             self._drop(name)
-            lock.remove()
 
     def close(self) -> None:
         super().close()
@@ -264,7 +264,7 @@ class LanceStore(EmbeddedStore):
 
     def _drop(self, name: str) -> None:
         """Delete a table. A crash midway may leave files, but never a damaged table."""
-        folder = self.folder / f"{name}.lance"
+        folder = self.dataset_folder(name)
         with contextlib.suppress(FileNotFoundError):
             (folder / "_versions").rename(folder / "_versions.deleted")
         shutil.rmtree(folder)
@@ -280,11 +280,11 @@ class LanceStore(EmbeddedStore):
         """
         self.known_whole.discard(name)
         with lance_errors(name):
-            set_torn_versions_aside(self.folder / f"{name}.lance", self._whole[name])
+            set_torn_versions_aside(self.dataset_folder(name), self._whole[name])
         self.known_whole.add(name)
 
     def _synced(self, name: str) -> SyncedFolder:
-        return SyncedFolder(self.folder / f"{name}.lance", self.known_whole)
+        return SyncedFolder(self.dataset_folder(name), self.known_whole)
 
     def _open_table(self, name: str) -> Any | None:
         """A table at its newest complete version; None if it does not exist.
@@ -293,7 +293,7 @@ class LanceStore(EmbeddedStore):
             InvalidCommandError: Fletcher did not write the table.
             StoreUnavailableError: The table is damaged.
         """
-        folder = self.folder / f"{name}.lance"
+        folder = self.dataset_folder(name)
         # A table without a manifest is being created, or its creator died.
         if not any((folder / "_versions").glob("*.manifest")):
             return None

@@ -8,7 +8,12 @@ import threading
 from pathlib import Path
 
 from fletcher.errors import StoreUnavailableError
-from fletcher.stores.lance.repair import find_defect, newest_version, note_synced
+from fletcher.stores.lance.repair import (
+    find_defect,
+    is_noted_synced,
+    newest_version,
+    note_synced,
+)
 from fletcher.util.durable import sync_path
 
 
@@ -29,7 +34,8 @@ class SyncedFolder:
     def sync_new_files(self, *, settled: bool) -> None:
         """Sync new files, then the folders that hold them.
 
-        Lance changes no file in place except its version hint, which it does not need.
+        Lance changes no file in place except its version hint, which it does not need. The first
+        call syncs no file if the newest version is noted as synced.
 
         Args:
             settled: Whether nothing else writes to the table now. If false, a new file may be
@@ -42,6 +48,13 @@ class SyncedFolder:
         """
         with self._mutex:
             version, manifest = newest_version(self._folder)
+            if settled and not self._synced and is_noted_synced(self._folder, version):
+                self._synced = {
+                    f"{folder}/{name}"
+                    for folder, folders, names in os.walk(self._folder)
+                    for name in (*folders, *names)
+                }
+                return
             present = set()
             changed: set[str] = set()
             for folder, folders, names in os.walk(self._folder):

@@ -383,6 +383,15 @@ def overwrite(delivery: Delivery, first: int, num_rows: int, upload_id: str = "u
     return upload
 
 
+def complete_again(delivery: Delivery, terms: EmbedCommand, num_rows: int) -> None:
+    """Resume an upload, all of whose rows are stored, to its end."""
+    upload, sink = delivery.open_upload(terms, SCHEMA)
+    assert upload.claim_rows(0, num_rows - 1) == []
+    upload.announce_total(num_rows)
+    delivery.complete_upload(terms, upload, sink)
+    assert upload.complete
+
+
 def test_an_overwrite_takes_effect_once_it_is_whole() -> None:
     # The dataset was emptied at its beginning.
     store = MemoryStore()
@@ -442,11 +451,7 @@ def test_a_store_that_fails_to_replace_keeps_the_old_rows() -> None:
         assert ids(store) == list(range(3))
         store.down = None
     with delivering(store) as delivery:
-        upload, sink = delivery.open_upload(terms, SCHEMA)
-        assert upload.claim_rows(0, 4) == []
-        upload.announce_total(5)
-        delivery.complete_upload(terms, upload, sink)
-        assert upload.complete
+        complete_again(delivery, terms, 5)
     assert ids(store) == list(range(5))
 
 
@@ -470,11 +475,7 @@ def test_a_staged_dataset_that_outlived_its_replacement_is_deleted(
     assert [info.num_rows for info in store.datasets()] == [5]
     assert [info.num_rows for info in store.staged_datasets()] == [5]
     with delivering(store) as delivery:
-        upload, sink = delivery.open_upload(terms, SCHEMA)
-        assert upload.claim_rows(0, 4) == []
-        upload.announce_total(5)
-        delivery.complete_upload(terms, upload, sink)
-        assert upload.complete
+        complete_again(delivery, terms, 5)
         assert store.staged_datasets() == []
         assert [info.num_rows for info in store.datasets()] == [5]
 

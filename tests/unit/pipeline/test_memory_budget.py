@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fletcher.errors import DrainingError
+from fletcher.errors import CancelledError, DrainingError, FletcherError
 from fletcher.pipeline.memory_budget import Allowance, MemoryBudget
 
 
@@ -172,3 +172,33 @@ def test_close_gives_everything_back_and_wakes_a_waiting_acquire() -> None:
     assert budget.statistics()["used_bytes"] == 0
     with pytest.raises(DrainingError):
         stream.acquire(1)
+
+
+@pytest.mark.parametrize("call", ["acquire", "grow_row"])
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_closed_stream_gives_its_reason_to_all_who_ask_for_memory(
+    call: str, *, waiting: bool
+) -> None:
+    # A caller that left while its vectors were assembled was counted as `draining`.
+    budget = MemoryBudget(8000, max_streams=10)
+    other, stream = budget.open_allowance(), budget.open_allowance()
+    other.grow_row(1125)
+    other.acquire(3700)
+    caught: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            getattr(stream, call)(500)
+        except FletcherError as error:
+            caught.append(error)
+
+    if not waiting:
+        stream.close(CancelledError("gone"))
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    if waiting:
+        assert waits(asking)
+        stream.close(CancelledError("gone"))
+    stream.close(DrainingError("the server stopped"))  # the first reason counts
+    asking.join(30)
+    assert [type(error) for error in caught] == [CancelledError]

@@ -443,6 +443,27 @@ def test_a_dataset_with_a_writer_is_not_replaced(store):
     assert store.dataset("d").num_rows == 3
 
 
+def test_lock_files_of_datasets_that_are_gone_go_too(store):
+    # Each kill during an overwrite, and each deletion of an unknown dataset, left one for good.
+    fill(store, rows.batch(0, 10))
+    for upload in ("killed", "waits"):
+        writer = store.open_writer(staged_name("d", upload), rows.schema(), "append")
+        writer.append([rows.batch(0, 1)])
+        writer.close()
+    shutil.rmtree(store.dataset_folder(staged_name("d", "killed")))
+    for unknown in ("e", staged_name("d", "unknown")):
+        with pytest.raises(UnknownDatasetError):
+            store.delete_dataset(unknown)
+    with pytest.raises(UnknownDatasetError):
+        store.replace_dataset("d", staged_name("d", "unknown"))
+    stage(store, rows.batch(0, 3))
+    with FileLock(store.folder / f".{staged_name('d', 'made')}.lock"):  # another one is being made
+        store.replace_dataset("d", STAGED)
+    left = sorted(path.name for path in store.folder.glob(".*.lock"))
+    waiting = [staged_name("d", "waits"), staged_name("d", "made")]
+    assert left == sorted([".d.lock", *(f".{name}.lock" for name in waiting)])
+
+
 @pytest.mark.parametrize("at", range(6))
 def test_a_replacement_that_was_cut_off_is_finished(tmp_path, monkeypatch, at):
     """A Parquet dataset is whole, old or new, after each step."""

@@ -1,8 +1,10 @@
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from fletcher.util import durable
 from fletcher.util.durable import atomic_path, make_folder, sync_path, write_atomically
 
 
@@ -80,3 +82,23 @@ def test_folders_are_made_with_their_parents_and_synced(tmp_path, synced):
 def test_a_path_that_is_missing_cannot_be_synced(tmp_path):
     with pytest.raises(FileNotFoundError):
         sync_path(tmp_path / "no")
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("new", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    rename = Path.rename
+
+    def full(self: Path, other: Path) -> Path:
+        if self.name == "new":
+            raise OSError(errno.ENOSPC, "full")
+        return rename(self, other)
+
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="full"):
+        durable.put_in_place(tmp_path / "new", tmp_path / "target")
+    assert (tmp_path / "target" / "file").read_text() == "target"

@@ -154,6 +154,37 @@ def test_a_kill_at_any_point_leaves_a_complete_model(
     assert registry.verify_model("tiny").hash == second.hash
 
 
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_kill_between_two_renames_destroys_no_model(
+    tmp_path: Path, checkpoint: EditCheckpoint, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A file system that cannot exchange names; then another model is added, which is refused."""
+    registry = Registry(tmp_path / "models")
+    registry.add_model(TINY, progress=ignore)
+    calls: list[object] = []
+
+    def dies(call: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object, **more: object) -> object:
+            calls.append(call)
+            if len(calls) >= number:
+                raise KeyboardInterrupt
+            return call(*arguments, **more)
+
+        return counted
+
+    other = str(checkpoint(config={"hidden_act": "relu"}))
+    with monkeypatch.context() as killed:
+        killed.setattr(durable, "_exchange", lambda *_: False)
+        killed.setattr(Path, "rename", dies(Path.rename))
+        killed.setattr(registry_module.shutil, "rmtree", dies(shutil.rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            registry.add_model(other, name="tiny", replace=True, progress=ignore)
+    refused = str(checkpoint(config={"hidden_act": "unknown"}))
+    with pytest.raises(ModelError, match="unknown"):
+        registry.add_model(refused, name="tiny", replace=True, progress=ignore)
+    assert registry.verify_model("tiny").name == "tiny"
+
+
 def test_a_file_system_that_cannot_exchange_names_is_enough(
     tmp_path: Path, checkpoint: EditCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
