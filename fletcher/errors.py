@@ -16,7 +16,9 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── DimensionMismatchError     dimension_mismatch
 │   ├── ModelMismatchError         model_mismatch
 │   ├── UploadConflictError        upload_conflict
-│   └── NotFiniteError             not_finite
+│   ├── NotFiniteError             not_finite
+│   ├── UnknownIdError             an id that a dataset lacks (code invalid_command)
+│   └── UnsupportedCallError       a call that a server lacks (code invalid_command)
 ├── UnavailableError               the same request may succeed later; its own code: unavailable
 │   ├── OverloadedError            overloaded
 │   ├── DrainingError              draining
@@ -144,6 +146,14 @@ class NotFiniteError(RequestError):
     """A vector with NaN, infinity, or a number that its element type cannot hold."""
 
 
+class UnknownIdError(RequestError, code="invalid_command"):
+    """A dataset has no row with the requested id."""
+
+
+class UnsupportedCallError(RequestError, code="invalid_command"):
+    """A server or port does not offer the call or action."""
+
+
 class UnavailableError(FletcherError):
     """The same request may succeed later.
 
@@ -200,10 +210,11 @@ def _subclasses(kind: type[FletcherError]) -> list[type[FletcherError]]:
     return [kind, *(leaf for child in kind.__subclasses__() for leaf in _subclasses(child))]
 
 
-# Error classes by code: the leaves of the class tree, without those below SetupError.
+# Error classes by code: the leaves of the class tree, without those below SetupError. The first
+# class of a code counts.
 BY_CODE: dict[str, type[FletcherError]] = {
     kind.code: kind
-    for kind in _subclasses(FletcherError)
+    for kind in reversed(_subclasses(FletcherError))
     if not kind.__subclasses__() and not issubclass(kind, SetupError)
 }
 

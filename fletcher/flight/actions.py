@@ -10,7 +10,7 @@ import msgspec
 
 from fletcher.config.model_alias import Alias
 from fletcher.core.command import EmbedCommand
-from fletcher.errors import InvalidCommandError
+from fletcher.errors import InvalidCommandError, UnsupportedCallError
 from fletcher.flight.commands import parse_list_models, refuse_unused
 from fletcher.flight.embed_action import embed
 from fletcher.flight.middleware import upload_owner
@@ -47,12 +47,12 @@ def run_action(service: Service, name: str, body: bytes, caller: Caller) -> byte
     """Run an action and return its answer.
 
     Raises:
-        InvalidCommandError: The server has no such action.
+        UnsupportedCallError: The server has no such action.
         FletcherError: The handler failed.
     """
     action = ACTIONS.get(name)
     if action is None:
-        raise InvalidCommandError(
+        raise UnsupportedCallError(
             f"unknown action {name[:200]!r}; known: {', '.join(ACTIONS)}",
             field="type",
             allowed=list(ACTIONS),

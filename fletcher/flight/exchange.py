@@ -23,7 +23,7 @@ from fletcher.flight.commands import refuse_unused
 from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.net.compression import CallCompression
-from fletcher.net.flight_errors import to_flight_error
+from fletcher.net.flight_errors import HANDLER_ERRORS, StatusError, to_flight_error
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.callers import Caller
 from fletcher.serving.service import Service
@@ -55,7 +55,7 @@ class Ending(AbstractContextManager["Ending"]):
         self._writer = writer
         self._sent = False
 
-    def send_failure(self, error: flight.FlightError) -> None:
+    def send_failure(self, error: flight.FlightError | StatusError) -> None:
         """Send the failure as JSON, at most once; do nothing if the client is gone."""
         if error.extra_info and not self._sent:
             self._sent = True
@@ -63,7 +63,7 @@ class Ending(AbstractContextManager["Ending"]):
                 self._writer.write_metadata(error.extra_info)
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
-        if isinstance(error, flight.FlightError):
+        if isinstance(error, HANDLER_ERRORS):
             self.send_failure(error)
             deadline = time.monotonic() + _CANCEL_WAIT_S
             while not self._context.is_cancelled() and time.monotonic() < deadline:

@@ -13,7 +13,12 @@ from pyarrow import flight
 from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import output_schema
-from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
+from fletcher.errors import (
+    FletcherError,
+    InvalidCommandError,
+    UnknownDatasetError,
+    UnsupportedCallError,
+)
 from fletcher.flight.actions import ACTIONS, run_action
 from fletcher.flight.commands import parse_descriptor
 from fletcher.flight.exchange import Ending, exchange
@@ -28,7 +33,7 @@ from fletcher.net.flight_answers import (
     flight_list,
     schema_result,
 )
-from fletcher.net.flight_errors import handler_errors, without_traceback
+from fletcher.net.flight_errors import handler_errors
 from fletcher.serving.callers import CallWatch
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
@@ -83,27 +88,27 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         admission, watch = self._service.admission, self._callers.watch(context)
-        with self._handling(), admission.begin_call(), watch as caller:
+        with self._handling(context), admission.begin_call(), watch as caller:
             put(self._service, parse_descriptor(descriptor), caller, reader, writer)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         ending, admission = Ending(context, writer), self._service.admission
-        with ending, self._handling(), admission.begin_call():
+        with ending, self._handling(context), admission.begin_call():
             command = parse_descriptor(descriptor)
             with self._callers.watch(context) as caller:
                 exchange(self._service, command, caller, reader, writer, ending)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
-        with self._handling(), self._callers.watch(context) as caller:
+        with self._handling(context), self._callers.watch(context) as caller:
             body = action.body.to_pybytes() if action.body else b""
             return action_results([run_action(self._service, action.type, body, caller)])
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
-        with self._handling():
+        with self._handling(context):
             return action_types({name: action.description for name, action in ACTIONS.items()})
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
-        with self._handling():
+        with self._handling(context):
             delivery = self._service.delivery
             if not delivery.stores:
                 return flight_list([])
@@ -111,39 +116,36 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             return flight_list([_flight_info(info) for info in store.datasets()])
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
-        with self._handling():
+        with self._handling(context):
             return _flight_info(self._dataset(parse_descriptor(descriptor)))
 
     def get_schema(self, context: Any, descriptor: Any) -> Any:
         """Schema of the command's dataset; without a dataset, of a DoExchange's output."""
-        try:
-            with self._handling():
-                command = parse_descriptor(descriptor)
-                if command.dataset is not None:
-                    return schema_result(self._dataset(command).schema)
-                call = EmbedCall(name="get_schema", command=command)
-                with EmbedSession(self._service, call) as session:
-                    spec = session.spec
-                text = bool(command.include_text)
-                return schema_result(output_schema(spec, id_type=pa.utf8(), text=text))
-        except flight.FlightError as error:
-            raise without_traceback(error) from None
+        with self._handling(context, as_status=True):
+            command = parse_descriptor(descriptor)
+            if command.dataset is not None:
+                return schema_result(self._dataset(command).schema)
+            call = EmbedCall(name="get_schema", command=command)
+            with EmbedSession(self._service, call) as session:
+                spec = session.spec
+            text = bool(command.include_text)
+            return schema_result(output_schema(spec, id_type=pa.utf8(), text=text))
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         """Refuse every call.
 
         pyarrow's own error would contain a traceback.
         """
-        with self._handling():
-            raise InvalidCommandError(
+        with self._handling(context):
+            raise UnsupportedCallError(
                 "DoGet is not supported; ask for vectors by DoExchange, and read datasets from "
                 "their store"
             )
 
     @contextmanager
-    def _handling(self) -> Iterator[None]:
-        """Count errors, and raise them as Flight errors."""
-        with handler_errors(log):
+    def _handling(self, context: Any, *, as_status: bool = False) -> Iterator[None]:
+        """Count errors, and raise them as `handler_errors` does."""
+        with handler_errors(context, log, as_status=as_status):
             try:
                 yield
             except BaseException as error:

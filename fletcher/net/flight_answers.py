@@ -78,7 +78,7 @@ def action_types(descriptions: Mapping[str, str]) -> list[tuple[str, str]]:
 def _checked_batches(
     schema: pa.Schema, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    with handler_errors(_log):
+    with handler_errors(None, _log):
         for batch in batches:
             if not _checked(batch, pa.RecordBatch, "batch").schema.equals(schema):
                 raise TypeError("a batch has another schema than the answer")

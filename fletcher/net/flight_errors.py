@@ -1,7 +1,8 @@
-"""The table between Fletcher's errors and Flight's, in both directions.
+"""The table between Fletcher's errors and pyarrow's, in both directions.
 
-Flight's own exceptions carry `extra_info`. If a handler raises any other exception, pyarrow sends
-the server's traceback to the client. So every handler runs inside `handler_errors`.
+Flight's own exceptions carry `extra_info`, and a `StatusError` gets it from `handler_errors`. If a
+handler raises any other exception, pyarrow sends the server's traceback to the client. So every
+handler runs inside `handler_errors`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
@@ -18,11 +20,48 @@ from pyarrow import flight
 from fletcher import errors
 from fletcher.net.trailers import fitted
 
-# An error is looked up by its class, else by the nearest base class. Flight has no exception for a
-# wrong request that can carry `extra_info`. FlightServerError (gRPC UNKNOWN) is used instead,
-# because generic clients do not retry it. Nor can Python code raise RESOURCE_EXHAUSTED.
-FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
-    errors.RequestError: flight.FlightServerError,
+# Trailer of a gRPC call in which pyarrow's clients and servers pass `extra_info`.
+TRAILER = "grpc-status-details-bin"
+
+
+class StatusError(Exception):
+    """An error that pyarrow sends with the gRPC status of its class, here UNKNOWN.
+
+    pyarrow sends its text alone; `handler_errors` adds `extra_info` to the call's trailers. pyarrow
+    would add the traceback to the text. If that cannot be encoded as UTF-8, as here, it adds only
+    the name of the class.
+    """
+
+    def __init__(self, message: str, extra_info: bytes = b"") -> None:
+        super().__init__(message)
+        self.extra_info = extra_info
+        self.add_note("\udc80")  # an unpaired surrogate, which becomes part of the traceback
+
+    __str__ = Exception.__str__  # KeyError puts its text in quotes
+
+
+class InvalidArgumentError(StatusError, ValueError):
+    """gRPC status INVALID_ARGUMENT."""
+
+
+class NotFoundError(StatusError, KeyError):
+    """gRPC status NOT_FOUND."""
+
+
+class UnimplementedError(StatusError, NotImplementedError):
+    """gRPC status UNIMPLEMENTED."""
+
+
+# Exceptions that may leave a handler.
+HANDLER_ERRORS = (flight.FlightError, StatusError)
+# An error is looked up by its class, else by the nearest base class. Python code cannot raise
+# RESOURCE_EXHAUSTED, ALREADY_EXISTS and FAILED_PRECONDITION.
+FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError | StatusError]] = {
+    errors.RequestError: InvalidArgumentError,
+    errors.UnknownDatasetError: NotFoundError,
+    errors.UnknownModelError: NotFoundError,
+    errors.UnknownIdError: NotFoundError,
+    errors.UnsupportedCallError: UnimplementedError,
     errors.UnavailableError: flight.FlightUnavailableError,
     errors.DeadlineExceededError: flight.FlightTimedOutError,
     errors.CancelledError: flight.FlightCancelledError,
@@ -87,23 +126,25 @@ _TAIL = re.compile(
 _LEAD = re.compile(r"^(Flight|gRPC) returned [\w ]+ error, with message: |^Flight error: ")
 
 
-def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
-    """The class of the Flight exception for an error."""
+def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError | StatusError]:
+    """The class of the exception that a handler raises for an error."""
     for kind in type(error).__mro__:
         if kind in FLIGHT_ERRORS:
             return FLIGHT_ERRORS[kind]
     raise LookupError(f"{type(error).__name__} has no row in FLIGHT_ERRORS")
 
 
-def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> flight.FlightError:
-    """The Flight exception that a handler raises for `exc`.
+def to_flight_error(
+    exc: BaseException, log: logging.Logger | None = None
+) -> flight.FlightError | StatusError:
+    """The exception that a handler raises for `exc`.
 
     The result has the message of `exc`, and the result of `to_json` as `extra_info`, both cut to
     what trailers bear. A SetupError,
     or an exception that is not a FletcherError, becomes an `internal` error with an incident id.
     Only the log has its details, under that id.
     """
-    if isinstance(exc, flight.FlightError):
+    if isinstance(exc, HANDLER_ERRORS):
         return exc
     error: errors.FletcherError
     if isinstance(exc, errors.FletcherError) and not isinstance(exc, errors.SetupError):
@@ -120,37 +161,32 @@ def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> fl
     return flight_error_type(error)(error.message, extra_info=error.to_json())
 
 
-def without_traceback(error: flight.FlightError) -> Exception:
-    """The exception to raise in `get_schema`, where pyarrow ignores Flight errors.
-
-    pyarrow sends its message, without a code or `extra_info`. Usually pyarrow adds the traceback.
-    If that cannot be encoded as UTF-8, as here, it adds only the exception's name.
-    """
-    refusal = RefusalError(str(error))
-    refusal.add_note("\udc80")  # an unpaired surrogate, which becomes part of the traceback
-    return refusal
-
-
-class RefusalError(ValueError):
-    """An exception that pyarrow sends as INVALID_ARGUMENT."""
-
-
 @contextmanager
-def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
-    """Convert any exception of a handler to a Flight error.
+def handler_errors(
+    context: Any, log: logging.Logger | None = None, *, as_status: bool = False
+) -> Iterator[None]:
+    """Convert any exception of a handler by `to_flight_error`, and add `extra_info`.
 
-    A panic of a Rust library is converted, too, although it is no `Exception`.
+    A panic of a Rust library is converted, too, although it is no `Exception`. In a generator, use
+    `with` inside the generator.
 
-    Use it in a `with` statement or as a decorator.
-    Do not decorate a generator, as the decorator does not cover the code that runs during its
-    iteration. Use `with` inside the generator.
+    Args:
+        context: The call's context; None if the handler has none. `extra_info` is then sent with
+            Flight errors alone.
+        as_status: Raise only status errors, for `get_schema`: there pyarrow sends Flight errors
+            with a traceback.
     """
     try:
         yield
     except GeneratorExit:  # the reader of a generator stopped early
         raise
-    except BaseException as exc:  # noqa: BLE001 - only Flight errors may leave a handler
-        raise to_flight_error(exc, log) from None
+    except BaseException as exc:  # noqa: BLE001 - only these errors may leave a handler
+        error = to_flight_error(exc, log)
+        if as_status and not isinstance(error, StatusError):
+            error = StatusError(str(error), error.extra_info)
+        if error is not exc and context is not None and isinstance(error, StatusError):
+            context.add_trailer(TRAILER, error.extra_info)
+        raise error from None
 
 
 def from_flight_error(exc: BaseException, address: str | None = None) -> errors.FletcherError:

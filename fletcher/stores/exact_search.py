@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,15 +72,28 @@ class RowScores:
         return np.asarray(self.similarity.scores([self.query], batch)[0])
 
 
-def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> RowScores:
+def check_query(
+    dataset: str,
+    schema: pa.Schema,
+    vector: npt.NDArray[Any],
+    k: int,
+    *,
+    metric: str | None = None,
+) -> RowScores:
     """Check a query and return the function that scores the dataset's rows.
+
+    Args:
+        metric: Similarity in place of the dataset's own, for single vectors.
 
     Raises:
         DimensionMismatchError: The shape of `vector` is not that of a query (`Similarity`).
         ColumnTypeError: As `check_searchable`.
-        InvalidCommandError: `k` is not 1 to MAX_K, or `vector` is zero or holds NaN or infinity.
+        InvalidCommandError: `k` is not 1 to MAX_K, or `vector` holds NaN or infinity, or is zero
+            and compared by other means than a distance.
     """
     similarity = check_searchable(dataset, schema)
+    if metric is not None:
+        similarity = replace(similarity, metric=metric)
     is_multi = similarity.output == "multi"
     if vector.ndim != 1 + is_multi or not len(vector) or vector.shape[-1] != similarity.dims:
         expected = f"{similarity.dims}" + " in each of its vectors" * is_multi
@@ -92,7 +105,8 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
         )
     if not 1 <= k <= MAX_K:
         raise InvalidCommandError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
-    if not np.isfinite(vector).all() or not vector.any():
+    is_distance = similarity.name in ("euclidean", "manhattan")
+    if not np.isfinite(vector).all() or not (vector.any() or is_distance):
         raise InvalidCommandError(
             f"`vector` is zero or holds NaN or infinity, which has no {similarity.name} to rank by",
             field="vector",

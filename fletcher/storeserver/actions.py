@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,23 +13,30 @@ import pyarrow as pa
 from msgspec.json import encode as to_json
 from msgspec.structs import replace
 
-from fletcher.core.command import check_dataset
-from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
+from fletcher.errors import (
+    ColumnTypeError,
+    InvalidCommandError,
+    UnknownIdError,
+    UnsupportedCallError,
+)
 from fletcher.stores import protocol
 from fletcher.stores.base import Comparison, Filter, Vector, total_rows
 from fletcher.stores.exact_search import (
     Scores,
     check_query,
     check_searchable,
-    existing_dataset,
     nearest,
+    unknown_dataset,
 )
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.staging import check_stored, staged_for
 from fletcher.storeserver.ingest import Ingest
+from fletcher.storeserver.longbow_answers import METRIC, longbow_scores, longbow_table
+from fletcher.storeserver.namespaces import Namespaces
 from fletcher.storeserver.requests import (
     DatasetRequest,
+    DeleteNamespaceRequest,
     DeleteRequest,
     DeleteVectorRequest,
     EmptyRequest,
@@ -43,7 +49,6 @@ from fletcher.storeserver.requests import (
     decode_request,
     to_filters,
 )
-from fletcher.util.durable import write_atomically
 
 
 class Action(NamedTuple):
@@ -68,7 +73,7 @@ class Actions:
     def __init__(self, store: LanceStore, ingest: Ingest, folder: Path) -> None:
         self.store = store
         self.ingest = ingest
-        names = _Namespaces(folder / "namespaces.json")
+        self._namespaces = names = Namespaces(folder / "namespaces.json")
         # Port number that the action `capabilities` returns. Set once both ports listen.
         self.meta_port = 0
         self.data = {
@@ -78,6 +83,7 @@ class Actions:
             "delete": Action(DeleteRequest, self._delete_row),
             "delete-vector": Action(DeleteVectorRequest, self._delete_vector),
             "delete-dataset": Action(DatasetRequest, self._delete_dataset),
+            "DeleteNamespace": Action(DeleteNamespaceRequest, self._delete_namespace),
             "check_readiness": Action(ReadinessRequest, self._check_readiness),
             protocol.CAPABILITIES: Action(EmptyRequest, self._list_capabilities),
             protocol.MISSING_KEYS: Action(protocol.MissingKeysRequest, self._missing_keys),
@@ -87,26 +93,35 @@ class Actions:
         self.meta = {
             **self.data,
             "CreateNamespace": Action(NamespaceRequest, names.create_name),
-            "DeleteNamespace": Action(NamespaceRequest, names.delete_name),
             "ListNamespaces": Action(EmptyRequest, names.list_names),
             "GetTotalNamespaceCount": Action(EmptyRequest, names.count_names),
         }
 
-    def search_rows(self, request: SearchRequest, index: int = 0) -> pa.Table:
+    def search_rows(
+        self, request: SearchRequest, index: int = 0, *, names: Sequence[str] | None = None
+    ) -> pa.Table:
         """The rows nearest to the request's query vector at position `index`.
 
-        The columns are the requested ones (by default `id`) and `score`.
+        The columns are `names`, else the requested ones, else `id`; and `score`. Longbow's clients
+        get Longbow's ids and scores; see `longbow_answers`.
         """
         check_stored(request.dataset)
-        columns = list(request.columns) if request.columns is not None else ["id"]
+        columns = list(names or request.columns or ["id"])
         if request.include_vectors and "vector" not in columns:
             columns.append("vector")
         vector, k = request.query_vectors[index], request.k
-        filters = self.filters_of(request.dataset, request.filters)
-        if not request.text_query or request.alpha == 1:
-            return self.store.search(request.dataset, vector, k=k, columns=columns, filters=filters)
         schema = self._schema(request.dataset)
-        by_vector = check_query(request.dataset, schema, vector, k)
+        filters = to_filters(request.filters, schema)
+        metric = self._metric(request, schema)
+        if not request.text_query or request.alpha == 1:
+            found = self.store.search(
+                request.dataset, vector, k=k, columns=columns, filters=filters, metric=metric
+            )
+            if metric is not None:
+                scores = longbow_scores(found["score"].to_numpy())
+                found = found.set_column(len(columns), "score", pa.array(scores))
+            return longbow_table(found) if request.is_longbows else found
+        by_vector = check_query(request.dataset, schema, vector, k, metric=metric)
         if "text" not in schema.names:
             raise ColumnTypeError(
                 f"dataset `{request.dataset}` has no column `text` to search for words; leave "
@@ -114,12 +129,22 @@ class Actions:
                 field="text_query",
             )
         read = list(dict.fromkeys([*columns, "text", *by_vector.columns]))
-        return nearest(
+
+        def similarities(batch: pa.RecordBatch) -> Vector:
+            return by_vector(batch) if metric is None else longbow_scores(by_vector(batch))
+
+        found = nearest(
             self.store.scan(request.dataset, columns=read, filters=filters),
-            _mixed(by_vector, request.text_query, request.alpha),
+            _mixed(similarities, request.text_query, request.alpha),
             k=k,
             columns=columns,
         )
+        return longbow_table(found) if request.is_longbows else found
+
+    def _metric(self, request: SearchRequest, schema: pa.Schema) -> str | None:
+        """Similarity in place of the dataset's own; None for several or sparse vectors."""
+        is_dense = check_searchable(request.dataset, schema).output == "dense"
+        return METRIC if is_dense and request.is_longbows else None
 
     def filters_of(self, dataset: str, requests: Filters) -> tuple[Filter, ...]:
         """The filters of a request, with values of the types of the dataset's columns."""
@@ -135,32 +160,37 @@ class Actions:
         schema = self._schema(request.dataset)
         same = Comparison("id", "=", _stored_id(request.id, schema))
         similarity = check_searchable(request.dataset, schema)
+        metric = self._metric(request, schema)
+        if metric is not None:
+            similarity = dataclasses.replace(similarity, metric=metric)
         read = similarity.columns
         rows = self.store.scan(request.dataset, columns=read, filters=[same], limit=1)
         table = rows.read_all()
         if not table.num_rows or not table["vector"][0].is_valid:
-            raise RequestError(
-                f"dataset `{request.dataset}` has no vector under that `id`", field="id"
+            raise UnknownIdError(
+                f"id {str(request.id)[:200]!r} not found in dataset `{request.dataset}`, or it has "
+                "no vector",
+                field="id",
             )
         vector = similarity.queries(table.combine_chunks().to_batches()[0])[0].tolist()
         name = "token_vectors" if similarity.output == "multi" else "vector"
         query: dict[str, Any] = {"vector": None, "vectors": None, "token_vectors": None}
-        found = self.search_rows(replace(request, **{**query, name: vector}))
+        found = self.search_rows(replace(request, **{**query, name: vector}), names=["id"])
         return [to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 
     def _hybrid_search(self, request: HybridSearchRequest) -> list[bytes]:
         """Nearest rows by vector and by words."""
-        names = self._schema(request.dataset).names
-        columns = [name for name in ("id", "metadata") if name in names]
+        stored = self._schema(request.dataset).names
+        names = [name for name in ("id", "metadata") if name in stored]
         answer = [
             {
                 "ID": row["id"],
-                "Distance": 1.0 - row["score"],
+                "Distance": 0.0,  # as in Longbow
                 "Score": row["score"],
                 "Metadata": row.get("metadata"),
                 "Vector": row["vector"] if request.include_vectors else None,
             }
-            for row in self.search_rows(replace(request, columns=columns)).to_pylist()
+            for row in self.search_rows(request, names=names).to_pylist()
         ]
         return [to_json(answer)]
 
@@ -170,7 +200,9 @@ class Actions:
         literal = quoted(value) if isinstance(value, str) else str(value)
         condition = f"{quoted_name('id')} = {literal}"
         if not self.ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
-            raise RequestError(f"dataset `{request.dataset}` has no row with that `id`", field="id")
+            raise UnknownIdError(
+                f"id {str(request.id)[:200]!r} not found in dataset `{request.dataset}`", field="id"
+            )
         return [b"deleted"]
 
     def _delete_vector(self, request: DeleteVectorRequest) -> list[bytes]:
@@ -182,6 +214,24 @@ class Actions:
         self._schema(request.dataset)
         self.ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
+
+    def _delete_namespace(self, request: DeleteNamespaceRequest) -> list[bytes]:
+        """Delete a dataset, or with `name` a namespace."""
+        if request.dataset and request.name:
+            raise InvalidCommandError(
+                "`dataset` and `name` are both given; give `dataset` to delete a dataset, or "
+                "`name` to delete a namespace",
+                field="name",
+            )
+        if request.name:
+            return self._namespaces.delete_name(request.name)
+        if not request.dataset:
+            raise InvalidCommandError(
+                "`dataset` is missing in the body of the action DeleteNamespace; name a dataset, "
+                "or a namespace as `name`",
+                field="dataset",
+            )
+        return self._delete_dataset(DatasetRequest(request.dataset))
 
     def _replace_dataset(self, request: protocol.ReplaceDatasetRequest) -> list[bytes]:
         """Replace a dataset by a staged one."""
@@ -199,10 +249,9 @@ class Actions:
         """Whether a dataset can be searched, and its number of rows."""
         infos = [self.store.dataset(request.dataset)] if request.dataset else self.store.datasets()
         found = [info for info in infos if info is not None]
-        missing = request.dataset and not found
-        status, reason = ("NOT_FOUND", "no such dataset") if missing else ("READY", "")
-        answer = {"status": status, "reason": reason, "index_len": total_rows(found)}
-        return [to_json(answer)]
+        if request.dataset and not found:
+            return [to_json({"reason": "dataset not found", "status": "NOT_FOUND"})]
+        return [to_json({"index_len": total_rows(found), "status": "READY"})]
 
     def _list_capabilities(self, _: EmptyRequest) -> list[bytes]:
         """Capabilities of this store beyond Longbow's."""
@@ -228,67 +277,24 @@ class Actions:
         return [to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
-        return existing_dataset(self.store, dataset).schema
-
-
-class _Namespaces:
-    """List of namespaces for Longbow's clients. Thread-safe.
-
-    Here a namespace is only a name: it contains no datasets.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._mutex = threading.Lock()
-
-    def create_name(self, request: NamespaceRequest) -> list[bytes]:
-        """Create a namespace."""
-        check_dataset(request.name)
-        with self._mutex:
-            self._write(sorted({*self._read(), request.name}))
-        return [b"created"]
-
-    def delete_name(self, request: NamespaceRequest) -> list[bytes]:
-        """Delete a namespace."""
-        with self._mutex:
-            names = self._read()
-            if request.name not in names:
-                raise UnknownDatasetError(
-                    f"there is no namespace `{request.name[:128]}`", field="name"
-                )
-            names.remove(request.name)
-            self._write(names)
-        return [b"deleted"]
-
-    def list_names(self, _: EmptyRequest) -> list[bytes]:
-        """List all namespaces."""
-        return [to_json({"namespaces": self._read()})]
-
-    def count_names(self, _: EmptyRequest) -> list[bytes]:
-        """Count all namespaces."""
-        return [to_json({"count": len(self._read())})]
-
-    def _read(self) -> list[str]:
-        try:
-            return list(json.loads(self._path.read_text()))
-        except FileNotFoundError:
-            return []
-
-    def _write(self, names: list[str]) -> None:
-        write_atomically(self._path, json.dumps(names))
+        schema = self.store.read_schema(dataset)
+        if schema is None:
+            raise unknown_dataset(dataset)
+        return schema
 
 
 def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[bytes]:
     """The results of the action called `name`.
 
     Raises:
-        InvalidCommandError: No action has that name, or its body is malformed.
+        UnsupportedCallError: No action has that name.
+        InvalidCommandError: The body is malformed.
         FletcherError: The action failed.
     """
     action = actions.get(name)
     if action is None:
-        raise InvalidCommandError(
-            f"there is no action {name[:100]!r}; there are {', '.join(actions)}",
+        raise UnsupportedCallError(
+            f"unknown action type {name[:100]}; this port has {', '.join(actions)}",
             field="action",
             allowed=list(actions),
         )

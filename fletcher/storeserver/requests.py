@@ -80,8 +80,9 @@ def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> 
         shown = json.dumps(value, default=repr, ensure_ascii=False)[:100]
         field = next(key for key in reversed(keys) if not key.isdecimal())
         place = what if path == field else f"{what}, at {path}"
-        choices = get_args(get_type_hints(kind).get(field))
-        allowed = [one for one in choices if isinstance(one, str)]
+        hint = get_type_hints(kind).get(field)
+        choices = [one for part in (hint, *get_args(hint)) for one in get_args(part)]
+        allowed = [one for one in dict.fromkeys(choices) if isinstance(one, str)]
         reason = f"expected one of {', '.join(allowed)}" if allowed else reason
         raise InvalidCommandError(
             f"`{field}` is {shown} in {place}: {reason[0].lower()}{reason[1:]}",
@@ -110,6 +111,13 @@ class NamespaceRequest(msgspec.Struct):
     """Body of an action that takes only a namespace."""
 
     name: str
+
+
+class DeleteNamespaceRequest(msgspec.Struct):
+    """Body of `DeleteNamespace`: one of the two."""
+
+    dataset: str | None = None
+    name: str | None = None
 
 
 class DeleteRequest(msgspec.Struct):
@@ -153,6 +161,8 @@ class SearchRequest(msgspec.Struct, kw_only=True):
         text_query: Words to search for in the column `text`, in addition to the vector.
         alpha: Weight of the similarity to the vector in the score, from 0 (only words count) to 1
             (only the vector counts).
+        score: `cosine`, which Fletcher's clients send, asks for stored ids, and for the score by
+            the dataset's own similarity. Without it, the answer is that of a Longbow.
     """
 
     dataset: str = ""
@@ -165,6 +175,15 @@ class SearchRequest(msgspec.Struct, kw_only=True):
     alpha: Annotated[float, Meta(ge=0, le=1)] = 1.0
     include_vectors: bool = False
     columns: list[str] | None = None
+    score: Literal["cosine"] | None = None
+
+    @property
+    def is_longbows(self) -> bool:
+        """Whether a client of Longbow asks.
+
+        Clients of earlier releases of Fletcher send `columns` alone.
+        """
+        return self.score is None and self.columns is None
 
     @property
     def query_vectors(self) -> list[npt.NDArray[np.float32]]:

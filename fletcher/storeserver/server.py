@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fletcher.errors import (
     SetupError,
     StoreError,
     UnknownColumnError,
+    UnsupportedCallError,
 )
 from fletcher.net.address import FlightAddress
 from fletcher.net.flight_answers import (
@@ -31,6 +32,7 @@ from fletcher.net.flight_answers import (
     flight_info,
     flight_list,
     generator_stream,
+    schema_result,
     table_stream,
 )
 from fletcher.net.flight_errors import handler_errors
@@ -43,7 +45,7 @@ from fletcher.stores.staging import check_stored
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request
-from fletcher.storeserver.upload_call import AckWriter, read_groups
+from fletcher.storeserver.upload_call import AckWriter, check_declared, read_groups
 from fletcher.util.insist import insist
 from fletcher.util.locks import FileLock
 from fletcher.util.threads import start_thread
@@ -56,18 +58,27 @@ END_CALLS_S = 1.0
 
 
 @contextmanager
-def _handling() -> Iterator[None]:
-    """Turn any exception of a handler into a Flight error.
-
-    Use it in a `with` statement or as a decorator.
-    """
-    with handler_errors(_log):
+def _handling(context: Any, *, as_status: bool = False) -> Iterator[None]:
+    """Turn any exception of a handler into one that `handler_errors` raises."""
+    with handler_errors(context, _log, as_status=as_status):
         try:
             yield
         except pa.ArrowInvalid as error:
             # The stream cannot be decoded. Arrow's message is safe to send: it names no file.
             reason = f"the stream cannot be read: {str(error)[:300]}"
             raise InvalidCommandError(reason) from None
+
+
+def _handled(handler: Callable[..., Any]) -> Any:
+    """Decorator that runs a handler inside `_handling`."""
+    as_status = handler.__name__ == "get_schema"
+
+    @wraps(handler)
+    def handle(server: Any, context: Any, *args: Any) -> Any:
+        with _handling(context, as_status=as_status):
+            return handler(server, context, *args)
+
+    return handle
 
 
 class StoreServer:
@@ -138,16 +149,16 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
         self._handlers = actions.data
         super().__init__(location)
 
-    @_handling()
+    @_handled
     def do_action(self, context: Any, action: Any) -> list[Any]:
         body = action.body.to_pybytes()
         return action_results(answer_action(self._handlers, action.type, body))
 
-    @_handling()
+    @_handled
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
         return action_types({name: action.about for name, action in self._handlers.items()})
 
-    @_handling()
+    @_handled
     def do_get(self, context: Any, ticket: Any) -> flight.FlightDataStream:
         request = DoGetRequest.from_ticket(ticket.ticket)
         if request.search is not None:
@@ -158,13 +169,21 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
             filters=self._actions.filters_of(request.dataset, request.filters),
             limit=request.limit,
         )
-        return generator_stream(rows.schema, _handled_batches(rows))
+        return generator_stream(rows.schema, _handled_batches(context, rows))
+
+    @_handled
+    def get_schema(self, context: Any, descriptor: Any) -> flight.SchemaResult:
+        return schema_result(self._named_dataset(descriptor).schema)
+
+    def _named_dataset(self, descriptor: Any) -> DatasetInfo:
+        name = descriptor.path[0] if descriptor.path else descriptor.command or b""
+        return existing_dataset(self._store, name.decode(errors="replace"))
 
 
 class _DataServer(_Server):
     """The data port: DoPut, DoExchange, DoGet, DoAction."""
 
-    @_handling()
+    @_handled
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         if not descriptor.path:
             raise InvalidCommandError(
@@ -177,14 +196,18 @@ class _DataServer(_Server):
             notice = {"status": "slow_down", "reason": "wal_pressure"}
             writer.write(json.dumps(notice).encode())
         pending: list[Future[int]] = []
+        has_rows = False
         for _, _, done in read_groups(ingest, dataset, reader, context):
+            has_rows = True
             pending.append(done)
             while pending and pending[0].done():
                 pending.pop(0).result()
         for done in pending:
             done.result()
+        if not has_rows:
+            check_declared(self._store, dataset, reader.schema)
 
-    @_handling()
+    @_handled
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         path = [part.decode(errors="replace") for part in descriptor.path or ()]
         if len(path) == 2 and path[0] == protocol.INGEST:
@@ -199,6 +222,14 @@ class _DataServer(_Server):
                 field="descriptor",
                 allowed=[protocol.INGEST, "VectorSearch"],
             )
+
+    @_handled
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:
+        raise _on_other_port("ListFlights", "data", "meta")
+
+    @_handled
+    def get_flight_info(self, context: Any, descriptor: Any) -> flight.FlightInfo:
+        raise _on_other_port("GetFlightInfo", "data", "meta")
 
     def _exchange_ingest(self, context: Any, dataset: str, reader: Any, writer: Any) -> None:
         acks = AckWriter(writer)
@@ -233,20 +264,31 @@ class _MetaServer(_Server):
         super().__init__(location, actions)
         self._handlers = actions.meta
 
-    @_handling()
+    @_handled
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:
         staged = criteria == protocol.STAGED
         infos = self._store.staged_datasets() if staged else self._store.datasets()
         return flight_list([self._info(info) for info in infos])
 
-    @_handling()
+    @_handled
     def get_flight_info(self, context: Any, descriptor: Any) -> flight.FlightInfo:
-        name = descriptor.path[0] if descriptor.path else descriptor.command or b""
-        return self._info(existing_dataset(self._store, name.decode(errors="replace")))
+        return self._info(self._named_dataset(descriptor))
+
+    @_handled
+    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        raise _on_other_port("DoPut", "meta", "data")
+
+    @_handled
+    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        raise _on_other_port("DoExchange", "meta", "data")
 
     def _info(self, info: DatasetInfo) -> flight.FlightInfo:
         endpoint = flight.FlightEndpoint(info.name.encode(), [self._data_address])
         return flight_info(info.schema, info.name, info.num_rows, info.num_bytes or -1, [endpoint])
+
+
+def _on_other_port(call: str, port: str, other: str) -> UnsupportedCallError:
+    return UnsupportedCallError(f"{call} is not supported on the {port} port; use the {other} port")
 
 
 def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
@@ -257,14 +299,13 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
                 f"VectorSearch needs the column `{name}`; got "
                 f"{', '.join(batch.schema.names)[:300]}",
                 field=name,
-                allowed=["dataset", "k", "ef", "query_vector"],
+                allowed=["dataset", "k", "ef", "query_vector", "score"],
             )
     for row in batch.to_pylist():
         query = row["query_vector"]
         is_multi = bool(query) and isinstance(query[0], list)
         fields = {"dataset": row["dataset"], "token_vectors" if is_multi else "vector": query}
-        if row.get("k") is not None:
-            fields["k"] = row["k"]
+        fields |= {one: row[one] for one in ("k", "score") if row.get(one) is not None}
         yield convert_request(SearchRequest, fields, "a row of VectorSearch")
 
 
@@ -283,8 +324,8 @@ def _lock_folder(folder: Path) -> FileLock:
         ) from None
 
 
-def _handled_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    with _handling():
+def _handled_batches(context: Any, rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    with _handling(context):
         yield from rows
 
 

@@ -20,11 +20,13 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownColumnError,
 )
+from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.protocol import GroupHeader
+from fletcher.stores.schemas import check_compatible
 from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import decode_request
-from fletcher.storeserver.stored_columns import decode_columns
+from fletcher.storeserver.stored_columns import as_stored, decode_columns
 from fletcher.storeserver.vector_checks import check_vectors
 from fletcher.util.threads import start_thread
 
@@ -54,7 +56,8 @@ def read_groups(
     """
     stream = CommitStream()
     group: list[pa.RecordBatch] = []
-    number = num_rows = 0  # number of messages in earlier groups, and of rows in this group
+    number = 1  # of the group's first message; a Longbow also counts from 1
+    num_rows = 0
     for chunk in reader:
         if chunk.data is None:
             continue
@@ -79,6 +82,22 @@ def read_groups(
             "announced; none of them is stored, so send the group again",
             field="group_rows",
         )
+
+
+def check_declared(store: LanceStore, dataset: str, schema: pa.Schema) -> None:
+    """Check the schema of a call without rows.
+
+    Longbow's clients ask by such a call before they send rows.
+
+    Raises:
+        RequestError: Rows of that schema would be refused.
+    """
+    rows = _checked_rows(
+        pa.RecordBatch.from_arrays([pa.nulls(0, one) for one in schema.types], schema=schema)
+    )
+    stored = store.read_schema(dataset)
+    if stored is not None:
+        check_compatible(dataset, stored, as_stored(rows, stored).schema)
 
 
 class AckWriter:

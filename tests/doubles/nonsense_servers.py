@@ -28,7 +28,11 @@ from fletcher.storeserver.server import _DataServer, _MetaServer
 from fletcher.telemetry.tracing import Telemetry
 
 # Handlers that answer with JSON and batches of the server itself.
-OWN_ANSWERS = {FlightServer: {"do_put", "do_exchange"}, _DataServer: {"do_put"}, _MetaServer: set()}
+OWN_ANSWERS = {
+    FlightServer: {"do_put", "do_exchange"},
+    _DataServer: {"do_put"},
+    _MetaServer: {"do_put"},
+}
 VALUES = (None, 3, "x", b"x", object())
 SCHEMA = pa.schema({"a": pa.int64()})
 

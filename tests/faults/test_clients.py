@@ -280,7 +280,7 @@ def test_an_offset_that_is_none_is_refused(
     writer.write_with_metadata(rows(0, 10), json.dumps({"row_offset": offset}).encode())
     writer.done_writing()
     assert reader.read() is None
-    with pytest.raises(flight.FlightServerError) as caught:
+    with pytest.raises(flight.FlightInternalError) as caught:
         writer.close()
     assert error_of(caught.value)["code"] == "invalid_command"
     eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
@@ -321,7 +321,7 @@ def test_calls_that_only_begin_are_not_any_number_and_make_no_dataset(
     eventually(lambda: num_begun(client) == 1, "a DoPut has begun")
     eventually(lambda: num_begun(client) == 0, "it has ended")
     del silent
-    with pytest.raises(flight.FlightServerError) as missing:
+    with pytest.raises(flight.FlightInternalError) as missing:
         client.get_flight_info(flight.FlightDescriptor.for_path(dataset))
     assert error_of(missing.value)["code"] == "unknown_dataset"
 

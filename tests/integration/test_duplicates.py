@@ -142,7 +142,7 @@ def test_delta_replaces_what_changed_or_is_refused_in_its_own_name(
 ) -> None:
     fields = {"dataset": next(names), "store": served.name, "mode": "delta", "durability": "store"}
     if served.name != "fletcher":
-        with pytest.raises(flight.FlightServerError, match="delta") as caught:
+        with pytest.raises(flight.FlightInternalError, match="delta") as caught:
             put(client, [rows(0, 10)], SCHEMA, end=10, **fields)
         told = error_of(caught.value)
         assert (told["field"], told["allowed"]) == ("mode", ["append", "overwrite"])

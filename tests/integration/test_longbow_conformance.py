@@ -1,4 +1,4 @@
-"""`scripts/longbow_conformance` against the stand-in for Longbow."""
+"""`scripts/longbow_conformance` against the stand-in for Longbow, and against `fletcher store`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 from pyarrow import flight
 
+from fletcher.storeserver.server import StoreServer
 from tests.doubles.longbow import LongbowDouble
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "longbow_conformance"
@@ -37,6 +38,26 @@ def test_the_stand_in_answers_as_longbow_does(program):
         found = program.differences(
             *ports(double), restart=double.restart, with_fatal=True, settle_s=0
         )
+    assert found == []
+
+
+def test_fletcher_store_answers_as_documented(program, tmp_path):
+    def start(port=0, meta_port=0):
+        return StoreServer(tmp_path, host="127.0.0.1", port=port, meta_port=meta_port)
+
+    server = start()
+    ports = server.port, server.meta_port
+
+    def restart():
+        nonlocal server
+        assert server.close(30)
+        server = start(*ports)
+        return True
+
+    found = program.differences(
+        "127.0.0.1", *ports, "fletcher", restart=restart, with_fatal=True, settle_s=0
+    )
+    assert server.close(30)
     assert found == []
 
 

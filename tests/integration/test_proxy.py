@@ -113,7 +113,7 @@ def test_calls_with_a_token_pass(server: Runtime, tmp_path: Path) -> None:
             assert vectors.read_chunk().data.num_rows == 2
         exchanging.close()
         # An error keeps its class and code.
-        with pytest.raises(flight.FlightServerError) as caught:
+        with pytest.raises(flight.FlightInternalError) as caught:
             list(client.do_action(flight.Action("nonsense", b""), options(TOKEN)))
         assert json.loads(caught.value.extra_info)["code"] == "invalid_command"
 

@@ -190,7 +190,9 @@ def _reading(dataset: str, what: str) -> Iterator[None]:
 
 
 def _is_unknown(error: Exception) -> bool:
-    """Whether a DoGet failed because the dataset does not exist or has no rows yet."""
+    """Whether a DoGet of a Longbow failed because the dataset has no rows yet."""
+    if getattr(error, "extra_info", b""):
+        return False  # a `fletcher store` names the cause
     text = str(error)
     return (
         (type(error) is pa.ArrowKeyError and "not found" in text)

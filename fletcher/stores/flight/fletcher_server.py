@@ -122,7 +122,7 @@ class FletcherServer(Store):
         wanted = self._column_names(dataset) if columns is None else list(columns)
         name = "token_vectors" if is_multi else "vector"
         search: dict[str, Any] = {"dataset": dataset, name: vector.tolist(), "k": k}
-        search |= {"filters": to_json(filters), "columns": wanted}
+        search |= {"filters": to_json(filters), "columns": wanted, "score": "cosine"}
         what = f"searching dataset `{dataset}`"
         reader = self._connection.open_stream(dataset, {"search": search}, what)
         with store_call(what):

@@ -220,26 +220,40 @@ class LanceStore(EmbeddedStore):
         return pa.RecordBatchReader.from_batches(rows.schema, _read_batches(name, rows))
 
     def search(
-        self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
+        self,
+        dataset: str,
+        vector: Vector,
+        *,
+        k: int,
+        columns: Names = None,
+        filters: Filters = (),
+        metric: str | None = None,
     ) -> pa.Table:
+        """See `Store.search`.
+
+        `metric` replaces the dataset's similarity, for single vectors.
+        """
         with lance_errors(dataset):
             table = self._table(dataset)
-            scores = check_query(dataset, table.schema, vector, k)
+            scores = check_query(dataset, table.schema, vector, k, metric=metric)
             wanted = wanted_columns(dataset, table.schema, columns)
             read = list(dict.fromkeys([*wanted, *scores.columns]))
             similarity = scores.similarity
-            metric = None  # LanceDB's metric; None if LanceDB cannot search such vectors
+            distance = None  # LanceDB's metric; None if LanceDB cannot search such vectors
             if similarity.output == "dense" and similarity.reader is not None:
                 dtype = similarity.reader.dtype
-                metric = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
-                metric = None if dtype == "int8" else metric
-            if metric is None:
+                distance = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
+                distance = None if dtype == "int8" else distance
+            if distance is None:
                 rows = self.scan(dataset, columns=read, filters=filters)
                 return nearest(rows, scores, k=k, columns=wanted)
-            is_exact = metric != "hamming" and not _has_vector_index(table)
-            query = pack_signs(scores.query) if metric == "hamming" else scores.query
+            query = pack_signs(scores.query) if distance == "hamming" else scores.query
+            search = table.search(query, vector_column_name="vector").distance_type(distance)
+            has_index = _has_vector_index(table)
+            if has_index and metric is not None:  # the index ranks by the dataset's similarity
+                search, has_index = search.bypass_vector_index(), False
+            is_exact = distance != "hamming" and not has_index
             limit = k if is_exact else max(k, min(k * CANDIDATES, MAX_CANDIDATES))
-            search = table.search(query, vector_column_name="vector").distance_type(metric)
             found = _filtered(dataset, table, search, filters).select([*read, "_distance"])
             rows = found.limit(limit).to_batches(_scan_rows(table.schema))
             best = nearest(rows, scores, k=k, columns=wanted)

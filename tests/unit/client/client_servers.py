@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.errors import UnknownDatasetError
-from fletcher.net.flight_errors import to_flight_error
+from fletcher.net.flight_errors import handler_errors
 
 
 def limit(client, **fields):
@@ -47,12 +47,13 @@ class Behaving(flight.FlightServerBase):
 
     def do_action(self, context, action):
         if action.type == "upload_status":
-            return [json.dumps(self.status(json.loads(action.body.to_pybytes()))).encode()]
+            with handler_errors(context):
+                return [json.dumps(self.status(json.loads(action.body.to_pybytes()))).encode()]
         return [b'{"status": "ok"}']
 
     def status(self, body):
         if not self.rows:
-            raise to_flight_error(UnknownDatasetError("there is no such dataset"))
+            raise UnknownDatasetError("there is no such dataset")
         ranges = [[row, row] for row in sorted(self.rows)]
         merged = []
         for first, last in ranges:

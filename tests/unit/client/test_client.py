@@ -15,7 +15,7 @@ from fletcher.client.exchange_call import ExchangeCall
 from fletcher.client.files import ingest_files, ingest_id
 from fletcher.client.messages import PutSummary, RowError
 from fletcher.flight.exchange import Ending
-from fletcher.net.flight_errors import to_flight_error
+from fletcher.net.flight_errors import handler_errors, to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting, limit
 
 SMALL = TransferOptions(message_bytes=1000, stall_timeout_s=20)
@@ -219,13 +219,14 @@ def test_a_refusal_arrives_as_it_was_meant(when):
     class Refusing(Embedding):
         def do_exchange(self, context, descriptor, reader, writer):
             if when == "at once":
-                with Ending(context, writer):
-                    raise to_flight_error(errors.UnknownModelError("no such model", field="model"))
+                with Ending(context, writer), handler_errors(context):
+                    raise errors.UnknownModelError("no such model", field="model")
             super().do_exchange(context, descriptor, reader, writer)
 
         def answer(self, context, writer, batch, fields, dtype):
             if fields["batch_id"] == 2:
-                raise to_flight_error(errors.ColumnTypeError("no such type", field="text"))
+                with handler_errors(context):
+                    raise errors.ColumnTypeError("no such type", field="text")
             super().answer(context, writer, batch, fields, dtype)
 
     with Refusing() as server, connect(server.uri, transfer=SMALL) as client:
@@ -250,8 +251,8 @@ class Refusing(Embedding):
         for _, _ in zip(range(num_read), reader, strict=False):
             pass
         self.commands.append(None)
-        with Ending(context, writer):
-            raise to_flight_error(error)
+        with Ending(context, writer), handler_errors(context):
+            raise error
 
 
 ALL = 1000

@@ -13,7 +13,7 @@ import pytest
 import fletcher
 from fletcher import EmbedCommand, TransferOptions, connect, errors
 from fletcher.client.messages import parse_reply, split, wire_bytes
-from fletcher.net.flight_errors import to_flight_error
+from fletcher.net.flight_errors import handler_errors, to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting, ack, limit
 
 FAST = TransferOptions(
@@ -350,7 +350,8 @@ def test_a_refusal_arrives_as_it_was_meant():
     class Refusing(Behaving):
         def do_put(self, context, descriptor, reader, writer):
             self.calls += 1
-            raise to_flight_error(errors.UnknownModelError("`model` is x", field="model"))
+            with handler_errors(context):
+                raise errors.UnknownModelError("`model` is x", field="model")
 
     with Refusing() as server, connect(server.uri) as client:
         for size in (10, 200_000):

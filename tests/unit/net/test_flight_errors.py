@@ -1,4 +1,6 @@
+import json
 import logging
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -8,6 +10,10 @@ from fletcher import errors
 from fletcher.net import flight_errors
 from fletcher.net.flight_errors import (
     FLIGHT_ERRORS,
+    HANDLER_ERRORS,
+    TRAILER,
+    NotFoundError,
+    StatusError,
     clean_message,
     flight_error_type,
     from_flight_error,
@@ -28,22 +34,131 @@ class FailingServer(flight.FlightServerBase):
         super().__init__("grpc://127.0.0.1:0")
         self.exc = exc
 
-    @handler_errors(logging.getLogger("test"))
+    def fail(self, context, *, as_status=False):
+        with handler_errors(context, logging.getLogger("test"), as_status=as_status):
+            raise self.exc
+
     def do_action(self, context, action):
-        raise self.exc
+        self.fail(context)
+
+    def list_flights(self, context, criteria):
+        self.fail(context)
+
+    def get_flight_info(self, context, descriptor):
+        self.fail(context)
+
+    def get_schema(self, context, descriptor):
+        self.fail(context, as_status=True)
+
+    def do_put(self, context, descriptor, reader, writer):
+        self.fail(context)
+
+    def do_exchange(self, context, descriptor, reader, writer):
+        self.fail(context)
+
+    def do_get(self, context, ticket):
+        if ticket.ticket != b"late":
+            self.fail(context)
+
+        def batches():
+            yield ROWS
+            self.fail(context)
+
+        return flight.GeneratorStream(ROWS.schema, batches())
 
 
-def over_the_wire(exc):
+ROWS = pa.record_batch({"a": [1]})
+PATH = flight.FlightDescriptor.for_path("d")
+
+
+def write(writer, reader=None):
+    with writer:
+        if reader is not None:
+            writer.begin(ROWS.schema)
+        writer.write_batch(ROWS)
+        writer.done_writing()
+        if reader is not None:
+            reader.read_chunk()
+
+
+CALLS = {
+    "do_action": lambda client: list(client.do_action("x")),
+    "list_flights": lambda client: list(client.list_flights()),
+    "get_flight_info": lambda client: client.get_flight_info(PATH),
+    "do_put": lambda client: write(client.do_put(PATH, ROWS.schema)[0]),
+    "do_exchange": lambda client: write(*client.do_exchange(PATH)),
+    "do_get": lambda client: client.do_get(flight.Ticket(b"x")).read_all(),
+    "do_get, late": lambda client: client.do_get(flight.Ticket(b"late")).read_all(),
+}
+
+
+def over_the_wire(exc, call="do_action"):
     with FailingServer(exc) as server, flight.connect(f"grpc://127.0.0.1:{server.port}") as client:
         with pytest.raises(flight.FlightError) as caught:
-            list(client.do_action("x"))
+            CALLS[call](client)
         return caught.value
+
+
+# Statuses of gRPC. pyarrow's client shows the status only in its text.
+STATUSES = {
+    errors.RequestError("m"): "INVALID_ARGUMENT",
+    errors.DimensionMismatchError("m"): "INVALID_ARGUMENT",
+    errors.UnknownDatasetError("m"): "NOT_FOUND",
+    errors.UnknownModelError("m"): "NOT_FOUND",
+    errors.UnknownIdError("m"): "NOT_FOUND",
+    errors.UnsupportedCallError("m"): "UNIMPLEMENTED",
+    errors.OverloadedError("m"): "UNAVAILABLE",
+    errors.DeadlineExceededError("m"): "DEADLINE_EXCEEDED",
+    errors.InternalError("m"): "INTERNAL",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("sent", STATUSES, ids=lambda sent: type(sent).__name__)
+def test_every_call_carries_text_and_code_of_an_error(sent, call):
+    received = over_the_wire(sent, call)
+    assert "Traceback" not in str(received)
+    assert clean_message(received) == "m"
+    assert json.loads(received.extra_info) == {"code": sent.code, "message": "m"}
+    if call in ("do_get", "do_put", "do_exchange"):
+        assert f"{STATUSES[sent]}:m" in str(received)
+
+
+@pytest.mark.parametrize("sent", STATUSES, ids=lambda sent: type(sent).__name__)
+def test_get_schema_carries_the_text_of_an_error(sent):
+    # pyarrow's client does not read the trailer, and knows a class for each of these statuses.
+    kinds = {
+        "INVALID_ARGUMENT": pa.ArrowInvalid,
+        "NOT_FOUND": pa.ArrowKeyError,
+        "UNIMPLEMENTED": pa.ArrowNotImplementedError,
+    }
+    said = pytest.raises(kinds.get(STATUSES[sent], pa.ArrowException))
+    with (
+        FailingServer(sent) as server,
+        flight.connect(f"grpc://127.0.0.1:{server.port}") as client,
+        said as caught,
+    ):
+        client.get_schema(PATH)
+    assert "Traceback" not in str(caught.value)
+    assert clean_message(caught.value).removeprefix("Unknown error: ") == "m"
+
+
+def test_an_error_is_converted_and_counted_once():
+    trailers = []
+    context = SimpleNamespace(add_trailer=lambda *pair: trailers.append(pair))
+    said = pytest.raises(NotFoundError)
+    with said as caught, handler_errors(context), handler_errors(context):
+        raise errors.UnknownDatasetError("m")
+    assert str(caught.value) == "m"
+    assert [name for name, _ in trailers] == [TRAILER]
+    with pytest.raises(NotFoundError), handler_errors(None):
+        raise errors.UnknownDatasetError("m")
 
 
 @pytest.mark.parametrize("kind", list(all_errors()))
 def test_no_error_is_left_without_a_flight_error(kind):
     assert errors.FletcherError not in FLIGHT_ERRORS
-    assert issubclass(flight_error_type(kind("m")), flight.FlightError)
+    assert issubclass(flight_error_type(kind("m")), HANDLER_ERRORS)
 
 
 def test_an_unmapped_error_would_be_noticed():
@@ -55,7 +170,9 @@ def test_an_unmapped_error_would_be_noticed():
 def test_errors_cross_the_wire_whole(kind):
     sent = kind("`dims` is 3; ü", field="dims", allowed=["1", "2"], retry_after_ms=70)
     received = over_the_wire(sent)
-    assert type(received) is flight_error_type(sent)
+    kind_sent = flight_error_type(sent)
+    is_status = issubclass(kind_sent, StatusError)
+    assert type(received) is (flight.FlightInternalError if is_status else kind_sent)
     got = from_flight_error(received)
     assert type(got) is kind
     assert got.to_dict() == sent.to_dict()

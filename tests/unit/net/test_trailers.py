@@ -17,7 +17,7 @@ from fletcher.errors import (
     UnknownColumnError,
     UnknownModelError,
 )
-from fletcher.net.flight_errors import from_flight_error, to_flight_error
+from fletcher.net.flight_errors import from_flight_error, handler_errors
 from fletcher.net.trailers import fitted
 
 ERRORS: dict[str, FletcherError] = {
@@ -35,7 +35,8 @@ ERRORS: dict[str, FletcherError] = {
 
 class Server(flight.FlightServerBase):
     def do_action(self, context: Any, action: Any) -> Any:
-        raise to_flight_error(ERRORS[action.type])
+        with handler_errors(context):
+            raise ERRORS[action.type]
 
 
 @pytest.fixture(scope="module")
