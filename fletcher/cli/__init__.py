@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
 from fletcher.cli.command_line import Choice, Command, CommandGroup, Context, command, usage_message
-from fletcher.cli.shutdown import leave_with
+from fletcher.cli.shutdown import EXIT_INTERRUPTED, leave_with
 from fletcher.cli.terminal import printable, wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
@@ -47,7 +47,7 @@ SECTIONS = {
     },
 }
 COMMANDS = {name: text for section in SECTIONS.values() for name, text in section.items()}
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+EXIT_FAILURE, EXIT_USAGE, EXIT_BROKEN_PIPE = 1, 2, 141
 # To ask for completions, a completion script calls the program with this variable set.
 COMPLETE_VARIABLES = {
     "fletcher": "_FLETCHER_COMPLETE",

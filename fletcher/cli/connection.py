@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import Choice, Decorator, combine, option
 from fletcher.cli.options import ConfigFlags, config_options
-from fletcher.cli.shutdown import leave_in_time
+from fletcher.cli.shutdown import EXIT_INTERRUPTED, leave_in_time, leave_soon
 from fletcher.cli.terminal import say
 from fletcher.config.network import COMPRESSIONS
 from fletcher.config.server import ServeConfig
@@ -148,7 +148,11 @@ class EmbedTarget:
                 runtime.address, token=token, transfer=TransferOptions(max_retries=max_retries or 0)
             ) as client,
         ):
-            yield client
+            try:
+                yield client
+            except KeyboardInterrupt:
+                leave_soon(EXIT_INTERRUPTED)
+                raise
 
     def refuse_local_flags(self) -> None:
         """Raise ConfigError for a given flag that a remote server sets itself."""

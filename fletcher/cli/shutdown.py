@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 
+EXIT_INTERRUPTED = 130
 _leaving = threading.Event()
 _code = 0
 
@@ -19,6 +20,15 @@ def leave_in_time(timeout_s: float = 3.0) -> None:
     # The thread is started now because none can be started at exit.
     threading.Thread(target=_watch, args=(timeout_s,), name="leaving", daemon=True).start()
     atexit.register(_leaving.set)
+
+
+def leave_soon(code: int) -> None:
+    """End this process as after its command, even if that does not end.
+
+    A store that does not answer would hold up the end of the command.
+    """
+    leave_with(code)
+    _leaving.set()
 
 
 def leave_with(code: int) -> int:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # Time between two questions, in which a working index grows.
 _EVERY_S = 10.0
 # Longest time that a caller waits for the answer to its question. It then gets the answer before.
-_WAIT_S = 1.0
+_WAIT_S = 3.0
 
 
 class StoreSurvey:

@@ -61,6 +61,7 @@ class DatasetInfo:
         num_bytes: Size of the stored rows.
         num_indexed: Number of rows that the store's index has, for a store that indexes rows some
             time after it stored them.
+        is_indexing: Whether such a store says that it is indexing rows.
     """
 
     name: str
@@ -68,6 +69,7 @@ class DatasetInfo:
     num_rows: int | None
     num_bytes: int | None = None
     num_indexed: int | None = None
+    is_indexing: bool = False
 
 
 def total_rows(infos: Iterable[DatasetInfo]) -> int | None:

@@ -18,15 +18,13 @@ def index_trouble(earlier: DatasetInfo | None, now: DatasetInfo) -> str | None:
     """Trouble with a dataset's index, and the remedy; None without trouble.
 
     Args:
-        earlier: The dataset some seconds ago, if known. Only an index that does not grow has lost
-            rows.
+        earlier: The dataset some seconds ago, if known. An index that grows has lost no rows. A
+            Longbow that says it is ready may still be indexing.
         now: The dataset.
     """
     rows, indexed = now.num_rows, now.num_indexed
     if rows is None or indexed is None or indexed >= rows:
         return None
-    stands_still = earlier is not None and (earlier.num_rows, earlier.num_indexed) == (
-        rows,
-        indexed,
-    )
+    before = None if earlier is None else (earlier.num_rows, earlier.num_indexed)
+    stands_still = before == (rows, indexed) and not now.is_indexing
     return LOST if stands_still and rows > AUTO_SHARDING_ROWS else BEHIND

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from fletcher.cli import ingest, main
 from tests.doubles.longbow import LongbowDouble
 from tests.integration import flight_calls
 from tests.integration.conftest import StartServer
-from tests.integration.processes import eventually
+from tests.integration.processes import FLETCHER, clean_environ, eventually
 
 BATCH = pa.record_batch({"id": ["a", "b"], "text": ["one text", "another text"]})
 
@@ -91,3 +95,23 @@ def is_listed(client: flight.FlightClient) -> bool:
         return list(client.list_flights()) == []
     except flight.FlightUnavailableError:
         return False
+
+
+def test_an_interrupt_ends_an_ingest_into_a_longbow_that_takes_no_rows(
+    tiny_home: Path, tmp_path: Path
+) -> None:
+    # It took half a minute, and ended by SIGABRT.
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "text": "one text"}\n')
+    with LongbowDouble() as double:
+        double.stall = threading.Event()
+        argv = ["ingest", str(rows), "--dataset", "d", "--store", double.address]
+        argv += ["--home", str(tiny_home), "--model", "tiny", "--backend", "null"]
+        process = subprocess.Popen([sys.executable, "-c", FLETCHER, *argv], env=clean_environ())
+        try:
+            eventually(lambda: bool(double.calls), "rows are sent", timeout_s=120)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+            process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -10,6 +11,8 @@ import pyarrow as pa
 from fletcher.errors import FletcherError, UnknownDatasetError
 from fletcher.stores.base import DatasetInfo
 from fletcher.stores.flight.connection import FlightConnection
+
+_Answer = TypeVar("_Answer")
 
 # No dataset has more rows.
 _MAX_ROWS = 1 << 62
@@ -47,12 +50,14 @@ class LongbowDatasets:
         schema = self.read_schema(name)
         if schema is None:
             return None
+        ready = _told(lambda: self._read_readiness(name))
         return DatasetInfo(
             name,
             schema,
             num_rows=_told(lambda: self._count_rows(name)),
             num_bytes=_told(lambda: self._connection.read_size(name)[1]),
-            num_indexed=_told(lambda: self._read_readiness(name).index_len),
+            num_indexed=None if ready is None else ready.index_len,
+            is_indexing=ready is not None and ready.status != "READY",
         )
 
     def read_schema(self, name: str) -> pa.Schema | None:
@@ -87,7 +92,7 @@ class LongbowDatasets:
         return found
 
 
-def _told(ask: Callable[[], int | None]) -> int | None:
+def _told(ask: Callable[[], _Answer]) -> _Answer | None:
     """Answer of a store to a question that not every store knows; else None."""
     try:
         return ask()

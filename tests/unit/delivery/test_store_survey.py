@@ -24,6 +24,7 @@ class LaggingStore:
 
     def __init__(self, indexed: int | None = 2_057) -> None:
         self.indexed = indexed
+        self.is_indexing = False
         self.num_calls = 0
         self.error: Exception | None = None
         self.hangs = threading.Event()
@@ -34,7 +35,7 @@ class LaggingStore:
         self.hangs.wait(30)
         if self.error is not None:
             raise self.error
-        return [DatasetInfo("d", SCHEMA, 12_000, 1_000, self.indexed)]
+        return [DatasetInfo("d", SCHEMA, 12_000, 1_000, self.indexed, self.is_indexing)]
 
 
 class Clock:
@@ -68,7 +69,10 @@ def test_an_index_that_grows_is_behind() -> None:
     asked = survey(store, clock)
     for clock.now, store.indexed in ((0, 100), (10, 200), (20, 5_000)):
         assert asked.statistics()["d"]["trouble"] == BEHIND
-    store.indexed, clock.now = None, 30
+    store.is_indexing = True  # on a busy machine
+    for clock.now in (30, 40):
+        assert asked.statistics()["d"]["trouble"] == BEHIND
+    store.indexed, clock.now = None, 50
     assert asked.statistics()["d"]["trouble"] is None
 
 
