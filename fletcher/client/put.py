@@ -44,6 +44,8 @@ from fletcher.net.flight_errors import from_flight_error
 _log = logging.getLogger(__name__)
 
 OnAck = Callable[[Ack], None]
+# Retries, for some seconds, while the store answers and only the dataset cannot be used.
+_DATASET_RETRIES = 5
 
 
 class UploadSession:
@@ -105,7 +107,10 @@ class UploadSession:
                     failures, since_s = 0, time.monotonic()
                 failures += 1
                 stuck = time.monotonic() - since_s > self._transfer.stall_timeout_s
-                if stuck or failures > self._transfer.max_retries:
+                most = self._transfer.max_retries
+                if error.field == "dataset":  # it is damaged, or another program writes to it
+                    most = min(most, _DATASET_RETRIES)
+                if stuck or failures > most:
                     raise
                 # Do not ask if a busy server acknowledged no row: it took none, or will skip the
                 # repeated ones. The question would wait for the store and add load.

@@ -155,10 +155,11 @@ class ParquetStore(EmbeddedStore):
         schema = self._schema(name)
         wanted = wanted_columns(name, schema, columns)
         condition = conditions.to_expression(name, schema, filters)
-        files = [str(path) for path in self._files(name)]
-        rows = ds.dataset(files, schema=schema, format="parquet").scanner(
-            columns=wanted, filter=condition, batch_size=8192
-        )
+        with self._named_damage(name):
+            files = [str(path) for path in self._files(name)]
+            rows = ds.dataset(files, schema=schema, format="parquet").scanner(
+                columns=wanted, filter=condition, batch_size=8192
+            )
         out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
 
         def batches() -> Iterator[pa.RecordBatch]:

@@ -248,6 +248,18 @@ def test_retries_are_bounded():
         assert server.calls == 1 + FAST.max_retries
 
 
+def test_a_dataset_that_cannot_be_used_is_tried_again_a_few_times_only():
+    class Locked(Behaving):
+        def before(self, fields):
+            raise to_flight_error(errors.StoreUnavailableError("locked", field="dataset"))
+
+    limits = replace(FAST, max_retries=1000)
+    with Locked() as server, connect(server.uri, transfer=limits) as client:
+        with pytest.raises(errors.StoreUnavailableError):
+            client.put(texts(10), "d")
+        assert server.calls == 6
+
+
 def test_a_call_that_made_no_progress_for_long_is_not_retried():
     class Down(Behaving):
         def before(self, fields):

@@ -835,6 +835,19 @@ def test_all_chunks_of_a_text_are_replaced(tmp_path):
     writer.close()
 
 
+def test_a_parquet_file_that_goes_away_while_it_is_read_is_an_error_of_the_store(
+    tmp_path, monkeypatch
+):
+    store = open_store(f"parquet:{tmp_path}")
+    with contextlib.closing(store.open_writer("d", rows.schema(), "append")) as writer:
+        writer.append([rows.batch(0, 5)])
+    (path,) = (tmp_path / "d").glob("u*.parquet")
+    # Another process replaces the dataset between these two steps.
+    monkeypatch.setattr(store, "_files", lambda _: [path.with_name("u~5-9.parquet")])
+    with pytest.raises(StoreUnavailableError, match=r"u~5-9\.parquet"):
+        store.scan("d")
+
+
 def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
     store = open_store(f"parquet:{tmp_path}")
     with pytest.raises(RequestError, match="upsert"):
