@@ -346,6 +346,8 @@ def _disk_errors(dataset: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         code = getattr(error, "errno", None)
         cause = os.strerror(code) if code else "one of its files is not a whole Parquet file"
+        if isinstance(error, FileNotFoundError):  # Arrow gives it no number
+            cause = "a file went away, as if the dataset is being replaced; try again"
         raise StoreUnavailableError(
             f"dataset `{dataset}` cannot be read or written: {cause}",
             field="store" if concerns_store(error) else "dataset",

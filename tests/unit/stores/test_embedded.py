@@ -844,7 +844,7 @@ def test_a_parquet_file_that_goes_away_while_it_is_read_is_an_error_of_the_store
     (path,) = (tmp_path / "d").glob("u*.parquet")
     # Another process replaces the dataset between these two steps.
     monkeypatch.setattr(store, "_files", lambda _: [path.with_name("u~5-9.parquet")])
-    with pytest.raises(StoreUnavailableError, match=r"u~5-9\.parquet"):
+    with pytest.raises(StoreUnavailableError, match="a file went away"):
         store.scan("d")
 
 
