@@ -238,7 +238,9 @@ STATUSES = [
 ]
 
 
-@pytest.mark.parametrize(("status", "what", "call"), STATUSES, ids=lambda one: str(one)[:30])
+@pytest.mark.parametrize(
+    ("status", "what", "call"), STATUSES, ids=[f"{one[0]}-{one[1]}" for one in STATUSES]
+)
 def test_refusals_have_longbows_statuses_and_a_text(
     data, meta, name, monkeypatch, status, what, call
 ):

@@ -232,9 +232,10 @@ def found_by_arrow(rows: pa.Table, filters: list[Filter]) -> set[int]:
     return set(ds.dataset(rows).to_table(filter=where)["row"].to_pylist())
 
 
-def from_json(filters: list[Filter]) -> list[Filter]:
+def from_json(filters: list[Filter], schema: pa.Schema) -> list[Filter]:
     sent = json.loads(json.dumps(to_json(filters)))
-    return list(to_filters([convert_request(FilterRequest, one, "a filter") for one in sent]))
+    requests = [convert_request(FilterRequest, one, "a filter") for one in sent]
+    return list(to_filters(requests, schema))
 
 
 def test_random_filters_find_the_same_rows_everywhere(rows: pa.Table, lance: Any) -> None:
@@ -248,7 +249,7 @@ def test_random_filters_find_the_same_rows_everywhere(rows: pa.Table, lance: Any
         expected = {row for row, one in enumerate(met) if one}
         assert found_by_arrow(rows, parsed) == expected, (seed, text)
         assert found_by_lance(lance, parsed) == expected, (seed, text)
-        assert found_by_arrow(rows, from_json(parsed)) == expected, (seed, text)
+        assert found_by_arrow(rows, from_json(parsed, rows.schema)) == expected, (seed, text)
 
 
 SMALL = pa.schema(
@@ -370,7 +371,7 @@ def test_any_json_is_a_filter_or_one_of_our_errors() -> None:
 
     for _ in range(2000):
         try:
-            filters = to_filters([convert_request(FilterRequest, request(0), "a filter")])
+            filters = to_filters([convert_request(FilterRequest, request(0), "a filter")], SMALL)
             to_sql("d", SMALL, filters)
             to_expression("d", SMALL, filters)
         except FletcherError:
