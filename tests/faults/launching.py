@@ -46,6 +46,7 @@ class Process:
     def __init__(self, pid: int, log: Path) -> None:
         self.pid = pid
         self.log = log
+        self._lock = threading.Lock()  # several threads of a server watch a worker
         try:
             self._watch: int | None = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -59,13 +60,16 @@ class Process:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for its end; False if it has not ended by then."""
-        if self._watch is not None:
+        watch = self._watch
+        if watch is not None:
             poll = select.poll()
-            poll.register(self._watch, select.POLLIN)
+            poll.register(watch, select.POLLIN)
             if not poll.poll(timeout_s * 1000):
                 return False
-            os.close(self._watch)
-            self._watch = None
+            with self._lock:
+                if self._watch is not None:
+                    os.close(watch)
+                self._watch = None
         return True
 
     @property
