@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from click.shell_completion import CompletionItem
 
-    from fletcher.stores.base import DatasetInfo, Store
+    from fletcher.stores.base import Store
 
 MAX_K = 10_000
 MAX_ID_COLUMNS = 32
@@ -120,11 +120,11 @@ def cli(
         )
     opened = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
     with contextlib.closing(opened) as store:
-        info = _find_dataset(store, dataset)
-        check_searchable(dataset, info.schema)  # raises before a model is loaded
-        shown = _shown_columns(info, columns)
-        conditions = [parse_filter(text, info.schema) for text in filters]
-        vector = _embed_query(target, query, prompt, info)
+        schema = _find_schema(store, dataset)
+        check_searchable(dataset, schema)  # raises before a model is loaded
+        shown = _shown_columns(schema, columns)
+        conditions = [parse_filter(text, schema) for text in filters]
+        vector = _embed_query(target, query, prompt, dataset, schema)
         found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
     if APPROXIMATE in (found.schema.metadata or {}):
         say("note: approximate: scores are exact, but better rows may be missing")
@@ -171,30 +171,32 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
         print(cut((head + tail).rstrip(), terminal_width()))
 
 
-def _find_dataset(store: Store, name: str) -> DatasetInfo:
-    info = store.dataset(name)
-    if info is None:
+def _find_schema(store: Store, name: str) -> pa.Schema:
+    schema = store.read_schema(name)
+    if schema is None:
         known = [one.name for one in store.datasets()]
         hint = nearest(name, known) or f"; known: {', '.join(known[:20]) or 'no dataset'}"
         raise UnknownDatasetError(
             f"there is no dataset {name!r} in {store.address}{hint}", field="dataset"
         )
-    return info
+    return schema
 
 
-def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
+def _shown_columns(schema: pa.Schema, asked: Sequence[str]) -> list[str]:
     for name in asked:
-        if name not in info.schema.names:
+        if name not in schema.names:
             raise UnknownColumnError(
-                f"`columns` asks for {name!r}; known: {', '.join(info.schema.names)}",
+                f"`columns` asks for {name!r}; known: {', '.join(schema.names)}",
                 field="columns",
-                allowed=info.schema.names,
+                allowed=schema.names,
             )
-    shown = [name for name in ("id", "text") if name in info.schema.names]
+    shown = [name for name in ("id", "text") if name in schema.names]
     return [*shown, *(name for name in asked if name not in shown)]
 
 
-def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: DatasetInfo) -> Any:
+def _embed_query(
+    target: EmbedTarget, query: str, prompt: str | None, dataset: str, schema: pa.Schema
+) -> Any:
     import pyarrow as pa
 
     from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
@@ -202,7 +204,7 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
     from fletcher.evaluation.vectors import embed_batches
     from fletcher.models.bundle.bundle import NULL_PREFIX
 
-    metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
     # `stored` is NAME@HASH: it selects this version even if NAME now means another one.
     model = target.flags.given.get("model", stored and stored.removeprefix(NULL_PREFIX))
@@ -212,7 +214,7 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored.removeprefix(NULL_PREFIX) != qualified:
             raise ModelMismatchError(
-                f"`dataset` {info.name!r} holds vectors of {stored}, but the model of the query is "
+                f"`dataset` {dataset!r} holds vectors of {stored}, but the model of the query is "
                 f"{qualified}: their distances mean nothing; give --model {stored}",
                 field="model",
                 allowed=[stored],
@@ -239,7 +241,7 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
     given = asked[0].schema.metadata[b"fletcher.model"].decode()
     if stored is not None and given != stored:
         raise ModelMismatchError(
-            f"`dataset` {info.name!r} holds vectors of {stored}, but those of the query are of "
+            f"`dataset` {dataset!r} holds vectors of {stored}, but those of the query are of "
             f"{given}: one of them was made without a model, by --backend null",
             field="model",
             allowed=[stored],

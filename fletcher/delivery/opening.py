@@ -91,9 +91,10 @@ class UploadOpener:
             ready.cancel()
             raise StoreUnavailableError("the store does not answer; try again later") from None
         destination = sink.committer.destination
-        info = destination.store.dataset(destination.dataset) if mode == "upsert" else None
-        if info is not None:
-            check_one_row_each(info.name, info.schema, schema)
+        dataset = destination.dataset
+        stored = destination.store.read_schema(dataset) if mode == "upsert" else None
+        if stored is not None:
+            check_one_row_each(dataset, stored, schema)
 
     def settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
         """Rows of an upload that need not be sent again, by the store and the journal."""

@@ -96,6 +96,6 @@ def checking_times(schema: pa.Schema, skip: Skip | None) -> Skip | None:
 
 def model_of(store: Store, dataset: str) -> str | None:
     """`name@hash` of the model whose vectors a dataset has; None if that is unknown."""
-    info = store.dataset(dataset)
-    name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
+    schema = store.read_schema(dataset)
+    name = (schema.metadata or {}).get(b"fletcher.model") if schema is not None else None
     return None if name is None else name.decode().removeprefix(NULL_PREFIX)

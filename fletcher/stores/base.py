@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.stores.staging import incarnation_of
+
 WriteMode = Literal["append", "upsert"]
 Operator = Literal["=", "!=", ">", "<", ">=", "<=", "in", "is null"]
 Vector = npt.NDArray[np.float32]
@@ -171,8 +173,16 @@ class Store(Protocol):
     def dataset(self, name: str) -> DatasetInfo | None:
         """One dataset; None if it does not exist."""
 
+    def read_schema(self, name: str) -> pa.Schema | None:
+        """A dataset's schema; None if it does not exist.
+
+        `dataset` also finds the number of rows, which takes some stores many calls.
+        """
+
     def incarnation(self, name: str) -> str | None:
         """Name of a dataset's incarnation (`stores.staging`); None if it is missing."""
+        schema = self.read_schema(name)
+        return None if schema is None else incarnation_of(schema)
 
     def staged_datasets(self) -> list[DatasetInfo]:
         """Staged datasets of unfinished uploads with `mode: overwrite`, sorted by name."""

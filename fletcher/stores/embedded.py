@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pyarrow as pa
-
 from fletcher.core.command import CHOICES
 from fletcher.core.schema import ELEMENT_TYPES
 from fletcher.errors import FletcherError, StoreError, StoreUnavailableError
 from fletcher.stores.base import DatasetInfo, DatasetWriter, Store, StoreCapabilities
-from fletcher.stores.staging import incarnation_of, staged_for
+from fletcher.stores.lock_errors import lock_errors
+from fletcher.stores.staging import staged_for
 from fletcher.util.closing import close_for_good
 from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
@@ -80,14 +79,6 @@ class EmbeddedStore(Store):
     def dataset_folder(self, name: str) -> Path:
         """The folder of a dataset, whether it exists or not."""
 
-    @abstractmethod
-    def read_schema(self, name: str) -> pa.Schema | None:
-        """A dataset's schema; None if it does not exist."""
-
-    def incarnation(self, name: str) -> str | None:
-        schema = self.read_schema(name)
-        return None if schema is None else incarnation_of(schema)
-
     def datasets(self) -> list[DatasetInfo]:
         """All datasets, sorted by name.
 
@@ -121,20 +112,8 @@ class EmbeddedStore(Store):
             StoreUnavailableError: Another writer holds the lock, or the lock's file cannot be
                 opened.
         """
-        try:
+        with lock_errors(dataset):
             return FileLock(self.folder / f".{dataset}.lock")
-        except BlockingIOError as error:
-            raise StoreUnavailableError(
-                f"dataset `{dataset}` is being written by another process or upload; wait for it "
-                "to end, or let both write through one server",
-                field="dataset",
-                retry_after_ms=1000,
-            ) from error
-        except OSError as error:
-            raise StoreUnavailableError(
-                f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
-                field="dataset",
-            ) from error
 
     @contextmanager
     def locked_to_its_end(self, dataset: str) -> Iterator[None]:

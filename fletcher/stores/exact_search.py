@@ -40,6 +40,14 @@ def existing_dataset(store: Store, name: str) -> DatasetInfo:
     return info
 
 
+def existing_schema(store: Store, name: str) -> pa.Schema:
+    """The schema of a dataset. Raises UnknownDatasetError if it does not exist."""
+    schema = store.read_schema(name)
+    if schema is None:
+        raise unknown_dataset(name)
+    return schema
+
+
 def check_searchable(dataset: str, schema: pa.Schema) -> Similarity:
     """The similarity by which a dataset is searched.
 

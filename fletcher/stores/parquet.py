@@ -21,7 +21,7 @@ from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
-from fletcher.stores.exact_search import check_query, nearest, unknown_dataset
+from fletcher.stores.exact_search import check_query, existing_schema, nearest, unknown_dataset
 from fletcher.stores.schemas import (
     check_compatible,
     check_storable,
@@ -210,10 +210,7 @@ class ParquetStore(EmbeddedStore):
         return sorted((one for one in files if one.name != _COLUMNS_FILE), key=_key_of)
 
     def _schema(self, dataset: str) -> pa.Schema:
-        schema = self.read_schema(dataset)
-        if schema is None:
-            raise unknown_dataset(dataset)
-        return schema
+        return existing_schema(self, dataset)
 
     def _pointer(self, dataset: str) -> Path:
         return self.folder / f".{dataset}{_POINTER}"

@@ -25,8 +25,8 @@ from fletcher.stores.exact_search import (
     Scores,
     check_query,
     check_searchable,
+    existing_schema,
     nearest,
-    unknown_dataset,
 )
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
@@ -277,10 +277,7 @@ class Actions:
         return [to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
-        schema = self.store.read_schema(dataset)
-        if schema is None:
-            raise unknown_dataset(dataset)
-        return schema
+        return existing_schema(self.store, dataset)
 
 
 def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[bytes]:

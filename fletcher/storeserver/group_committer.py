@@ -326,9 +326,9 @@ class GroupCommitter:
     def _open_existing(self) -> None:
         self._close_lost_writer()
         if self._writer is None:
-            info = self._store.dataset(self._dataset)
-            if info is not None:
-                self._open_writer(info.schema, "append")
+            schema = self._store.read_schema(self._dataset)
+            if schema is not None:
+                self._open_writer(schema, "append")
 
     def _close_lost_writer(self) -> None:
         """Close the writer, and forget its keys, if its table was deleted."""

@@ -65,6 +65,9 @@ class MemoryStore:
             return None
         return DatasetInfo(name, self.schemas[name], self.rows(name).num_rows)
 
+    def read_schema(self, name: str) -> pa.Schema | None:
+        return self.schemas[name] if name in self.batches else None
+
     def incarnation(self, name: str) -> str | None:
         return incarnation_of(self.schemas[name]) if name in self.batches else None
 

@@ -319,9 +319,9 @@ class DedupeIndex:
         for group in self._journal.waiting_groups() if self._journal is not None else []:
             journaled.update(_journaled_keys(index.kind, group, null_vectors=null_vectors))
         columns = list(needed_columns(index.kind))
-        info = self._store.dataset(self._dataset)
-        if info is not None:
-            missing = [name for name in columns if name not in info.schema.names]
+        schema = self._store.read_schema(self._dataset)
+        if schema is not None:
+            missing = [name for name in columns if name not in schema.names]
             if missing:
                 raise InvalidCommandError(
                     f"dataset `{self._dataset}` has no column `{missing[0]}` to compare rows by; "
@@ -329,7 +329,7 @@ class DedupeIndex:
                     field="dedupe",
                 )
             compared = compared_columns(index.kind)
-            columns += [name for name in compared if name in info.schema.names]
+            columns += [name for name in compared if name in schema.names]
             with contextlib.suppress(UnknownDatasetError):  # no rows yet
                 for batch in self._store.scan(self._dataset, columns=columns):
                     entries = stored_keys(index.kind, batch, ())

@@ -147,8 +147,8 @@ class FlightConnection:
             info = self.meta_client.get_flight_info(descriptor, self.call_options())
         return info.total_records, info.total_bytes
 
-    def list_names(self, criteria: bytes) -> list[str]:
-        """Names of the datasets that a ListFlights of a Longbow answers.
+    def list_flights(self, criteria: bytes) -> list[flight.FlightInfo]:
+        """Answer of ListFlights.
 
         Raises:
             FletcherError: As `store_call`.
@@ -156,8 +156,15 @@ class FlightConnection:
         meta = self.address.meta_uri
         what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
         with store_call(what):
-            flights = list(self.meta_client.list_flights(criteria, self.call_options()))
-        paths = [one.descriptor.path for one in flights]
+            return list(self.meta_client.list_flights(criteria, self.call_options()))
+
+    def list_names(self, criteria: bytes) -> list[str]:
+        """Sorted names of the datasets in the answer of ListFlights.
+
+        Raises:
+            FletcherError: As `store_call`.
+        """
+        paths = [one.descriptor.path for one in self.list_flights(criteria)]
         return sorted(path[0].decode(errors="replace") for path in paths if path)
 
     def _do_get(self, dataset: str, ticket: dict[str, Any], what: str) -> flight.FlightStreamReader:

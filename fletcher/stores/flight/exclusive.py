@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from fletcher.errors import StoreUnavailableError
 from fletcher.net.address import FlightAddress
+from fletcher.stores.lock_errors import lock_errors
 from fletcher.util.locks import NameLock
 
 
@@ -19,20 +19,8 @@ def lock_dataset(address: FlightAddress, dataset: str) -> NameLock:
     Raises:
         StoreUnavailableError: Another writer holds the lock, or it cannot be taken.
     """
-    try:
+    with lock_errors(dataset, where=" of this machine"):
         return NameLock(f"{host} {address.port} {dataset}" for host in _hosts(address))
-    except BlockingIOError as error:
-        raise StoreUnavailableError(
-            f"dataset `{dataset}` is being written by another process or upload of this machine; "
-            "wait for it to end, or let both write through one server",
-            field="dataset",
-            retry_after_ms=1000,
-        ) from error
-    except OSError as error:
-        raise StoreUnavailableError(
-            f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
-            field="dataset",
-        ) from error
 
 
 def _hosts(address: FlightAddress) -> set[str]:

@@ -9,11 +9,7 @@ import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.errors import (
-    DimensionMismatchError,
-    StoreUnavailableError,
-    UnknownDatasetError,
-)
+from fletcher.errors import DimensionMismatchError, StoreUnavailableError, UnknownDatasetError
 from fletcher.stores import protocol
 from fletcher.stores.base import (
     DatasetInfo,
@@ -25,12 +21,11 @@ from fletcher.stores.base import (
     Vector,
     WriteMode,
 )
-from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.exact_search import existing_schema
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.transfer import cut_rows, exchange_rows
 from fletcher.stores.schemas import check_compatible, conform_batch, limit_rows, wanted_columns
-from fletcher.stores.staging import incarnation_of
 
 
 class FletcherServer(Store):
@@ -68,9 +63,9 @@ class FletcherServer(Store):
         except UnknownDatasetError:
             return None
 
-    def incarnation(self, name: str) -> str | None:
+    def read_schema(self, name: str) -> pa.Schema | None:
         info = self.dataset(name)
-        return None if info is None else incarnation_of(info.schema)
+        return None if info is None else info.schema
 
     def replace_dataset(self, name: str, staged: str) -> None:
         request = protocol.ReplaceDatasetRequest(name, staged)
@@ -119,7 +114,7 @@ class FletcherServer(Store):
                 "`vector` has several vectors, expected one: this store keeps one per row",
                 field="vector",
             )
-        wanted = self._column_names(dataset) if columns is None else list(columns)
+        wanted = existing_schema(self, dataset).names if columns is None else list(columns)
         name = "token_vectors" if is_multi else "vector"
         search: dict[str, Any] = {"dataset": dataset, name: vector.tolist(), "k": k}
         search |= {"filters": to_json(filters), "columns": wanted, "score": "cosine"}
@@ -135,18 +130,8 @@ class FletcherServer(Store):
     def delete_dataset(self, name: str) -> None:
         self._connection.run_action("delete-dataset", {"dataset": name})
 
-    def _column_names(self, dataset: str) -> list[str]:
-        info = self.dataset(dataset)
-        if info is None:
-            raise unknown_dataset(dataset)
-        return list(info.schema.names)
-
     def _list(self, criteria: bytes) -> list[DatasetInfo]:
-        meta = self._connection.address.meta_uri
-        what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
-        with store_call(what):
-            options = self._connection.call_options()
-            flights = list(self._connection.meta_client.list_flights(criteria, options))
+        flights = self._connection.list_flights(criteria)
         return sorted((_info(one) for one in flights), key=lambda info: info.name)
 
 

@@ -7,10 +7,7 @@ from weakref import WeakSet
 
 import pyarrow as pa
 
-from fletcher.errors import (
-    DimensionMismatchError,
-    InvalidCommandError,
-)
+from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.stores.base import (
     DatasetInfo,
     Filters,
@@ -27,7 +24,6 @@ from fletcher.stores.flight.longbow_datasets import LongbowDatasets
 from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.longbow_uploads import LongbowUploads
 from fletcher.stores.flight.longbow_writer import LongbowWriter
-from fletcher.stores.staging import incarnation_of
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +59,7 @@ class LongbowServer(Store):
         if narrow.field("vector").type != schema.field("vector").type and not self._widening_logged:
             self._widening_logged = True
             _log.info("vectors are widened to float32, the one type that Longbow indexes")
-        stored = self._datasets.read_schema(dataset)
+        stored = self.read_schema(dataset)
         if stored is not None:
             narrow = longbow.dataset_schema(dataset, stored, narrow)
         writer = LongbowWriter(self._connection, dataset, narrow, self._uploads)
@@ -86,9 +82,8 @@ class LongbowServer(Store):
         """A dataset; one without rows does not exist yet."""
         return self._datasets.describe_dataset(name)
 
-    def incarnation(self, name: str) -> str | None:
-        schema = self._datasets.read_schema(name)
-        return None if schema is None else incarnation_of(schema)
+    def read_schema(self, name: str) -> pa.Schema | None:
+        return self._datasets.read_schema(name)
 
     def replace_dataset(self, name: str, staged: str) -> None:
         raise InvalidCommandError(
@@ -122,6 +117,6 @@ class LongbowServer(Store):
         self._connection.close()
 
     def delete_dataset(self, name: str) -> None:
-        if self._datasets.read_schema(name) is None:
+        if self.read_schema(name) is None:
             raise unknown_dataset(name)
         self._connection.run_action("delete-dataset", {"dataset": name})

@@ -78,9 +78,9 @@ class FlightStore(Store):
         check_stored(name)
         return self._server.dataset(name)
 
-    def incarnation(self, name: str) -> str | None:
+    def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)
-        return self._server.incarnation(name)
+        return self._server.read_schema(name)
 
     def replace_dataset(self, name: str, staged: str) -> None:
         check_stored(name)

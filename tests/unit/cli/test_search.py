@@ -20,7 +20,6 @@ from fletcher.cli.terminal import print_json
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, vector_columns
 from fletcher.errors import ColumnTypeError
-from fletcher.stores.base import DatasetInfo
 
 if TYPE_CHECKING:
     from fletcher.cli.connection import EmbedTarget
@@ -62,7 +61,7 @@ def test_a_value_that_python_cannot_hold_is_refused_by_name() -> None:
 def test_a_query_gets_the_width_of_the_dataset_whatever_the_models_default_is() -> None:
     # The width was not asked for if it was the model's full one, and the default came instead.
     spec = VectorSpec("m@0", 8, "float16", 6, "mean", normalized=True)
-    info = DatasetInfo("d", pa.schema([], metadata=spec.metadata()), 1)
+    schema = pa.schema([], metadata=spec.metadata())
     asked: list[EmbedCommand] = []
 
     class Server:
@@ -90,5 +89,5 @@ def test_a_query_gets_the_width_of_the_dataset_whatever_the_models_default_is() 
         resolve=lambda **_: None,
         open_client=lambda _: contextlib.nullcontext(Server()),
     )
-    assert _embed_query(cast("EmbedTarget", target), "words", None, info).shape == (8,)
+    assert _embed_query(cast("EmbedTarget", target), "words", None, "d", schema).shape == (8,)
     assert [(one.dims, one.layers) for one in asked] == [(8, 6)]
