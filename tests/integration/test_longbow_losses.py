@@ -27,12 +27,6 @@ NARROW = longbow_schema(rows.schema())
 
 
 @pytest.fixture
-def double() -> Iterator[LongbowDouble]:
-    with LongbowDouble() as served:
-        yield served
-
-
-@pytest.fixture
 def store(double: LongbowDouble) -> Iterator[Any]:
     opened = open_store(double.address, timeout_s=20, message_bytes=1024)
     yield opened
