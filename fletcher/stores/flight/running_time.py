@@ -27,7 +27,9 @@ class _Wait:
 
 
 class RunningTime:
-    """Time for which a Longbow runs, measured by one thread for all who wait. Thread-safe.
+    """Measurement of the time for which a Longbow runs. Thread-safe.
+
+    One thread measures it for all who wait.
 
     A process that is stopped writes nothing, and time passes all the same. So the time is divided
     by short calls that only a running process answers.

@@ -27,7 +27,7 @@ def cut_rows(rows: pa.RecordBatch, message_bytes: int) -> list[pa.RecordBatch]:
 
 
 class IngestCall:
-    """A DoExchange with rows that a store acknowledged. The call is still open. Not thread-safe."""
+    """An open DoExchange call, after its rows were acknowledged. Not thread-safe."""
 
     def __init__(self, writer: Any, reader: Any, what: str) -> None:
         self._writer = writer
