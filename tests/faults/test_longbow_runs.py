@@ -11,7 +11,7 @@ from tests.faults import longbow_runs
 from tests.faults.launching import Launcher
 from tests.faults.longbow_servers import starter
 
-SEEDS = (1, 2, 4, 9, 12, 13, 14, 15, 18, 21)
+SEEDS = (1, 2, 4, 9, 12, 13, 14, 15, 18, 21, 26)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
