@@ -195,3 +195,10 @@ def test_profile_fletcher_is_refused_where_the_store_is_none(double):
     plain = open_store(f"{double.address}&profile=longbow", timeout_s=5)
     assert plain.capabilities.dtypes == ("float32",)
     plain.close()
+
+
+def test_nobody_asks_a_longbow_for_an_incarnation(store, double, monkeypatch):
+    # Each question began to send all rows: an upload asked nine times before its first row.
+    store.open_writer("d", rows.schema(), "append").append([rows.batch(0, 10)])
+    monkeypatch.setattr(double, "read", None)
+    assert store.incarnation("d") == store.incarnation("missing") == ""

@@ -78,6 +78,13 @@ class LongbowServer(Store):
     def read_schema(self, name: str) -> pa.Schema | None:
         return self._datasets.read_schema(name)
 
+    def incarnation(self, name: str) -> str:
+        """Empty: datasets of a Longbow have no incarnations.
+
+        The Longbow is not asked. It would begin to send all rows to tell whether a dataset exists.
+        """
+        return ""
+
     def replace_dataset(self, name: str, staged: str) -> None:
         raise InvalidCommandError(
             f"dataset `{name}` cannot be replaced by `{staged}`: a Longbow brings deleted rows "

@@ -82,6 +82,10 @@ class FlightStore(Store):
         check_stored(name)
         return self._server.read_schema(name)
 
+    def incarnation(self, name: str) -> str | None:
+        check_stored(name)
+        return self._server.incarnation(name)
+
     def replace_dataset(self, name: str, staged: str) -> None:
         check_stored(name)
         self._server.replace_dataset(name, staged)
