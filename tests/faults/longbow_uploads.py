@@ -118,8 +118,9 @@ class Sent:
     def is_refused(self) -> bool:
         """Whether no Longbow takes it."""
         mode, dtype = self.options.get("mode", "append"), self.options.get("dtype", "float32")
-        no_ids = self.options.get("dedupe") == "id" and self.shape.ids == "none"
-        return mode != "append" or dtype not in ("float32", "float16") or no_ids
+        needed = {"id": self.shape.ids != "none", "text": self.shape.include_text}
+        has_needed = needed.get(self.options.get("dedupe", ""), True)
+        return mode != "append" or dtype not in ("float32", "float16") or not has_needed
 
     def is_good(self, row: int) -> bool:
         """Whether a row has a text and an id."""
