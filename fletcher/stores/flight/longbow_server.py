@@ -78,7 +78,7 @@ class LongbowServer(Store):
     def read_schema(self, name: str) -> pa.Schema | None:
         return self._datasets.read_schema(name)
 
-    def incarnation(self, name: str) -> str:
+    def incarnation(self, name: str) -> str:  # noqa: ARG002 - as in Store
         """Empty: datasets of a Longbow have no incarnations.
 
         The Longbow is not asked. It would begin to send all rows to tell whether a dataset exists.
