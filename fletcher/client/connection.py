@@ -14,7 +14,7 @@ import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.core.command import EmbedCommand
+from fletcher.core.command import WIRE_VERSION, EmbedCommand
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -152,7 +152,12 @@ class Connection:
         InvalidCommandError is also raised if another Flight server answers, such as a store.
         """
         try:
-            self.action("health")
+            wire = self.action("health").get("wire")
+            if wire != WIRE_VERSION:
+                raise InvalidCommandError(
+                    f"its calls have version {wire or 'unknown'}, and those of this client "
+                    f"{WIRE_VERSION}"
+                )
         except DeadlineExceededError:
             raise UnavailableError(
                 f"{self.address} did not answer within {self._timeout_s:g} s; check the address"

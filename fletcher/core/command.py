@@ -39,6 +39,8 @@ Columns = Annotated[tuple[Name, ...], Meta(max_length=1024)]
 AnswerBytes = Annotated[int, Meta(ge=0, le=1 << 30)]
 Codecs = Annotated[tuple[Literal["lz4", "zstd"], ...], Meta(max_length=2)]
 
+# Version of the calls of a server. It changes when clients of earlier releases would be wrong.
+WIRE_VERSION = 1
 # Most bytes of one message of an answer, unless the client asks for more. Clients in Go, Rust and
 # JavaScript refuse more than 4 MiB by default.
 MAX_ANSWER_BYTES = 4_000_000

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
+import fletcher
 from fletcher.config.model_alias import Alias
-from fletcher.core.command import EmbedCommand
+from fletcher.core.command import WIRE_VERSION, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnsupportedCallError
 from fletcher.flight.commands import parse_list_models, refuse_unused
 from fletcher.flight.embed_action import embed
@@ -151,7 +152,11 @@ def _set_alias(service: Service, body: bytes, _caller: Caller) -> dict[str, Any]
 ACTIONS = {
     "health": ActionHandler(
         "Tells that the process is alive. No body. Result: JSON",
-        lambda _service, _body, _caller: {"status": "ok"},
+        lambda _service, _body, _caller: {
+            "status": "ok",
+            "version": fletcher.__version__,
+            "wire": WIRE_VERSION,
+        },
     ),
     "ready": ActionHandler("Tells whether new calls are accepted. No body. Result: JSON", _ready),
     "stats": ActionHandler(

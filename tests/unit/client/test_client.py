@@ -14,6 +14,7 @@ from fletcher.client.connection import Connection
 from fletcher.client.exchange_call import ExchangeCall
 from fletcher.client.files import ingest_files, ingest_id
 from fletcher.client.messages import PutSummary, RowError
+from fletcher.core.command import WIRE_VERSION
 from fletcher.flight.answers import AnswerWriter
 from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import handler_errors, to_flight_error
@@ -484,7 +485,7 @@ class Actions(Behaving):
     def do_action(self, context, action):
         body = action.body.to_pybytes() if action.body else b""
         answers = {
-            "health": {"status": "ok"},
+            "health": {"status": "ok", "wire": WIRE_VERSION},
             "ready": {"ready": False},
             "stats": {"rows": 3},
             "list_models": {"models": [{"name": "m"}]},
@@ -497,7 +498,7 @@ def test_actions():
     with Actions() as server, connect(server.uri) as client:
         assert client.address == server.uri
         assert repr(client) == f"<fletcher.Client of {server.uri}>"
-        assert client.health() == {"status": "ok"}
+        assert client.health()["status"] == "ok"
         assert client.ready() is False
         assert client.stats() == {"rows": 3}
         assert client.list_models() == [{"name": "m"}]
