@@ -46,6 +46,7 @@ def logging_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quick_settling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a Longbow settle at once in this process: its double loses them on request only."""
-    monkeypatch.setattr("fletcher.stores.flight.settling.SETTLE_S", 0.01)
+def quick_confirmation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Confirm a Longbow's rows at once in this process: its double loses them on request only."""
+    for module in ("running_time", "longbow_writer"):
+        monkeypatch.setattr(f"fletcher.stores.flight.{module}.CONFIRM_S", 0.01)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -105,6 +105,7 @@ class ExchangeCall:
         self._connection = connection
         self._limits = connection.limits
         self._continuous = options.continuous
+        self._one_row_each = True  # whether each row is answered by one row, not by chunks
         self._input_schema = schema
         self._outgoing = outgoing
         self._changed = changed
@@ -119,8 +120,9 @@ class ExchangeCall:
         self._reader: Any = None
         try:
             with connection.errors():
+                accepting = replace(options, accept_compression=("lz4", "zstd"))
                 self._writer, self._reader = connection.flight.do_exchange(
-                    descriptor(options), connection.stream_options()
+                    descriptor(accepting), connection.stream_options()
                 )
         except UnavailableError as error:
             self.failure = error
@@ -269,8 +271,9 @@ class ExchangeCall:
                     self._learn_schema()
                 return
             if chunk.data is None:
-                _raise_failure(chunk.app_metadata)
                 continue
+            if not chunk.data.num_rows:
+                _raise_failure(chunk.app_metadata)
             if self.schema is None:
                 self._learn_schema()
             answer = _parse_metadata(chunk.app_metadata)
@@ -280,18 +283,8 @@ class ExchangeCall:
                 )
             parts.append(chunk.data)
             errors += answer.errors
-            whole = False
-            with self._changed:
-                self._outgoing.forget()
-                self.last_activity = time.monotonic()
-                # Chunks that are completed only by the end of the input answer no message.
-                if answer.last is not False and expected in self._rows_pending:
-                    num_rows = self._rows_pending.pop(expected)
-                    one_each = answer.last is None
-                    self._rows_answered += chunk.data.num_rows if one_each else num_rows
-                    whole = expected in self._final_ids
-                    self._final_ids.discard(expected)
-                    expected += 1
+            whole = self._count_answer(chunk.data.num_rows, expected, is_last=answer.last)
+            expected += answer.last
             if self._continuous:
                 parts, whole = [chunk.data], chunk.data.num_rows > 0
             if whole:
@@ -299,6 +292,23 @@ class ExchangeCall:
                 if not self._put_answer((batch, errors)):
                     return
                 parts, errors = [], ()
+
+    def _count_answer(self, num_rows: int, batch_id: int, *, is_last: bool) -> bool:
+        """Count an answer's rows; return whether it completes a batch of the input."""
+        with self._changed:
+            self._outgoing.forget()
+            self.last_activity = time.monotonic()
+            if self._one_row_each:
+                self._rows_answered += num_rows
+            # Chunks that are completed only by the end of the input answer no message.
+            if not is_last or batch_id not in self._rows_pending:
+                return False
+            num_pending = self._rows_pending.pop(batch_id)
+            if not self._one_row_each:
+                self._rows_answered += num_pending
+            is_whole = batch_id in self._final_ids
+            self._final_ids.discard(batch_id)
+            return is_whole
 
     def _learn_schema(self) -> None:
         """Read the output's schema, which arrives with the first message.
@@ -313,6 +323,7 @@ class ExchangeCall:
             raise
         with self._changed:
             self.schema = schema
+            self._one_row_each = "chunk_index" not in schema.names
             self._changed.notify_all()
 
     def _put_answer(self, answer: Answer) -> bool:
@@ -338,9 +349,7 @@ class ExchangeCall:
 class _AnswerMetadata:
     batch_id: int | None = None
     errors: tuple[RowError, ...] = ()
-    # Whether the answer ends its batch. Present only if rows are chunks, as any number of messages
-    # may then answer one batch.
-    last: bool | None = None
+    last: bool = True  # whether the message is the last answer to its batch
 
 
 class _WriteError(Exception):
@@ -350,7 +359,7 @@ class _WriteError(Exception):
 
 
 def _raise_failure(metadata: pa.Buffer | None) -> None:
-    """Raise the error in a message without a batch, before the call ends.
+    """Raise the error in a message without rows, before the call ends.
 
     The server may wait for the end of the input before it ends the call. If the call ended while
     one thread reads and another one writes, pyarrow might abort the process. The call is therefore

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import types
 
 from fletcher.errors import InternalError, InvalidCommandError
+from fletcher.net.message_size import batch_bytes, cut_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Message:
         if (first, last) == (self.row_first, self.row_last):
             return replace(self, batch_id=batch_id)
         batch = self.batch.slice(first - self.row_first, last - first + 1)
-        return Message(batch, batch_id, first, wire_bytes(batch), self.last)
+        return Message(batch, batch_id, first, batch_bytes(batch), self.last)
 
     def metadata(self) -> bytes:
         """The message's `app_metadata`."""
@@ -136,32 +137,11 @@ def messages(
     batch_id, row = 0, row_offset
     for batch in batches:
         end = row + batch.num_rows
-        for part in split(batch, max_bytes):
+        for part in cut_batch(batch, max_bytes) if batch.num_rows else ():
             last = row + part.num_rows == end
-            yield Message(part, batch_id, row, wire_bytes(part), last)
+            yield Message(part, batch_id, row, batch_bytes(part), last)
             batch_id += 1
             row += part.num_rows
-
-
-def split(batch: pa.RecordBatch, max_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Cut a batch into slices of at most `max_bytes`; a larger row becomes one slice."""
-    if batch.num_rows == 0:
-        return
-    if batch.num_rows == 1 or wire_bytes(batch) <= max_bytes:
-        yield batch
-        return
-    # Halves instead of equal slices, as rows differ in size.
-    middle = batch.num_rows // 2
-    yield from split(batch.slice(0, middle), max_bytes)
-    yield from split(batch.slice(middle), max_bytes)
-
-
-def wire_bytes(batch: pa.RecordBatch) -> int:
-    """Size of a batch's rows in bytes, without dictionaries, which are sent once."""
-    return sum(
-        column.indices.nbytes if types.is_dictionary(column.type) else column.nbytes
-        for column in batch.columns
-    )
 
 
 def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:

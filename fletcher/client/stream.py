@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from fletcher.client.connection import Connection
 from fletcher.client.exchange import Exchange
-from fletcher.client.messages import Message, RowError, wire_bytes
+from fletcher.client.messages import Message, RowError
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
+from fletcher.net.message_size import batch_bytes
 from fletcher.util.closing import Closing
 
 _MAX_UTF8_BYTES = 4  # of a character
@@ -96,7 +97,7 @@ def _messages(
         for one in rows:
             batch = _batch(one, schema)
             yield Message(
-                batch, batch_id, row, wire_bytes(batch), last=True, document_end=piece is None
+                batch, batch_id, row, batch_bytes(batch), last=True, document_end=piece is None
             )
             batch_id, row = batch_id + 1, row + len(one)
 

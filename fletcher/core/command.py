@@ -36,6 +36,12 @@ Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Prompt = Annotated[str, Meta(max_length=4096)]
 Number = Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
 Columns = Annotated[tuple[Name, ...], Meta(max_length=1024)]
+AnswerBytes = Annotated[int, Meta(ge=0, le=1 << 30)]
+Codecs = Annotated[tuple[Literal["lz4", "zstd"], ...], Meta(max_length=2)]
+
+# Most bytes of one message of an answer, unless the client asks for more. Clients in Go, Rust and
+# JavaScript refuse more than 4 MiB by default.
+MAX_ANSWER_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,10 @@ class EmbedCommand:
             `chunking`.
         output: The only output of a model to accept: `dense`, one vector per text; `sparse`,
             weights of vocabulary tokens; `multi`, one vector per token. None: accept any.
+        answer_bytes: Largest message of an answer, in bytes. A batch with a larger answer is
+            answered by several messages. 0: one message for each batch. Only for DoExchange.
+        accept_compression: Codecs (`lz4`, `zstd`) that the client can read. The server may compress
+            answers with one of them. Only for DoExchange.
     """
 
     dataset: Identifier | None = None
@@ -107,6 +117,8 @@ class EmbedCommand:
     store: Name | None = None
     continuous: bool = False
     output: Literal["dense", "sparse", "multi"] | None = None
+    answer_bytes: AnswerBytes = MAX_ANSWER_BYTES
+    accept_compression: Codecs = ()
 
     def __post_init__(self) -> None:
         for name, default in _DEFAULTS:
@@ -261,7 +273,8 @@ def _refusal(name: str, value: Any, kind: inspect.Type) -> InvalidCommandError:
     elif isinstance(kind, inspect.BoolType):
         expected = "true or false"
     elif isinstance(kind, inspect.VarTupleType):
-        expected = f"a list of names, at most {kind.max_length}"
+        of = f"of {', '.join(CHOICES[name])}" if name in CHOICES else "of names"
+        expected = f"a list {of}, at most {kind.max_length}"
         if isinstance(value, (list, tuple)) and len(value) > (kind.max_length or 0):
             got = f"has {len(value)} names"
     elif isinstance(kind, inspect.StrType) and kind.pattern:

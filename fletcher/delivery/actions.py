@@ -6,13 +6,14 @@ the lock and reports the outcome to the queue.
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from fletcher.delivery.groups import Group, Rows
+from fletcher.delivery.groups import Group, Rows, SentGroups
 from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
 from fletcher.stores.base import WriteMode
 
@@ -69,11 +70,29 @@ class Append:
 class Settle:
     """Settle groups that the store has or, with `error`, refused for good.
 
-    Outcome: the groups that could not be settled, or None. They are tried again.
+    Outcome: the groups that could not be settled, which are tried again. If the groups cannot be
+    confirmed, it is Unavailable or Failed.
+
+    Attributes:
+        sent: The groups if they are not confirmed yet.
+        ready_at: Earliest time of the action.
     """
 
     groups: list[Group]
     error: RequestError | None = None
+    sent: SentGroups | None = None
+    ready_at: float = -math.inf
+
+    @property
+    def delays_appends(self) -> bool:
+        """Whether it must precede later appends.
+
+        Rows that replace others must be settled after those. While rows with marked duplicates are
+        not settled, no other thread may mark any.
+        """
+        return self.error is None and (
+            self.sent is None or any(group.decided or group.upsert for group in self.groups)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +146,11 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """The first `num_groups` groups of an append are stored.
+class Acknowledged:
+    """Acknowledgement of the first groups of an append, after `seconds`."""
 
-    Attributes:
-        slow_down: The store asked for a rest.
-        unsettled: Some of these groups, which could not be settled.
-    """
-
-    num_groups: int
+    sent: SentGroups
     seconds: float
-    slow_down: bool = False
-    unsettled: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.actions import (
+    Acknowledged,
     Append,
     Failed,
     GiveUp,
@@ -25,7 +26,6 @@ from fletcher.delivery.actions import (
     Rest,
     Settle,
     Stop,
-    Stored,
     Unavailable,
     Wait,
     unexpected_failure,
@@ -38,7 +38,7 @@ from fletcher.errors import FletcherError
 from fletcher.util.insist import insist
 
 Action = Wait | Open | Append | Settle | GiveUp | Release | Rest | Stop
-Outcome = Stored | Unavailable | Failed | Refused | list[Group] | bool | None
+Outcome = Acknowledged | Unavailable | Failed | Refused | list[Group] | bool | None
 
 # Limit of an append's size. While rows are joined and encoded, memory holds up to four copies of an
 # append, which no stream's memory budget counts. Also, a utf8 column holds less than 2 GiB.
@@ -79,9 +79,7 @@ class CommitQueue:
         self._append_size = append_size
         self._linger_s = linger_s
         self._openings: deque[Opening] = deque()
-        # Groups to settle: refused ones, and stored ones whose settling failed.
-        self._settling: deque[Settle] = deque()
-        self._settle_at = 0.0
+        self._settling: list[Settle] = []
         self._flushing = False
         self._holds_rows = False
         self._was_unavailable = False
@@ -108,8 +106,7 @@ class CommitQueue:
     @property
     def has_decided_groups(self) -> bool:
         """Whether the duplicates in some waiting group are marked already."""
-        settling = (group for one in self._settling for group in one.groups)
-        return self.waiting.decided or any(group.decided for group in settling)
+        return self.waiting.decided or any(group.decided for group in self._settling_groups())
 
     def decide(self, now: float) -> Action:
         """The next action.
@@ -125,15 +122,20 @@ class CommitQueue:
     def note_outcome(self, action: Action, outcome: Outcome, now: float) -> None:
         """Learn the outcome of an action.
 
-        After a Settle, the outcome is the groups that could not be settled. After a Rest, it is
-        whether the committer ends. The outcome of other actions, except Append, is None. May be
-        called once more if it raised an error.
+        After a Rest, the outcome is whether the committer ends. The outcome of other actions,
+        except Append and Settle, is None. May be called once more if it raised an error.
         """
         match action, outcome:
             case Append(groups, full), _:
                 self._note_append(groups, outcome, now, full=full)
-            case Settle(_, error), list(unsettled) if unsettled:
-                self._settle_again(Settle(unsettled, error), now)
+            case Settle(_, error, sent), list(unsettled):
+                if unsettled:
+                    again = Settle(unsettled, error, ready_at=now + _SETTLE_PAUSE_S)
+                    self._settling.append(again)
+                if sent is not None:
+                    self.failing = None
+            case Settle(groups), _:
+                self._note_append(groups, outcome, now, full=False)
             case Rest(), _:
                 self.stopped |= bool(outcome)
         self._holds_rows = False
@@ -142,13 +144,12 @@ class CommitQueue:
         self, groups: list[Group], outcome: Outcome, now: float, *, full: bool
     ) -> None:
         match outcome:
-            case Stored(num_groups, seconds, slow_down, unsettled):
-                self.waiting.put_back(groups[num_groups:])
-                if unsettled:
-                    self._settle_again(Settle(list(unsettled)), now)
-                full &= num_groups == len(groups)
-                self._append_size.note_stored(now, seconds, full=full, slow_down=slow_down)
-                self.failing = None
+            case Acknowledged(sent, seconds):
+                settle = Settle(list(sent.groups), sent=sent, ready_at=sent.ready_at)
+                self.waiting.put_back(groups[len(sent.groups) :])
+                self._settling.append(settle)
+                full &= len(sent.groups) == len(groups)
+                self._append_size.note_stored(now, seconds, full=full, slow_down=sent.slow_down)
             case Unavailable(num_groups, seconds, error):
                 for group in groups[:num_groups]:
                     group.in_doubt = True
@@ -191,15 +192,13 @@ class CommitQueue:
             groups = groups[1:]
         self.waiting.put_back(groups)
 
-    def _settle_again(self, settle: Settle, now: float) -> None:
-        self._settle_at = now + _SETTLE_PAUSE_S
-        self._settling.append(settle)
-
     def _next_action(self, now: float) -> Action:
+        for settle in self._settling:
+            if settle.ready_at <= now or (self.stopped and settle.sent is not None):
+                self._settling.remove(settle)
+                return settle
         if self.stopped:
             return self._stop()
-        if self._settling and self._settle_at <= now:
-            return self._settling.popleft()
         if self._can_open():
             action = Open(self._openings[0])
             self._openings.popleft()
@@ -210,8 +209,7 @@ class CommitQueue:
         return self._append_due(now) if due_at <= now else self._wait(due_at, now)
 
     def _stop(self) -> Stop:
-        groups = [group for one in self._settling for group in one.groups]
-        unsettled = [rows for group in groups for rows in group.rows]
+        unsettled = [rows for group in self._settling_groups() for rows in group.rows]
         stop = Stop(unsettled, tuple(self._openings))
         stop.rows.extend(self.waiting.remove_all())
         self._settling.clear()
@@ -231,8 +229,7 @@ class CommitQueue:
         return _made(Append, groups, full=self.waiting.in_order)
 
     def _wait(self, due_at: float, now: float) -> Wait | Rest:
-        if self._settling:
-            due_at = min(due_at, self._settle_at)
+        due_at = min(due_at, *(one.ready_at for one in self._settling), math.inf)
         if self.waiting or self._settling:
             overdue_at = self._overdue_at(self._failing_since())
             next_at = min(due_at, overdue_at) if overdue_at > now else due_at
@@ -255,14 +252,17 @@ class CommitQueue:
         return (
             first.staged is None
             or first.ready.cancelled()
-            or not self.waiting.any_before(first.requested)
+            or not (
+                any(one.sent is not None for one in self._settling)
+                or self.waiting.any_before(first.requested)
+            )
         )
 
     def _due_at(self, now: float) -> float:
         """Time at which the next append is due; infinite if no rows wait."""
         waiting = self.waiting
-        if any(one.error is None for one in self._settling):
-            return math.inf  # rows that replace these must not be settled before them
+        if any(one.delays_appends for one in self._settling):
+            return math.inf
         aside_at = max(waiting.aside_at, self._ready_at(now)) if waiting.aside else math.inf
         if not waiting.in_order:
             self._flushing = False
@@ -322,6 +322,9 @@ class CommitQueue:
         """
         since = [self._held_since, self.failing[0] if self.failing else None]
         return min((one for one in since if one is not None), default=None)
+
+    def _settling_groups(self) -> list[Group]:
+        return [group for one in self._settling for group in one.groups]
 
     @property
     def _held_since(self) -> float | None:

@@ -5,6 +5,9 @@ that many small uploads make few large commits. Before a group is first sent, it
 and therefore its `batch_key` are fixed. If an append ends without an answer, the committer asks the
 store which keys are missing, and sends only the groups with these keys again.
 
+Some stores may lose rows for a while after they acknowledged them. Such rows are confirmed later,
+while the next rows are sent. Rows that cannot be confirmed are in doubt.
+
 A group is refused for good only if the store said so, by a RequestError of `append` or
 `open_writer`. An error of any other kind, also an unexpected one, leaves the group in doubt.
 
@@ -38,7 +41,7 @@ from fletcher.delivery.breaker import RETRYABLE
 from fletcher.delivery.commit_queue import Action, CommitQueue, Outcome
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.group_sender import GroupSender
-from fletcher.delivery.groups import Destination, Group, Rows
+from fletcher.delivery.groups import Destination, Group, Rows, SentGroups
 from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.errors import FletcherError, OverloadedError, RequestError
@@ -220,9 +223,12 @@ class Committer:
                 self._open(opening)
             case actions.Append(groups):
                 return self._append(groups)
-            case actions.Settle(groups, error):
+            case actions.Settle(groups, error, sent):
+                if sent is not None and (failure := self._confirm(sent)) is not None:
+                    return failure
                 unsettled = self._settle_groups(groups, error)
-                self._dedupe_index.invalidate()
+                if sent is None:
+                    self._dedupe_index.invalidate()
                 return unsettled
             case actions.GiveUp(rows, error, in_doubt):
                 if in_doubt:
@@ -243,7 +249,7 @@ class Committer:
             case actions.Open(opening):
                 if not opening.ready.done():
                     opening.ready.set_exception(actions.unexpected_failure())
-            case actions.Append(groups):
+            case actions.Append(groups) | actions.Settle(groups, sent=SentGroups()):
                 return actions.Failed(len(groups), 0.0, actions.unexpected_failure())
             case actions.Settle(groups):
                 return groups
@@ -278,7 +284,7 @@ class Committer:
             ready.set_result(None)
 
     def _append(self, groups: Sequence[Group]) -> Outcome:
-        """Mark duplicates in uploads with `dedupe`, and store the groups that may be sent."""
+        """Mark duplicates in uploads with `dedupe`, and send the groups that may be sent."""
         started = time.monotonic()
         num_groups = len(groups)
         try:
@@ -291,20 +297,32 @@ class Committer:
             with self.destination.breaker.guard_call(self.destination.dataset):
                 if decides:
                     num_groups = self._dedupe_index.decide_groups(groups)
-                slow_down = self._sender.append_groups(groups[:num_groups])
+                sent = self._sender.append_groups(groups[:num_groups])
+            return actions.Acknowledged(sent, time.monotonic() - started)
         except RequestError as error:
             return actions.Refused(num_groups, error)
-        except BaseException as error:
-            self._sender.close_writer()
-            seconds = time.monotonic() - started
-            if isinstance(error, RETRYABLE):
-                self._note_retry(error)
-                return actions.Unavailable(num_groups, seconds, error)
-            log.exception("`%s`: rows cannot be stored; trying again", self.destination.dataset)
-            return actions.Failed(num_groups, seconds, actions.unexpected_failure())
-        seconds = time.monotonic() - started
-        unsettled = self._settle_groups(groups[:num_groups], None)
-        return actions.Stored(num_groups, seconds, slow_down, tuple(unsettled))
+        except BaseException as error:  # noqa: BLE001 - logged by `_failure`
+            return self._failure(error, num_groups, time.monotonic() - started)
+
+    def _confirm(self, sent: SentGroups) -> actions.Unavailable | actions.Failed | None:
+        """Wait until the store cannot lose groups any more. Returns what failed."""
+        try:
+            with self.destination.breaker.guard_call(self.destination.dataset):
+                self._sender.confirm_groups(sent)
+        except BaseException as error:  # noqa: BLE001 - logged by `_failure`
+            return self._failure(error, len(sent.groups), 0.0)
+        return None
+
+    def _failure(
+        self, error: BaseException, num_groups: int, seconds: float
+    ) -> actions.Unavailable | actions.Failed:
+        self._sender.close_writer()
+        if isinstance(error, RETRYABLE):
+            self._note_retry(error)
+            return actions.Unavailable(num_groups, seconds, error)
+        dataset = self.destination.dataset
+        log.error("`%s`: rows cannot be stored; trying again", dataset, exc_info=error)
+        return actions.Failed(num_groups, seconds, actions.unexpected_failure())
 
     def _note_retry(self, error: FletcherError) -> None:
         self.destination.telemetry.store_retries.add()

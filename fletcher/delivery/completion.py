@@ -67,6 +67,34 @@ class UploadCompletion:
             one.lose_rows(_lost(one))
         return bool(lost)
 
+    def check_count(self, store: Store, upload: Upload) -> bool:
+        """Fail a whole upload of which the store has fewer rows than it acknowledged.
+
+        Only stores that can lose acknowledged rows, and that tell the rows of a group, are asked.
+        The client may send the rows again: the store is asked then which of them it has.
+
+        Returns:
+            Whether the upload failed.
+
+        Raises:
+            FletcherError: The store does not answer.
+        """
+        can, num_rows = store.capabilities, upload.counts()["rows_stored"]
+        if can.durable or not can.counts_groups or not upload.whole or upload.pending:
+            return False
+        ranges = store.stored_ranges(upload.stored_as, upload.upload_id)
+        num_found = sum(last - first + 1 for first, last in ranges)
+        is_short = num_found < num_rows
+        if is_short:
+            error = StoreUnavailableError(
+                f"dataset `{upload.dataset}` has {num_found:,} of the {num_rows:,} rows of upload "
+                f"{plain_id(upload.upload_id)!r} that the store acknowledged; send it again",
+                field="dataset",
+            )
+            log.warning("%s", error)
+            upload.lose_rows(error)
+        return is_short
+
     def replace_dataset(
         self, store_name: str, upload: Upload, sink: DatasetSink, live: DatasetSink
     ) -> None:

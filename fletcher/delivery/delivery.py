@@ -173,6 +173,9 @@ class Delivery:
                     self._leave_sink(live)
         elif upload.incarnation is not None:
             self._check_rows(name, upload)
+            with contextlib.suppress(FletcherError):  # the store confirmed each row before
+                if self._completion.check_count(store, upload):
+                    sink.dedupe_index.invalidate()
 
     def leave_upload(self, upload: Upload, error: FletcherError) -> None:
         """End a connection early, and fail the upload with `error` if it was the last one."""

@@ -14,11 +14,11 @@ from fletcher.core.owner import plain_id
 from fletcher.core.ranges import RangeSet
 from fletcher.delivery.actions import Staged
 from fletcher.delivery.dedupe.index import DedupeIndex
-from fletcher.delivery.groups import Destination, Group, WriterKind, writer_kind
+from fletcher.delivery.groups import Destination, Group, SentGroups, WriterKind, writer_kind
 from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.root import disk_failure
 from fletcher.errors import RequestError, StoreUnavailableError, UploadConflictError
-from fletcher.stores.base import DatasetWriter, WriteMode
+from fletcher.stores.base import Appended, DatasetWriter, WriteMode
 from fletcher.util.closing import close_for_good
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class GroupSender:
         if self._journal is not None:
             self._journal.settled_groups.incarnation = incarnation or ""
 
-    def append_groups(self, groups: Sequence[Group]) -> bool:
-        """Store groups of one kind. Returns whether the store asks for a pause.
+    def append_groups(self, groups: Sequence[Group]) -> SentGroups:
+        """Send groups of one kind to the store. `confirm_groups` must follow.
 
         A refusal counts only if it comes from a writer that was just opened: somebody may have
         altered the dataset since an older one was opened.
@@ -103,7 +103,7 @@ class GroupSender:
             group.in_doubt = True
         return self._send_groups(groups)
 
-    def _send_groups(self, groups: Sequence[Group]) -> bool:
+    def _send_groups(self, groups: Sequence[Group]) -> SentGroups:
         """Send groups of one kind, except groups in doubt that the store has already.
 
         Groups in doubt whose rows replace others are always sent again. The store may lack their
@@ -133,19 +133,29 @@ class GroupSender:
             telemetry.stage_duration.time(stage="append"),
             telemetry.span("append", rows=num_rows, groups=len(batches)),
         ):
-            slow_down = bool(batches) and writer.append(batches)
-        unknown = [
+            appended = writer.append(batches) if batches else Appended()
+        unrecognized = [
             key
             for key, group in wanted.items()
             if not group.is_recognized(rows[key].num_rows, counts_groups=can.counts_groups)
         ]
-        if unknown and self._journal is not None:
+        return SentGroups(groups, appended.slow_down, appended.unconfirmed, unrecognized)
+
+    def confirm_groups(self, sent: SentGroups) -> None:
+        """Wait until the store cannot lose groups any more, and note what it has.
+
+        Raises:
+            FletcherError: The groups may or may not be stored, or the journal's disk fails.
+        """
+        if sent.unconfirmed is not None:
+            with _not_refused():
+                sent.unconfirmed.confirm()
+        if sent.unrecognized and self._journal is not None:
             with _journal_errors():
-                self._journal.settled_groups.add_keys(unknown)
-        for part in itertools.chain.from_iterable(group.rows for group in groups):
+                self._journal.settled_groups.add_keys(sent.unrecognized)
+        for part in itertools.chain.from_iterable(group.rows for group in sent.groups):
             if part.upload.incarnation is None:  # found in the journal, and not opened since
                 part.upload.incarnation = self._incarnation or ""
-        return slow_down
 
     def _wanted_groups(self, writer: DatasetWriter, groups: Sequence[Group]) -> dict[str, Group]:
         """The groups to send, by key."""

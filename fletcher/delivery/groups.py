@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pyarrow as pa
 from fletcher.core.schema import batch_key, row_keys
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.upload import Upload
-from fletcher.stores.base import Store
+from fletcher.stores.base import Store, Unconfirmed
 from fletcher.telemetry.tracing import Telemetry
 
 # Kind of a writer: the schema, the schema's metadata (which pyarrow does not compare), and whether
@@ -213,6 +214,27 @@ class Group:
         else:
             keys = pa.repeat(self.batch_key, batch.num_rows)
         return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
+
+
+@dataclass(frozen=True, slots=True)
+class SentGroups:
+    """Groups that a store acknowledged.
+
+    Attributes:
+        slow_down: The store asks for a pause.
+        unconfirmed: The groups' rows, if the store may still lose them.
+        unrecognized: Keys of those groups that the store cannot report as stored later.
+    """
+
+    groups: Sequence[Group]
+    slow_down: bool = False
+    unconfirmed: Unconfirmed | None = None
+    unrecognized: Sequence[str] = ()
+
+    @property
+    def ready_at(self) -> float:
+        """Time from which it takes no wait to confirm the rows."""
+        return -math.inf if self.unconfirmed is None else self.unconfirmed.ready_at
 
 
 def form_groups(waiting: Sequence[Rows], max_rows: int) -> list[Group]:

@@ -20,6 +20,7 @@ from fletcher.flight.requests import (
     UnloadRequest,
     decode_request,
     parse_json,
+    to_json,
 )
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.callers import Caller
@@ -40,11 +41,11 @@ class ActionHandler:
 
     description: str  # effect, body and result, for `list_actions`
     # Takes the service, the body and the caller. A returned dict is sent as JSON.
-    handler: Callable[[Service, bytes, Caller], bytes | dict[str, Any]]
+    handler: Callable[[Service, bytes, Caller], bytes | dict[str, Any] | list[bytes]]
 
 
-def run_action(service: Service, name: str, body: bytes, caller: Caller) -> bytes:
-    """Run an action and return its answer.
+def run_action(service: Service, name: str, body: bytes, caller: Caller) -> list[bytes]:
+    """Run an action and return its results.
 
     Raises:
         UnsupportedCallError: The server has no such action.
@@ -58,8 +59,9 @@ def run_action(service: Service, name: str, body: bytes, caller: Caller) -> byte
             allowed=list(ACTIONS),
         )
     answer = action.handler(service, body, caller)
-    # Python's json module takes ten times as long for numbers: 0.4 ms for one vector.
-    return answer if isinstance(answer, bytes) else msgspec.json.encode(answer, enc_hook=float)
+    if isinstance(answer, list):
+        return answer
+    return [answer if isinstance(answer, bytes) else to_json(answer)]
 
 
 def encode_models(
@@ -160,7 +162,8 @@ ACTIONS = {
         'Lists the models. Body: empty or {"format": "json"|"protobuf"}', _list_models
     ),
     "embed": ActionHandler(
-        'Embeds a few texts. Body: {"texts": [...], ...EmbedCommand}. Result: JSON', embed
+        'Embeds a few texts. Body: {"texts": [...], ...EmbedCommand}. One or more results: JSON',
+        embed,
     ),
     "upload_status": ActionHandler(
         'Gives the durable rows of an upload. Body: {"upload_id", "dataset"?, "store"?}. '

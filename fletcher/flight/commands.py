@@ -21,11 +21,13 @@ _PATH, _CMD = 1, 2
 
 _DELIVERY = ("dataset", "mode", "dedupe", "durability", "store")
 _INPUT = ("text_column", "id_column", "columns", "include_text", "chunking", "continuous")
+_ANSWERS = ("answer_bytes", "accept_compression")
 # Fields that a call has no use for. It refuses them instead of ignoring them. DoPut refuses
 # `continuous` in `StoreSession`.
 UNUSED_FIELDS = {
+    "DoPut": _ANSWERS,
     "DoExchange": _DELIVERY,
-    "embed": (*_DELIVERY, *_INPUT),
+    "embed": (*_DELIVERY, *_INPUT, *_ANSWERS),
     "upload_status": tuple(
         name for name in FIELD_NAMES if name not in ("upload_id", "dataset", "store")
     ),

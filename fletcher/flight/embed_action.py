@@ -6,11 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.core.command import EmbedCommand
+from fletcher.core.command import MAX_ANSWER_BYTES, EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.flight.commands import refuse_unused
 from fletcher.flight.middleware import embed_call
-from fletcher.flight.requests import parse_json
+from fletcher.flight.requests import parse_json, to_json
 from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.callers import Caller
 from fletcher.serving.service import Service
@@ -19,12 +19,13 @@ from fletcher.serving.session import EmbedSession
 MAX_TEXTS = 256
 
 
-def embed(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
+def embed(service: Service, body: bytes, caller: Caller) -> list[bytes]:
     """Embed the texts of `{"texts": [...], ...}`, with fields of EmbedCommand.
 
     Returns:
-        `embeddings`, `token_count`, `truncated` and `model`. For int8 vectors with one scale per
-        row, also `scale`.
+        JSON with `embeddings`, `token_count`, `truncated` and `model`. For int8 vectors with one
+        scale per row, also `scale`. If it takes more than MAX_ANSWER_BYTES, several such answers
+        with a part of the texts each, in their order.
 
     Raises:
         BatchTooLargeError: There are more than MAX_TEXTS texts.
@@ -54,7 +55,18 @@ def embed(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
             answer["embeddings"] += vector_lists(result.batch.column("vector"))
             for name in columns:
                 answer[name] += result.batch.column(name).to_pylist()
-        return {"model": session.spec.model, **answer}
+        return _cut(session.spec.model, answer)
+
+
+def _cut(model: str, answer: dict[str, list[Any]]) -> list[bytes]:
+    """The answer as JSON, in parts that clients with the default limits can receive."""
+    whole = to_json({"model": model, **answer})
+    num_rows = len(answer["embeddings"])
+    if len(whole) <= MAX_ANSWER_BYTES or num_rows == 1:
+        return [whole]
+    halves = [slice(num_rows // 2), slice(num_rows // 2, None)]
+    parts = [{name: values[rows] for name, values in answer.items()} for rows in halves]
+    return [one for part in parts for one in _cut(model, part)]
 
 
 def _batch_of(texts: Any) -> pa.RecordBatch:

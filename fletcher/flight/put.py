@@ -11,6 +11,7 @@ from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import CancelledError, DrainingError
+from fletcher.flight.commands import refuse_unused
 from fletcher.flight.middleware import embed_call, upload_owner
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.serving.background import BackgroundTask
@@ -26,6 +27,7 @@ def put(service: Service, command: EmbedCommand, caller: Caller, reader: Any, wr
 
     The call's own thread reads and submits batches. A second thread writes acknowledgements.
     """
+    refuse_unused("DoPut", command.to_mapping())
     command = command.owned_by(upload_owner(caller))
     with StoreSession(service, embed_call("do_put", command, caller)) as session:
         session.open_input(read_schema(reader))

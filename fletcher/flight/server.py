@@ -20,8 +20,9 @@ from fletcher.errors import (
     UnsupportedCallError,
 )
 from fletcher.flight.actions import ACTIONS, run_action
+from fletcher.flight.answers import AnswerWriter
 from fletcher.flight.commands import parse_descriptor
-from fletcher.flight.exchange import Ending, exchange
+from fletcher.flight.exchange import exchange
 from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory
 from fletcher.flight.put import put
 from fletcher.net.address import FlightAddress
@@ -92,16 +93,16 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             put(self._service, parse_descriptor(descriptor), caller, reader, writer)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        ending, admission = Ending(context, writer), self._service.admission
-        with ending, self._handling(context), admission.begin_call():
+        answers, admission = AnswerWriter(context, writer), self._service.admission
+        with answers, self._handling(context), admission.begin_call():
             command = parse_descriptor(descriptor)
             with self._callers.watch(context) as caller:
-                exchange(self._service, command, caller, reader, writer, ending)
+                exchange(self._service, command, caller, reader, answers)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling(context), self._callers.watch(context) as caller:
             body = action.body.to_pybytes() if action.body else b""
-            return action_results([run_action(self._service, action.type, body, caller)])
+            return action_results(run_action(self._service, action.type, body, caller))
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
         with self._handling(context):

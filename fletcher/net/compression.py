@@ -65,8 +65,8 @@ def write_options(codec: str) -> pa.ipc.IpcWriteOptions:
     return pa.ipc.IpcWriteOptions(compression=None if codec == NONE else codec)
 
 
-def measure(batch: pa.RecordBatch) -> list[CodecTrial]:
-    """Try every codec on the first MiB of a batch, separately for each kind of column."""
+def measure(batch: pa.RecordBatch, codecs: Sequence[str] = CODECS) -> list[CodecTrial]:
+    """Try codecs on the first MiB of a batch, separately for each kind of column."""
     num_rows = max(1, batch.num_rows * _SAMPLE_BYTES // max(batch.nbytes, 1))
     sample = batch.slice(0, num_rows)
     kinds: dict[str, list[int]] = {}
@@ -76,7 +76,7 @@ def measure(batch: pa.RecordBatch) -> list[CodecTrial]:
     for kind, columns in kinds.items():
         part = sample.select(columns)
         num_bytes, _ = _encode(part, NONE)
-        for codec in CODECS:
+        for codec in codecs:
             _encode(part, codec)  # not measured: the first use of a codec is slower
             size, seconds = _encode(part, codec)
             trials.append(CodecTrial(kind, codec, num_bytes, num_bytes / size, num_bytes / seconds))
@@ -89,14 +89,15 @@ def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
     The two times are added up although they may overlap, because both compete with other work for
     the CPU cores.
     """
-    plain = sum(one.num_bytes for one in trials if one.codec == CODECS[0]) / link_bytes_per_s
+    codecs = sorted({one.codec for one in trials})
+    plain = sum(one.num_bytes for one in trials if one.codec == codecs[0]) / link_bytes_per_s
     seconds = {NONE: plain} | {
         codec: sum(
             one.num_bytes * (1 / one.bytes_per_s + 1 / one.shrinks / link_bytes_per_s)
             for one in trials
             if one.codec == codec
         )
-        for codec in CODECS
+        for codec in codecs
     }
     return min(seconds, key=lambda codec: seconds[codec])
 
@@ -113,10 +114,14 @@ def link_speed(call: Callable[[bytes], object]) -> float:
 
 
 class CodecChooser:
-    """Codecs that `auto` chose for batches to one peer, by schema. Thread-safe."""
+    """Codecs that `auto` chose for batches to one peer, by schema. Thread-safe.
 
-    def __init__(self, peer: str) -> None:
+    `codecs`: those to choose from; at least one.
+    """
+
+    def __init__(self, peer: str, codecs: Sequence[str] = CODECS) -> None:
         self._peer = peer
+        self._offered = codecs
         self._lock = threading.Lock()
         self._codecs: OrderedDict[pa.Schema, str] = OrderedDict()
 
@@ -127,11 +132,11 @@ class CodecChooser:
 
     def learn_codec(self, batch: pa.RecordBatch, link_bytes_per_s: float) -> str:
         """Choose a codec by measuring a batch; remember it for the schema, and log it."""
-        trials = measure(batch)
+        trials = measure(batch, self._offered)
         codec = choose(trials, link_bytes_per_s)
         with self._lock:
             _remember(self._codecs, batch.schema, codec, _MAX_SCHEMAS)
-        shown = codec if codec != NONE else CODECS[0]
+        shown = codec if codec != NONE else self._offered[0]
         found = ", ".join(
             f"{one.kind} {one.shrinks:.1f}x at {one.bytes_per_s / 1e6:.0f} MB/s"
             for one in trials
@@ -191,6 +196,8 @@ class SendCompression:
 class AnswerCompression:
     """Compression of a server's answers. Thread-safe.
 
+    Answers are compressed only by a codec that the caller accepts.
+
     The codec of a call cannot change after its first batch. So `auto` sends a host the first
     answers with a schema uncompressed, and measures how fast they are sent. Calls that begin after
     `observed_bytes` bytes have the fastest codec. Codecs are remembered for `max_hosts` hosts.
@@ -203,23 +210,29 @@ class AnswerCompression:
         self._observed_bytes = observed_bytes
         self._max_hosts = max_hosts
         self._lock = threading.Lock()
-        self._hosts: OrderedDict[str, CodecChooser] = OrderedDict()
+        self._hosts: OrderedDict[tuple[str, tuple[str, ...]], CodecChooser] = OrderedDict()
 
-    def for_call(self, peer: str, schema: pa.Schema) -> CallCompression:
+    def for_call(
+        self, peer: str, schema: pa.Schema, accepted: tuple[str, ...] = ()
+    ) -> CallCompression:
         """The compression of one call's answers.
 
-        `peer` is gRPC's name of the caller: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
+        Args:
+            peer: gRPC's name of the caller: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
+            schema: Schema of the answers.
+            accepted: Codecs that the caller can read.
         """
         if self._compression != AUTO:
-            return CallCompression(self._compression)
+            return CallCompression(self._compression if self._compression in accepted else NONE)
         host = host_of(peer)
-        if is_loopback(host):
+        if is_loopback(host) or not accepted:
             return CallCompression(NONE)
+        key = host, tuple(sorted(set(accepted)))
         with self._lock:
-            chooser = self._hosts.get(host)
+            chooser = self._hosts.get(key)
             if chooser is None:
-                chooser = CodecChooser(host)
-                _remember(self._hosts, host, chooser, self._max_hosts)
+                chooser = CodecChooser(*key)
+                _remember(self._hosts, key, chooser, self._max_hosts)
         codec = chooser.codec_for(schema)
         return CallCompression(codec or NONE, None if codec else chooser, self._observed_bytes)
 

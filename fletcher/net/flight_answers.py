@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.core.command import MAX_ANSWER_BYTES
 from fletcher.net.flight_errors import handler_errors
+from fletcher.net.message_size import OVERHEAD_BYTES, cut_batch
 
 _log = logging.getLogger(__name__)
 
@@ -29,15 +31,17 @@ def generator_stream(
 ) -> flight.GeneratorStream:
     """Answer of `do_get`. Raises TypeError if there is no schema.
 
-    A batch that is none, or has another schema, ends the call with an error.
+    Batches are cut to messages of at most MAX_ANSWER_BYTES. A batch that is none, or has another
+    schema, ends the call with an error.
     """
     _checked(schema, pa.Schema, "schema")
     return flight.GeneratorStream(schema, _checked_batches(schema, batches))
 
 
-def table_stream(table: pa.Table) -> flight.RecordBatchStream:
+def table_stream(table: pa.Table) -> flight.GeneratorStream:
     """Answer of `do_get`. Raises TypeError if there is no table."""
-    return flight.RecordBatchStream(_checked(table, pa.Table, "table"))
+    _checked(table, pa.Table, "table")
+    return generator_stream(table.schema, table.to_batches())
 
 
 def flight_info(
@@ -82,7 +86,7 @@ def _checked_batches(
         for batch in batches:
             if not _checked(batch, pa.RecordBatch, "batch").schema.equals(schema):
                 raise TypeError("a batch has another schema than the answer")
-            yield batch
+            yield from cut_batch(batch, MAX_ANSWER_BYTES - OVERHEAD_BYTES)
 
 
 def _checked(value: Any, kind: type, what: str) -> Any:

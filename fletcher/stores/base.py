@@ -120,14 +120,41 @@ Filter = Comparison | Negation | Combination
 Filters = Sequence[Filter]
 
 
+class Unconfirmed(Protocol):
+    """Rows that a store acknowledged, but may still lose. Not thread-safe.
+
+    Attributes:
+        ready_at: Time from which `confirm` does not have to wait (`time.monotonic`).
+    """
+
+    ready_at: float
+
+    def confirm(self) -> None:
+        """Wait until the store cannot lose the rows any more. May be called once.
+
+        Raises:
+            StoreUnavailableError: The rows may or may not be stored, as after `append`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Rows that a store acknowledged.
+
+    Attributes:
+        slow_down: The store asks for a pause.
+        unconfirmed: The rows, if the store may still lose them.
+    """
+
+    slow_down: bool = False
+    unconfirmed: Unconfirmed | None = None
+
+
 class DatasetWriter(Protocol):
     """The only writer of a dataset. Not thread-safe: one thread owns it."""
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> Appended:
         """Store all rows of all batches, or none.
-
-        Returns:
-            Whether the store asks to slow down.
 
         Raises:
             StoreUnavailableError: The rows may or may not be stored; ask `missing_keys`, then

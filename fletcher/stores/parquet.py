@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
-from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
+from fletcher.stores.base import Appended, DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.exact_search import check_query, existing_schema, nearest, unknown_dataset
 from fletcher.stores.schemas import (
@@ -252,7 +252,7 @@ class ParquetWriter(EmbeddedWriter):
         self._schema = schema
         super().__init__(store, dataset, lock)
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> Appended:
         """Write one file for each batch key that has no file yet.
 
         A crash leaves no incomplete file.
@@ -273,7 +273,7 @@ class ParquetWriter(EmbeddedWriter):
             group = table.filter(pc.equal(table.column("batch_key"), key)) if keys[1:] else table
             with _disk_errors(self.dataset), atomic_path(self._path(key)) as temporary:
                 pq.write_table(group, temporary)
-        return False
+        return Appended()
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         return [key for key in batch_keys if not self._is_stored(key)]

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EmbedCommand(_message.Message):
-    __slots__ = ("dataset", "upload_id", "model", "text_column", "id_column", "prompt", "dims", "layers", "dtype", "normalize", "truncate", "chunking", "columns", "include_text", "on_error", "mode", "dedupe", "durability", "priority", "store", "output", "continuous")
+    __slots__ = ("dataset", "upload_id", "model", "text_column", "id_column", "prompt", "dims", "layers", "dtype", "normalize", "truncate", "chunking", "columns", "include_text", "on_error", "mode", "dedupe", "durability", "priority", "store", "output", "continuous", "answer_bytes", "accept_compression")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,8 @@ class EmbedCommand(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     CONTINUOUS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     upload_id: str
     model: str
@@ -52,7 +54,9 @@ class EmbedCommand(_message.Message):
     store: str
     output: str
     continuous: bool
-    def __init__(self, dataset: _Optional[str] = ..., upload_id: _Optional[str] = ..., model: _Optional[str] = ..., text_column: _Optional[str] = ..., id_column: _Optional[str] = ..., prompt: _Optional[str] = ..., dims: _Optional[int] = ..., layers: _Optional[int] = ..., dtype: _Optional[str] = ..., normalize: bool = ..., truncate: _Optional[str] = ..., chunking: _Optional[str] = ..., columns: _Optional[_Iterable[str]] = ..., include_text: bool = ..., on_error: _Optional[str] = ..., mode: _Optional[str] = ..., dedupe: _Optional[str] = ..., durability: _Optional[str] = ..., priority: _Optional[str] = ..., store: _Optional[str] = ..., output: _Optional[str] = ..., continuous: bool = ...) -> None: ...
+    answer_bytes: int
+    accept_compression: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, dataset: _Optional[str] = ..., upload_id: _Optional[str] = ..., model: _Optional[str] = ..., text_column: _Optional[str] = ..., id_column: _Optional[str] = ..., prompt: _Optional[str] = ..., dims: _Optional[int] = ..., layers: _Optional[int] = ..., dtype: _Optional[str] = ..., normalize: bool = ..., truncate: _Optional[str] = ..., chunking: _Optional[str] = ..., columns: _Optional[_Iterable[str]] = ..., include_text: bool = ..., on_error: _Optional[str] = ..., mode: _Optional[str] = ..., dedupe: _Optional[str] = ..., durability: _Optional[str] = ..., priority: _Optional[str] = ..., store: _Optional[str] = ..., output: _Optional[str] = ..., continuous: bool = ..., answer_bytes: _Optional[int] = ..., accept_compression: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsCommand(_message.Message):
     __slots__ = ("format",)

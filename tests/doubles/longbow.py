@@ -167,12 +167,9 @@ class LongbowDouble:
                 keep = np.zeros_like(keep) if met is None else met
             else:
                 keep[[row - start for row in deleted if 0 <= row - start < len(keep)]] = False
-            fields = [one for one in batches[0].schema if one in list(batch.schema)]
-            if len(fields) < len(batches[0].schema):
-                raise flight.FlightInternalError("arrow/ipc: tried to write record batch with "
-                                                 "different schema")  # fmt: skip
-            rows = batch.select(batches[0].schema.names).filter(pa.array(keep))
-            yield pa.RecordBatch.from_arrays(rows.columns, schema=batches[0].schema)
+            rows = batch.filter(pa.array(keep))
+            columns = [_aligned(rows, field) for field in batches[0].schema]
+            yield pa.RecordBatch.from_arrays(columns, schema=batches[0].schema)
 
     def search(self, asked: dict[str, Any], vector: Any = None) -> pa.Table:
         """Rows that the index has, by distance; ids as the index knows them."""
@@ -430,6 +427,17 @@ class _Meta(_Port):
             raise flight.FlightInternalError(f"namespace not found: {name}")
         self.double.namespaces.remove(name)
         return {"status": "deleted"}
+
+
+def _aligned(rows: pa.RecordBatch, field: pa.Field) -> pa.Array:
+    """A column of a batch as a DoGet gives it back: null if the batch lacks it."""
+    if field.name not in rows.schema.names:
+        return pa.nulls(rows.num_rows, field.type)
+    if rows[field.name].type != field.type:
+        raise flight.FlightInternalError(
+            "arrow/ipc: tried to write record batch with different schema"
+        )
+    return rows[field.name]
 
 
 def _text(value: Any) -> str:

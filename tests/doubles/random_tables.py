@@ -130,7 +130,7 @@ SCALARS: list[tuple[pa.DataType, Callable[[Draw], Any]]] = [
 ]
 
 
-def _value(kind: pa.DataType, draw: Draw) -> Any:
+def random_value(kind: pa.DataType, draw: Draw) -> Any:
     """A random value, null one time in six."""
     if draw.random() < 1 / 6:
         return None
@@ -138,11 +138,11 @@ def _value(kind: pa.DataType, draw: Draw) -> Any:
         if scalar == kind:
             return make(draw)
     if pa.types.is_struct(kind):
-        return {field.name: _value(field.type, draw) for field in kind}
+        return {field.name: random_value(field.type, draw) for field in kind}
     if pa.types.is_map(kind):
-        return [(f"k{n}", _value(kind.item_type, draw)) for n in range(draw.randint(0, 3))]
+        return [(f"k{n}", random_value(kind.item_type, draw)) for n in range(draw.randint(0, 3))]
     size = kind.list_size if pa.types.is_fixed_size_list(kind) else draw.randint(0, 3)
-    return [_value(kind.value_type, draw) for _ in range(size)]
+    return [random_value(kind.value_type, draw) for _ in range(size)]
 
 
 def _kind(draw: Draw, depth: int = 0) -> pa.DataType:
@@ -162,8 +162,8 @@ def _kind(draw: Draw, depth: int = 0) -> pa.DataType:
 
 def _odd_column(draw: Draw, num_rows: int) -> pa.Array:
     """A column of a type that Python values cannot name: unions, extensions, nested encodings."""
-    numbers = pa.array([_value(pa.int8(), draw) for _ in range(num_rows)], pa.int8())
-    words = pa.array([_value(pa.utf8(), draw) for _ in range(num_rows)]).dictionary_encode()
+    numbers = pa.array([random_value(pa.int8(), draw) for _ in range(num_rows)], pa.int8())
+    words = pa.array([random_value(pa.utf8(), draw) for _ in range(num_rows)]).dictionary_encode()
     ends = pa.array(range(num_rows + 1), pa.int32())
     uuids = pa.array([uuid.UUID(int=n).bytes for n in range(num_rows)], pa.uuid())
     pairs = pa.array([[1.0, float(n)] for n in range(num_rows)], pa.list_(pa.float32(), 2))
@@ -195,7 +195,7 @@ def _column(draw: Draw, num_rows: int) -> pa.Array:
     encoding = draw.random()
     if encoding < 0.1:
         return _dictionary(draw, kind, num_rows)
-    array = pa.array([_value(kind, draw) for _ in range(num_rows)], kind)
+    array = pa.array([random_value(kind, draw) for _ in range(num_rows)], kind)
     flat = not pa.types.is_nested(kind) and not pa.types.is_null(kind)
     if encoding < 0.15 and flat and kind not in (pa.string_view(), pa.binary_view()):
         ends = pa.array(range(1, num_rows + 1), pa.int32())
@@ -205,7 +205,7 @@ def _column(draw: Draw, num_rows: int) -> pa.Array:
 
 def _dictionary(draw: Draw, kind: pa.DataType, num_rows: int) -> pa.Array:
     """A dictionary of any type of values, some of them null, repeated or unused."""
-    values = pa.array([_value(kind, draw) for _ in range(draw.randint(1, 5))], kind)
+    values = pa.array([random_value(kind, draw) for _ in range(draw.randint(1, 5))], kind)
     codes = [draw.choice([*range(len(values)), None]) for _ in range(num_rows)]
     code_types = [getattr(pa, f"{sign}int{bits}")() for sign in ("", "u") for bits in (8, 16, 32)]
     indices = pa.array(codes, draw.choice([*code_types, pa.int64()]))

@@ -12,7 +12,7 @@ import pyarrow as pa
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import parse_batch_key
 from fletcher.errors import FletcherError, OverloadedError, StoreUnavailableError
-from fletcher.stores.base import DatasetInfo, StoreCapabilities, WriteMode
+from fletcher.stores.base import Appended, DatasetInfo, StoreCapabilities, WriteMode
 from fletcher.stores.staging import incarnation_of, with_incarnation
 
 Fault = Callable[[], None]
@@ -117,7 +117,7 @@ class MemoryWriter:
         self._store = store
         self._dataset = dataset
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> Appended:
         store = self._store
         store.waiting.set()
         assert store.gate.wait(30)
@@ -137,7 +137,7 @@ class MemoryWriter:
         store.batches[self._dataset] += batches
         if fault is not None:
             raise fault[1]
-        return store.slow_down
+        return Appended(slow_down=store.slow_down)
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         stored = set(self._store.keys(self._dataset))

@@ -24,7 +24,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from tests.faults import callsites
+from tests.integration.processes import READY, eventually
 
+_START_S = 60.0
 _PR_SET_PDEATHSIG = 1
 _INJECTING = "CALL_SITES"
 # LanceDB warns at every fork, which it survives.
@@ -95,6 +97,20 @@ class Launcher:
         """Start a role; its output is appended to `log`."""
         process = Process(self._launch({"role": role, "log": str(log), **arguments}), log)
         self._started = [one for one in self._started if one.alive] + [process]
+        return process
+
+    def start_server(self, role: str, log: Path, **arguments: Any) -> Process:
+        """Start a server's role, and wait until it listens."""
+        log.touch()
+        before = len(log.read_text(errors="replace"))
+        process = self.start(role, log, **arguments)
+
+        def listens() -> bool:
+            said = process.output()[before:]
+            assert process.alive, f"{role} does not start: {said}"
+            return READY in said
+
+        eventually(listens, f"{role} listens", _START_S)
         return process
 
     def _launch(self, request: dict[str, Any]) -> int:
@@ -295,7 +311,7 @@ def _become(request: dict[str, Any], roles: Any) -> None:
     try:
         if (faults := request.pop("faults", None)) is not None:
             callsites.attach(**faults)
-        if request["role"] == "serve":
+        if request["role"] in ("serve", "command"):
             from fletcher.workers import worker_handle
 
             worker_handle.subprocess = _WorkerForks()  # type: ignore[assignment]

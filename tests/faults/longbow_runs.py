@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import signal
 import time
 from collections import Counter
@@ -26,7 +25,8 @@ from tests.doubles.proxy import Proxy
 from tests.faults.launching import Launcher, Process
 from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries
 from tests.faults.longbow_servers import LongbowServer
-from tests.faults.schedules import ScheduleError, free_port
+from tests.faults.schedules import free_port
+from tests.faults.stories import Story, told
 from tests.integration.processes import eventually
 
 _KINDS = {
@@ -103,6 +103,12 @@ class Report:
     num_steps: int = 0
     seconds: float = 0.0
 
+    @property
+    def counts(self) -> Counter[str]:
+        """All that is counted over many runs."""
+        torn = {"torn, and run again": self.num_steps, "torn": self.num_torn}
+        return self.faults + Counter(torn)
+
 
 def draw(
     seed: int,
@@ -157,18 +163,12 @@ def run(
     Raises:
         ScheduleError: A promise was broken.
     """
-    story: list[str] = []
-    try:
-        with _Run(plan, start_longbow, launcher, models, folder, story) as one:
-            report = one.run()
-    except Exception as error:
-        told = "\n".join(f"  {line}" for line in story)
-        raise ScheduleError(
-            f"seed {plan.seed}: {type(error).__name__}: {error}\n"
-            f"{plan}\nwhat happened:\n{told}\nfiles: {folder}"
-        ) from error
-    shutil.rmtree(folder)
-    return report
+    again = f"--longbow 1 --first {plan.seed}"
+    with (
+        told(plan.seed, plan, again, folder) as story,
+        _Run(plan, start_longbow, launcher, models, folder, story) as one,
+    ):
+        return one.run()
 
 
 class _Run:
@@ -181,13 +181,13 @@ class _Run:
         launcher: Launcher,
         models: Path,
         folder: Path,
-        story: list[str],
+        story: Story,
     ) -> None:
         self._plan = plan
         self._launcher = launcher
         self._folder = folder
         self._story = story
-        self._began = time.monotonic()
+        self._tell = story.tell
         self._report = Report(num_rows=plan.upload.num_rows)
         self._home = folder / "home"
         diaries = folder / "diaries"
@@ -231,7 +231,7 @@ class _Run:
         self._finish()
         # What was reported as stored outlives Longbow.
         self._tell("all is reported as stored")
-        self._report.seconds = time.monotonic() - self._began
+        self._report.seconds = self._story.seconds
         self._longbow.kill()
         if not self._restart():
             return self._report
@@ -297,9 +297,6 @@ class _Run:
             f"{stored[wrong[:8]].tolist()} times"
         )
 
-    def _tell(self, what: str) -> None:
-        self._story.append(f"{time.monotonic() - self._began:.3f} s: {what}")
-
 
 class _Ingest:
     """`fletcher ingest` of one file."""
@@ -328,7 +325,7 @@ class _Ingest:
         self._status.unlink(missing_ok=True)
         log = self._folder / "ingest.log"
         self._process = self._launcher.start(
-            "ingest", log, argv=self._argv, status=str(self._status)
+            "command", log, argv=self._argv, status=str(self._status)
         )
 
     def kill(self) -> None:
@@ -370,10 +367,7 @@ class _Serve:
 
     def start(self) -> None:
         log = self._folder / "server.log"
-        log.touch()
-        before = len(log.read_text())
-        self._server = self._launcher.start("serve", log, argv=self._argv, constants={})
-        eventually(lambda: "listening on " in log.read_text()[before:], "the server listens", 60)
+        self._server = self._launcher.start_server("serve", log, argv=self._argv, constants={})
         if self._client is None:
             self._upload()
 

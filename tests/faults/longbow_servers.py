@@ -40,6 +40,10 @@ class LongbowServer(Protocol):
         """Kill it; batches that it acknowledged just before may be lost."""
         ...
 
+    def end(self) -> None:
+        """End it as its user does; it loses nothing."""
+        ...
+
     def stop(self) -> None:
         """Let it answer nothing until `go_on`."""
         ...
@@ -71,6 +75,9 @@ class DoubleServer(LongbowDouble):
         super().kill(max(lost, min(len(recent), _MOST_LOST)))
         self._stored_at.clear()
 
+    def end(self) -> None:
+        super().kill()
+
     def start(self, *, empty: bool = False) -> bool:
         if empty:
             self.log.clear()
@@ -89,7 +96,7 @@ class DoubleServer(LongbowDouble):
             self.stall = None
 
     def table(self, dataset: str) -> pa.Table | None:  # type: ignore[override]
-        return super().table(dataset) if dataset in self.tables else None
+        return read_table(self.data_port, dataset)
 
     def close(self) -> None:
         self.__exit__()
@@ -138,8 +145,14 @@ class RealServer:
         return False
 
     def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def end(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: int) -> None:
         if self._process is not None:
-            self._process.kill()
+            self._process.send_signal(number)
             self._process.wait(60)
 
     def stop(self) -> None:
@@ -151,19 +164,24 @@ class RealServer:
         self._process.send_signal(signal.SIGCONT)
 
     def table(self, dataset: str) -> pa.Table | None:
-        with flight.connect(f"grpc://127.0.0.1:{self.data_port}") as client:
-            ticket = flight.Ticket(json.dumps({"name": dataset}).encode())
-            try:
-                return client.do_get(ticket, flight.FlightCallOptions(timeout=60)).read_all()
-            except KeyError:
-                return None
-            except flight.FlightInternalError as error:
-                if "never sent a data message" in str(error):
-                    return None
-                raise
+        return read_table(self.data_port, dataset)
 
     def close(self) -> None:
         self.kill()
+
+
+def read_table(port: int, dataset: str) -> pa.Table | None:
+    """A dataset's rows by the data port; None if there are none."""
+    with flight.connect(f"grpc://127.0.0.1:{port}") as client:
+        ticket = flight.Ticket(json.dumps({"name": dataset}).encode())
+        try:
+            return client.do_get(ticket, flight.FlightCallOptions(timeout=60)).read_all()
+        except KeyError:
+            return None
+        except flight.FlightInternalError as error:
+            if "never sent a data message" in str(error):
+                return None
+            raise
 
 
 def starter(command: Sequence[str] | None) -> Callable[[Path], LongbowServer]:

@@ -22,6 +22,7 @@ from tests.faults.launching import Spawning
 from tests.faults.ledger import Upload, entries
 from tests.faults.plans import Event, Schedule
 from tests.faults.schedules import Play
+from tests.faults.stories import Story
 
 _UPLOAD_ROWS = 10_000
 _BATCH_ROWS = 200
@@ -64,7 +65,7 @@ def run(models: Path, folder: Path, minutes: float, out: Path) -> None:
         model=DEFAULT_MODEL,
         backend="auto",
     )
-    with Spawning() as launcher, Play(schedule, launcher, models, folder, []) as play:
+    with Spawning() as launcher, Play(schedule, launcher, models, folder, Story()) as play:
         load = _Load(play, minutes * 60)
         load.run()
         result = load.result()

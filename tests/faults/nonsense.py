@@ -108,12 +108,10 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         path = [part.decode() for part in descriptor.path or ()]
         kind = self._before(path[0] if path else "search", path[-1] if path else "")
-        chunks = [(one.data, one.app_metadata) for one in reader]
-        schema = reader.schema
-        acks: list[bytes] = []
+        acks = (b"" for _ in reader)
         if kind not in ("not done", "refused"):
-            acks = list(self._forward(descriptor, schema, chunks))
-        for ack in acks or [b""] * len(chunks):
+            acks = self._forward(descriptor, reader)
+        for ack in acks:
             match kind:
                 case "cut":
                     ack = ack[: len(ack) // 2]  # noqa: PLW2901
@@ -160,18 +158,18 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
             )
         return kind
 
-    def _forward(self, descriptor: Any, schema: pa.Schema, chunks: list[Any]) -> Iterator[bytes]:
+    def _forward(self, descriptor: Any, rows: Any) -> Iterator[bytes]:
+        """Forward each message and yield its answer, as the call stays open for a while."""
         writer, reader = self._data().do_exchange(descriptor, _TIMEOUT)
         with writer:
-            writer.begin(schema)
-            for batch, metadata in chunks:
-                if metadata is None:
-                    writer.write_batch(batch)
+            writer.begin(rows.schema)
+            for one in rows:
+                if one.app_metadata is None:
+                    writer.write_batch(one.data)
                 else:
-                    writer.write_with_metadata(batch, metadata)
+                    writer.write_with_metadata(one.data, one.app_metadata)
+                yield reader.read_chunk().app_metadata.to_pybytes()
             writer.done_writing()
-            for chunk in reader:
-                yield chunk.app_metadata.to_pybytes()
 
     def _data(self) -> flight.FlightClient:
         return self._client(self._addresses[0])

@@ -38,8 +38,7 @@ def play(role: str, **arguments: Any) -> int:
     roles = {
         "serve": serve,
         "store": store,
-        "command": cli.main,
-        "ingest": ingest,
+        "command": command,
         "upload": upload,
         "leave": leave,
         "rewrite": rewrite,
@@ -61,6 +60,17 @@ def store(argv: Sequence[str], constants: dict[str, Any], **faults: Any) -> int:
     return _run("store", argv, constants, **faults)
 
 
+def command(
+    argv: Sequence[str], status: str | None = None, constants: dict[str, Any] | None = None
+) -> int:
+    """Run a command with some module constants changed, and write its exit status to a file."""
+    _change(constants or {})
+    code = cli.main(list(argv))
+    if status is not None:
+        Path(status).write_text(str(code))
+    return code
+
+
 def _run(
     name: str,
     argv: Sequence[str],
@@ -68,12 +78,7 @@ def _run(
     syncs: str | None = None,
     refusals: tuple[str, Sequence[str]] | Literal[False] = False,
 ) -> int:
-    for path, value in constants.items():
-        name_of_module, _, constant = path.rpartition(".")
-        module = importlib.import_module(name_of_module)
-        default = getattr(module, constant)
-        replaced = functools.partial(default, **value) if isinstance(value, dict) else value
-        setattr(module, constant, replaced)
+    _change(constants)
     if syncs is not None:
         record_syncs(Path(syncs))
     if refusals:
@@ -82,11 +87,13 @@ def _run(
     return cli.main([name, *argv])
 
 
-def ingest(argv: Sequence[str], status: str) -> int:
-    """Run a command, and write its exit status to a file."""
-    code = cli.main(list(argv))
-    Path(status).write_text(str(code))
-    return code
+def _change(constants: dict[str, Any]) -> None:
+    for path, value in constants.items():
+        name_of_module, _, constant = path.rpartition(".")
+        module = importlib.import_module(name_of_module)
+        default = getattr(module, constant)
+        replaced = functools.partial(default, **value) if isinstance(value, dict) else value
+        setattr(module, constant, replaced)
 
 
 def upload(

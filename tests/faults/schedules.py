@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import socket
 import time
@@ -35,10 +34,9 @@ from tests.faults.overwrites import Overwritten
 from tests.faults.plans import Event, Schedule
 from tests.faults.powerloss import lose_power
 from tests.faults.rewrites import Rewritten
+from tests.faults.stories import Story, told
 from tests.integration.processes import eventually
 
-_READY = "listening on "
-_START_S = 60.0
 _SETTLE_S = 240.0
 _COLUMNS = ("n", "id", "text", "vector", "point")
 # No fault explains these errors.
@@ -64,10 +62,6 @@ class Report:
     num_refused: int = 0
 
 
-class ScheduleError(AssertionError):
-    """A broken promise, with the seed and the events before it."""
-
-
 def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> Report:
     """Play a schedule.
 
@@ -80,20 +74,13 @@ def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> R
     Raises:
         ScheduleError: A promise was broken.
     """
-    story: list[str] = []
-    try:
-        with Play(schedule, launcher, models, folder, story) as play:
-            report = play.run()
-    except Exception as error:
-        power = " --power" if schedule.power else ""
-        told = "\n".join(f"  {line}" for line in story)
-        raise ScheduleError(
-            f"seed {schedule.seed}: {type(error).__name__}: {error}\n"
-            f"again by: scripts/soak --store {schedule.store}{power} --seed {schedule.seed}\n"
-            f"{schedule}\nwhat happened:\n{told}\nfiles: {folder}"
-        ) from error
-    shutil.rmtree(folder)
-    return report
+    power = " --power" if schedule.power else ""
+    again = f"--store {schedule.store}{power} --seed {schedule.seed}"
+    with (
+        told(schedule.seed, schedule, again, folder) as story,
+        Play(schedule, launcher, models, folder, story) as play,
+    ):
+        return play.run()
 
 
 class FaultyLongbow(LongbowDouble):
@@ -118,13 +105,12 @@ class Play:
         launcher: Launcher,
         models: Path,
         folder: Path,
-        story: list[str],
+        story: Story,
     ) -> None:
         self._plan = schedule
         self._launcher = launcher
         self._folder = folder
-        self._story = story
-        self._began = time.monotonic()
+        self._tell = story.tell
         self._worker_killed = False
         self._report = Report()
         self._home = folder / "home"
@@ -550,9 +536,7 @@ class Play:
         return f"grpc://127.0.0.1:{data}?meta={meta}"
 
     def _start(self, role: str, argv: list[str], log: Path, notes: Path) -> Process:
-        log.touch()
-        before = len(log.read_text(errors="replace"))
-        process = self._launcher.start(
+        process = self._launcher.start_server(
             role,
             log,
             argv=argv,
@@ -561,13 +545,6 @@ class Play:
             refusals=self._plan.has("refuse rows")
             and (str(self._refusals), sorted({one.dataset for one in self._plan.uploads})),
         )
-
-        def listens() -> bool:
-            if not process.alive:
-                raise AssertionError(f"{role} does not start: {process.output()[before:]}")
-            return _READY in process.output()[before:]
-
-        eventually(listens, f"{role} listens", _START_S)
         self._tell(f"{role} listens as {process.pid}")
         return process
 
@@ -633,9 +610,6 @@ class Play:
                 if damage.path.name not in error.message:
                     raise AssertionError(f"{damage.path.name} is not named") from error
                 raise UnreadableError from error
-
-    def _tell(self, what: str) -> None:
-        self._story.append(f"{time.monotonic() - self._began:.3f} s: {what}")
 
 
 def free_port() -> int:

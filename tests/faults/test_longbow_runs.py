@@ -8,21 +8,15 @@ import pytest
 
 from fletcher.models.bundle.bundle import ModelBundle
 from tests.faults import longbow_runs
-from tests.faults.launching import Forking
+from tests.faults.launching import Launcher
 from tests.faults.longbow_servers import starter
 
-SEEDS = (1, 2, 4, 9, 12, 13, 14, 15, 18, 21)
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    with Forking() as launcher:
-        yield launcher
+SEEDS = (1, 2, 4, 9, 12, 13, 14, 15, 18, 21, 26)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_row_is_stored_once(
-    launcher: Forking, tiny_bundle: ModelBundle, tmp_path: Path, seed: int
+    launcher: Launcher, tiny_bundle: ModelBundle, tmp_path: Path, seed: int
 ) -> None:
     plan = longbow_runs.draw(seed, **longbow_runs.SMALL)
     models = tiny_bundle.folder.parent

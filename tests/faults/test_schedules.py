@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fletcher.models.bundle.bundle import ModelBundle
-from tests.faults.launching import Forking, Launcher
+from tests.faults.launching import Launcher
 from tests.faults.plans import draw
 from tests.faults.schedules import run
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    with Forking() as launcher:
-        yield launcher
 
 
 @pytest.mark.parametrize(

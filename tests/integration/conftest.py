@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import flight
 
 import fletcher
 from fletcher.config.server import ServeConfig
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
+from fletcher.storeserver.server import StoreServer
+from tests.doubles.longbow import LongbowDouble
 
 StartServer = Callable[..., Runtime]
 
@@ -63,3 +66,38 @@ def client(server: Runtime) -> Iterator[fletcher.Client]:
     """A client of the module's server."""
     with fletcher.connect(server.address) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """The module's `fletcher store`, in this process."""
+    served = StoreServer(tmp_path_factory.mktemp("store"), host="127.0.0.1", port=0, meta_port=0)
+    yield served
+    assert served.close(10)
+
+
+@pytest.fixture
+def double() -> Iterator[LongbowDouble]:
+    """A stand-in for Longbow."""
+    with LongbowDouble() as served:
+        yield served
+
+
+@pytest.fixture
+def data(store_server: StoreServer) -> Iterator[flight.FlightClient]:
+    """A client of the data port of `store_server`."""
+    with flight.connect(store_server.address) as client:
+        yield client
+
+
+@pytest.fixture
+def meta(store_server: StoreServer) -> Iterator[flight.FlightClient]:
+    """A client of the meta port of `store_server`."""
+    with flight.connect(store_server.meta_address) as client:
+        yield client
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """The test's name, as the name of a dataset."""
+    return "".join(letter if letter.isalnum() else "_" for letter in request.node.name)[:100]

@@ -123,7 +123,8 @@ def test_chunks_are_those_of_whole_texts(
         for first in range(0, len(sent), 3):
             found += call.send(*sent[first : first + 3])[1]
         ((metadata, rows),) = call.end()
-    assert metadata == {"batch_id": None, "errors": [], "last": True}
+    assert 0 <= metadata.pop("row_first") < len(sent)
+    assert metadata == {"batch_id": None, "last": True, "errors": []}
     assert [*found, *rows] == whole_rows(client, texts, how)
 
 
@@ -131,7 +132,7 @@ def test_a_chunk_comes_before_the_next_piece_is_sent(server: Runtime) -> None:
     binary = EmbedCommand(**HOW, continuous=True).SerializeToString()
     with calling(server, flight.FlightDescriptor.for_command(binary)) as call:
         said, found = call.send(("a", "It is so! Programs"))
-        assert (said, found) == ([{"batch_id": 0, "errors": [], "last": True}], [])
+        assert (said, found) == ([{"batch_id": 0, "row_first": 0, "last": True, "errors": []}], [])
         said, found = call.send(("a", " hold on. " + "of them " * 20))
         assert {one["batch_id"] for one in said} == {1}
         assert [one["last"] for one in said] == [False] * (len(said) - 1) + [True]

@@ -12,34 +12,10 @@ from pyarrow import flight
 from fletcher.net import flight_errors
 from fletcher.storeserver.namespaces import Namespaces
 from fletcher.storeserver.requests import EmptyRequest, NamespaceRequest
-from fletcher.storeserver.server import StoreServer
+from tests.integration import store_calls
+from tests.integration.store_calls import DEADLINE, put
 
-DEADLINE = flight.FlightCallOptions(timeout=30)
 DIMS = 4
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    served = StoreServer(tmp_path_factory.mktemp("store"), host="127.0.0.1", port=0, meta_port=0)
-    yield served
-    assert served.close(10)
-
-
-@pytest.fixture
-def data(server):
-    with flight.connect(server.address) as client:
-        yield client
-
-
-@pytest.fixture
-def meta(server):
-    with flight.connect(server.meta_address) as client:
-        yield client
-
-
-@pytest.fixture
-def name(request):
-    return "".join(letter if letter.isalnum() else "_" for letter in request.node.name)[:100]
 
 
 def batch(ids, **more):
@@ -49,23 +25,13 @@ def batch(ids, **more):
     return pa.record_batch({"id": ids, "vector": own, "timestamp": times, **more})
 
 
-def put(client, dataset, *batches):
-    path = flight.FlightDescriptor.for_path(dataset)
-    writer, _ = client.do_put(path, batches[0].schema, DEADLINE)
-    with writer:
-        for one in batches:
-            writer.write_batch(one)
-
-
 def get(client, **ticket) -> pa.Table:
-    raw = flight.Ticket(json.dumps(ticket).encode())
-    return client.do_get(raw, DEADLINE).read_all()
+    return store_calls.get(client, ticket)
 
 
 def act(client, action, body=None):
-    raw = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
-    (result,) = client.do_action(flight.Action(action, raw), DEADLINE)
-    return result.body.to_pybytes()
+    (result,) = store_calls.act(client, action, body)
+    return result
 
 
 TEXTS = pa.array(["a", "b", "ü"])

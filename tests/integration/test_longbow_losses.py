@@ -27,27 +27,21 @@ NARROW = longbow_schema(rows.schema())
 
 
 @pytest.fixture
-def double() -> Iterator[LongbowDouble]:
-    with LongbowDouble() as served:
-        yield served
-
-
-@pytest.fixture
 def store(double: LongbowDouble) -> Iterator[Any]:
     opened = open_store(double.address, timeout_s=20, message_bytes=1024)
     yield opened
     opened.close()
 
 
-def while_settling(store: Any, happen: Callable[[], object]) -> None:
-    """Have `happen` called once, in the next wait for rows to settle."""
-    settling = store._server._uploads.settling
+def in_next_wait(store: Any, happen: Callable[[], object]) -> None:
+    """Have `happen` called once, in the next wait until rows are confirmed."""
+    running_time = store._server._uploads.running_time
 
     def sleep(_: float) -> None:
-        settling._sleep = lambda _: None
+        running_time._sleep = lambda _: None
         happen()
 
-    settling._sleep = sleep
+    running_time._sleep = sleep
 
 
 def ids(double: LongbowDouble) -> Counter[str]:
@@ -71,9 +65,10 @@ def test_rows_that_were_acknowledged_and_lost_are_sent_again(
         double.kill(lost=lost)
         assert double.restart()
 
-    while_settling(store, restart)
+    in_next_wait(store, restart)
+    unconfirmed = writer.append(batches).unconfirmed
     with pytest.raises(StoreUnavailableError):
-        writer.append(batches)
+        unconfirmed.confirm()
     num_left = double.num_rows("d")
     assert num_left < 100 or not lost
     writer.close()
@@ -128,7 +123,7 @@ def test_rows_of_a_killed_sender_have_arrived_before_they_are_counted(
 ) -> None:
     # They arrived after the question, and were there twice.
     arriving = longbow_batch(rows.batch(0, 10), NARROW)
-    while_settling(store, lambda: double.store("d", arriving))
+    in_next_wait(store, lambda: double.store("d", arriving))
     assert store.stored_ranges("d", "u") == [(0, 9)]
 
 

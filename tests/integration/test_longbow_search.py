@@ -15,7 +15,6 @@ from fletcher.stores.filter_parser import parse_filter
 from fletcher.stores.filters import to_expression
 from fletcher.stores.flight.longbow_reader import MAX_INDEX_K
 from tests.doubles import store_rows as rows
-from tests.doubles.longbow import LongbowDouble
 
 NUM_ROWS = 60
 CONDITIONS = [
@@ -60,12 +59,6 @@ def nearest(given: pa.Table, query: np.ndarray, k: int) -> list[object]:
     vectors = np.stack(given["vector"].to_numpy(zero_copy_only=False)) if len(given) else []
     order = np.argsort(-(vectors @ query), kind="stable")[:k] if len(given) else []
     return given["id"].take(pa.array(order, pa.int64())).to_pylist()
-
-
-@pytest.fixture
-def double():
-    with LongbowDouble() as served:
-        yield served
 
 
 @pytest.fixture(params=["utf8", "int64", "uint64"])

@@ -18,12 +18,6 @@ from tests.doubles.longbow import LongbowDouble
 
 
 @pytest.fixture
-def double() -> Iterator[LongbowDouble]:
-    with LongbowDouble() as served:
-        yield served
-
-
-@pytest.fixture
 def stores(double: LongbowDouble) -> Iterator[list[Store]]:
     """The same store by several addresses."""
     hosts = ("127.0.0.1", "localhost", "127.0.0.1")

@@ -19,6 +19,7 @@ from fletcher.config.server import ServeConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, FletcherError
 from fletcher.models.bundle.registry import Registry
+from fletcher.net.message_size import OVERHEAD_BYTES, batch_bytes
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 from fletcher.storeserver.server import StoreServer
@@ -127,11 +128,11 @@ def test_a_batch_is_refused_by_what_it_makes(
     table = pa.table({"text": ["a"] * 11})
     made = exchanged(client, table.slice(0, 10), dtype="float16").combine_chunks()
     # Less than ten texts could make at most.
-    limit = made.nbytes
-    monkeypatch.setattr("fletcher.flight.exchange._MAX_OUTPUT_BYTES", limit)
+    limit = sum(map(batch_bytes, made.to_batches())) + OVERHEAD_BYTES
+    monkeypatch.setattr("fletcher.flight.answers._MAX_WHOLE_BYTES", limit)
     assert exchanged(client, table.slice(0, 10), dtype="float16").num_rows == 10
     with pytest.raises(BatchTooLargeError, match=f"11 rows of a batch make more than {limit} b"):
-        exchanged(client, table, dtype="float16")
+        exchanged(client, table, dtype="float16", answer_bytes=0)
 
 
 def test_types(client: Client) -> None:

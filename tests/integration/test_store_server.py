@@ -36,10 +36,10 @@ from fletcher.stores.staging import INCARNATION, is_replaced_by, staged_name
 from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
 from tests.doubles.list_search import check_list_search
+from tests.integration.store_calls import DEADLINE, act, get, put
 
 MAIN = "import sys; from fletcher.cli import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", MAIN, "store"]
-DEADLINE = flight.FlightCallOptions(timeout=30)
 
 
 @contextmanager
@@ -59,42 +59,6 @@ def store_process(folder: Path):
         process.communicate()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    served = StoreServer(tmp_path_factory.mktemp("store"), host="127.0.0.1", port=0, meta_port=0)
-    yield served
-    assert served.close(10)
-
-
-@pytest.fixture
-def data(server):
-    with flight.connect(server.address) as client:
-        yield client
-
-
-@pytest.fixture
-def meta(server):
-    with flight.connect(server.meta_address) as client:
-        yield client
-
-
-@pytest.fixture
-def name(request):
-    return "".join(letter if letter.isalnum() else "_" for letter in request.node.name)[:100]
-
-
-def put(client, dataset, *batches, metadata=None):
-    writer, _ = client.do_put(
-        flight.FlightDescriptor.for_path(dataset), batches[0].schema, DEADLINE
-    )
-    with writer:
-        for batch in batches:
-            if metadata is None:
-                writer.write_batch(batch)
-            else:
-                writer.write_with_metadata(batch, metadata)
-
-
 def ingest(client, dataset, *batches):
     """Sends batches by the acknowledged way; answers the acknowledgements."""
     descriptor = flight.FlightDescriptor.for_path("ingest", dataset)
@@ -107,16 +71,6 @@ def ingest(client, dataset, *batches):
         writer.done_writing()
         acks += [json.loads(reader.read_chunk().app_metadata.to_pybytes()) for _ in batches]
     return acks
-
-
-def get(client, ticket) -> pa.Table:
-    raw = ticket if isinstance(ticket, bytes) else json.dumps(ticket).encode()
-    return client.do_get(flight.Ticket(raw), DEADLINE).read_all()
-
-
-def act(client, action, body=None):
-    raw = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
-    return [one.body.to_pybytes() for one in client.do_action(flight.Action(action, raw), DEADLINE)]
 
 
 def plain(first, count, id_type=None):
@@ -134,7 +88,7 @@ def plain(first, count, id_type=None):
     )
 
 
-def test_put_get_and_list(server, data, meta, name):
+def test_put_get_and_list(store_server, data, meta, name):
     sent = [plain(0, 100), plain(100, 50)]
     put(data, name, *sent)
     everything = pa.Table.from_batches(sent)
@@ -151,7 +105,7 @@ def test_put_get_and_list(server, data, meta, name):
     info = meta.get_flight_info(flight.FlightDescriptor.for_path(name), DEADLINE)
     assert info.total_records == 150
     assert info.schema.names == everything.schema.names
-    assert info.endpoints[0].locations[0].uri.decode().endswith(f":{server.port}")
+    assert info.endpoints[0].locations[0].uri.decode().endswith(f":{store_server.port}")
     assert name in [one.descriptor.path[0].decode() for one in meta.list_flights(options=DEADLINE)]
 
 
@@ -280,9 +234,9 @@ def test_an_announced_group_is_stored_whole_or_not_at_all(data, name):
     assert get(data, name.encode()).num_rows == 100
 
 
-def test_many_streams_share_commits_and_every_ack_is_true(server, data, name):
+def test_many_streams_share_commits_and_every_ack_is_true(store_server, data, name):
     def stream(number: int) -> None:
-        with flight.connect(server.address) as client:
+        with flight.connect(store_server.address) as client:
             batches = [rows.batch(first, 5, upload=f"u{number}") for first in range(0, 100, 5)]
             assert len(ingest(client, name, *batches)) == 20
 
@@ -294,7 +248,7 @@ def test_many_streams_share_commits_and_every_ack_is_true(server, data, name):
     assert counts == [5] * 160
 
 
-def test_one_clients_bad_rows_do_not_harm_its_neighbours(server, data, name):
+def test_one_clients_bad_rows_do_not_harm_its_neighbours(store_server, data, name):
     nan = rows.batch(0, 4)
     field = nan.schema.field("vector")
     values = pa.array(np.full(32, np.nan, np.float16))
@@ -303,12 +257,12 @@ def test_one_clients_bad_rows_do_not_harm_its_neighbours(server, data, name):
     start = threading.Barrier(6)
 
     def good(number: int) -> None:
-        with flight.connect(server.address) as client:
+        with flight.connect(store_server.address) as client:
             start.wait()
             ingest(client, name, *[rows.batch(n * 4, 4, upload=f"g{number}") for n in range(5)])
 
     def nonsense(number: int) -> None:
-        with flight.connect(server.address) as client:
+        with flight.connect(store_server.address) as client:
             start.wait()
             ack = ingest_and_fail(client, name, bad)
             assert ack["status"] == "error"
@@ -449,8 +403,10 @@ def test_nonsense_gets_a_clear_error_and_harms_nobody(data, what):
 
 
 @pytest.fixture
-def store(server):
-    store = open_store(server.address, timeout_s=30)  # the meta port comes from its capabilities
+def store(store_server):
+    store = open_store(
+        store_server.address, timeout_s=30
+    )  # the meta port comes from its capabilities
     yield store
     store.close()
 
@@ -459,7 +415,9 @@ def store(server):
     ("output", "dtype"),
     [("sparse", "float32"), ("sparse", "float16"), ("multi", "float16"), ("multi", "int8")],
 )
-def test_sparse_and_token_vectors_are_kept_and_searched(server, data, store, name, output, dtype):
+def test_sparse_and_token_vectors_are_kept_and_searched(
+    store_server, data, store, name, output, dtype
+):
     assert store.capabilities.outputs == ("dense", "sparse", "multi")
     batches = [rows.list_batch(first, 30, output, dtype) for first in (0, 30)]
     with closing(store.open_writer(name, batches[0].schema, "append")) as writer:
@@ -519,8 +477,8 @@ def test_a_store_of_before_keeps_one_vector_per_row(store, name, monkeypatch):
         store.search(name, np.ones((2, 8), np.float32), k=1)
 
 
-def test_a_flight_store_keeps_types_keys_and_nulls(server, name):
-    store = open_store(server.address, timeout_s=30, message_bytes=2048)
+def test_a_flight_store_keeps_types_keys_and_nulls(store_server, name):
+    store = open_store(store_server.address, timeout_s=30, message_bytes=2048)
     assert store.capabilities.drops_repeated_keys
     assert store.capabilities.durable
     writer = store.open_writer(name, rows.schema(), "append")

@@ -12,6 +12,7 @@ from pyarrow import flight
 from fletcher.errors import DimensionMismatchError, StoreUnavailableError, UnknownDatasetError
 from fletcher.stores import protocol
 from fletcher.stores.base import (
+    Appended,
     DatasetInfo,
     DatasetWriter,
     Filters,
@@ -159,13 +160,13 @@ class FletcherWriter(DatasetWriter):
         """
         self._send_group(pa.RecordBatch.from_pylist([], schema=self._schema))
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> Appended:
         for batch in batches:
             check_compatible(self._dataset, self._schema, batch.schema)
         rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
         if rows:
             self._send_group(pa.concat_batches(rows))
-        return False
+        return Appended()
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         request = protocol.MissingKeysRequest(self._dataset, list(batch_keys))
@@ -178,7 +179,7 @@ class FletcherWriter(DatasetWriter):
     def _send_group(self, rows: pa.RecordBatch) -> None:
         header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))
         messages = cut_rows(rows, self._connection.message_bytes)
-        exchange_rows(self._connection, self._dataset, messages, header)
+        exchange_rows(self._connection, self._dataset, messages, header).end()
 
 
 def _checked_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

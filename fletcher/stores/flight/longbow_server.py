@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from weakref import WeakSet
 
 import pyarrow as pa
@@ -25,8 +24,6 @@ from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.longbow_uploads import LongbowUploads
 from fletcher.stores.flight.longbow_writer import LongbowWriter
 
-_log = logging.getLogger(__name__)
-
 
 class LongbowServer(Store):
     """A Longbow. Thread-safe, except for its writers.
@@ -40,7 +37,6 @@ class LongbowServer(Store):
         self._reader = LongbowReader(connection)
         self._datasets = LongbowDatasets(connection)
         self._uploads = LongbowUploads(connection)
-        self._widening_logged = False
         self._writers: WeakSet[LongbowWriter] = WeakSet()
 
     @property
@@ -56,9 +52,6 @@ class LongbowServer(Store):
                 allowed=["append"],
             )
         narrow = longbow.longbow_schema(schema)
-        if narrow.field("vector").type != schema.field("vector").type and not self._widening_logged:
-            self._widening_logged = True
-            _log.info("vectors are widened to float32, the one type that Longbow indexes")
         stored = self.read_schema(dataset)
         if stored is not None:
             narrow = longbow.dataset_schema(dataset, stored, narrow)

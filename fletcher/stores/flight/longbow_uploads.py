@@ -22,7 +22,7 @@ from fletcher.errors import UnknownDatasetError
 from fletcher.stores.base import Comparison, Filters
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight.connection import FlightConnection, store_call
-from fletcher.stores.flight.settling import Settling
+from fletcher.stores.flight.running_time import RunningTime
 from fletcher.stores.schemas import count_batch_keys
 
 # Columns in which a row that is sent again may differ.
@@ -68,12 +68,12 @@ class LongbowUploads:
     """Questions about the uploads in a Longbow. Thread-safe.
 
     Attributes:
-        settling: Waits until rows on their way have arrived.
+        running_time: Waits until rows on their way have arrived.
     """
 
     def __init__(self, connection: FlightConnection) -> None:
         self._connection = connection
-        self.settling = Settling(lambda: connection.run_action("check_readiness", {}))
+        self.running_time = RunningTime(lambda: connection.run_action("check_readiness", {}))
         # Uploads with parts, by dataset and upload id. There are few, and only of earlier releases.
         self._with_parts: dict[tuple[str, str], UploadRows] = {}
 
@@ -83,7 +83,7 @@ class LongbowUploads:
         Raises:
             FletcherError: The store does not answer.
         """
-        self.settling.settle_failures()
+        self.running_time.wait_after_failure()
         # All keys of the upload are between these two, and so are keys of uploads with a longer
         # name.
         low, high = f"{upload_id}:", f"{upload_id};"

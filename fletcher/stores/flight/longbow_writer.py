@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,13 +12,15 @@ import pyarrow as pa
 
 from fletcher.core.batches import Int64Array
 from fletcher.core.schema import parse_batch_key, row_keys
-from fletcher.errors import InternalError, StoreUnavailableError
-from fletcher.stores.base import DatasetWriter
+from fletcher.errors import InternalError, RequestError, StoreUnavailableError
+from fletcher.stores.base import Appended, DatasetWriter, Unconfirmed
 from fletcher.stores.flight.connection import FlightConnection
 from fletcher.stores.flight.exclusive import lock_dataset
 from fletcher.stores.flight.longbow import longbow_batch
 from fletcher.stores.flight.longbow_uploads import LongbowUploads, UploadRows, row_offsets
+from fletcher.stores.flight.running_time import CONFIRM_S, RunningTime
 from fletcher.stores.flight.transfer import (
+    IngestCall,
     NotIngestError,
     cut_rows,
     exchange_rows,
@@ -35,13 +38,34 @@ class _Rows(NamedTuple):
     batch: pa.RecordBatch
 
 
+class UnconfirmedRows(Unconfirmed):
+    """Rows that a Longbow acknowledged, and the open call that sent them.
+
+    If the Longbow's process ends, the call breaks. Nothing else would show it, because a new
+    process answers later calls as if nothing had happened.
+    """
+
+    def __init__(self, call: IngestCall, running_time: RunningTime) -> None:
+        self.ready_at = time.monotonic() + CONFIRM_S
+        self._call = call
+        self._running_time = running_time
+        self._has_run = running_time.start_wait()
+
+    def confirm(self) -> None:
+        """See `Unconfirmed.confirm`."""
+        try:
+            self._has_run.result()
+            self._call.end()
+        except BaseException:
+            self._running_time.note_failure()
+            raise
+
+
 class LongbowWriter(DatasetWriter):
     """Writer to a Longbow. One thread owns it. The first append creates the dataset.
 
-    Rows are sent by Longbow's acknowledged DoExchange. The call stays open until the Longbow cannot
-    lose the rows any more: if its process ends before that, the call breaks. Nothing else would
-    show it, because a new process answers later calls as if nothing had happened. A store without
-    that call gets the rows by DoPut, and is asked for them afterwards.
+    Rows are sent by Longbow's acknowledged DoExchange. A store without that call gets the rows by
+    DoPut, and is asked for them afterwards.
 
     If rows are sent twice, Longbow stores them twice. After a send with unknown outcome,
     `missing_keys` therefore asks for the stored rows of each upload. The next `append` sends only
@@ -80,14 +104,16 @@ class LongbowWriter(DatasetWriter):
             self._connection, self._dataset, [pa.RecordBatch.from_pylist([], schema=self._schema)]
         )
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> Appended:
         """See `DatasetWriter.append`. A failure may leave a part of the rows stored."""
         rows = [self._missing_rows(batch) for batch in batches if batch.num_rows]
         rows = [one for one in rows if len(one.offsets)]
         try:
-            return bool(rows) and self._send_rows(rows)
-        except StoreUnavailableError:
-            self._uploads.settling.note_failure()
+            return self._send_rows(rows) if rows else Appended()
+        except RequestError:
+            raise
+        except BaseException:
+            self._uploads.running_time.note_failure()
             raise
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
@@ -96,7 +122,7 @@ class LongbowWriter(DatasetWriter):
         A group of which some rows were never sent counts as missing, and its next append sends
         nothing.
         """
-        self._uploads.settling.note_failure()
+        self._uploads.running_time.note_failure()
         self._stored = {}
         missing = []
         for key in batch_keys:
@@ -144,26 +170,26 @@ class LongbowWriter(DatasetWriter):
             yield message.set_column(place, self._schema.field(place), pa.concat_arrays(keys))
             first = end
 
-    def _send_rows(self, rows: Sequence[_Rows]) -> bool:
+    def _send_rows(self, rows: Sequence[_Rows]) -> Appended:
         messages = list(self._messages(rows))
-        settling = self._uploads.settling
+        running_time = self._uploads.running_time
         if not self._use_put:
             try:
-                exchange_rows(
+                call = exchange_rows(
                     self._connection,
                     self._dataset,
                     messages,
                     await_first=not self._exchange_proven,
-                    settling=settling,
+                    held_s=2 * CONFIRM_S,
                 )
             except NotIngestError:
                 _log.info("the store has no acknowledged ingest; sending rows by DoPut")
                 self._use_put = True
             else:
                 self._exchange_proven = True
-                return False
+                return Appended(unconfirmed=UnconfirmedRows(call, running_time))
         slow_down = put_rows(self._connection, self._dataset, messages)
-        settling.note_failure()
+        running_time.note_failure()
         for one in rows:
             stored = self._uploads.read_rows(self._dataset, one.upload_id)
             if stored.find_missing(one.batch, one.offsets).any():
@@ -171,4 +197,4 @@ class LongbowWriter(DatasetWriter):
                     f"the store does not have all rows that were written to `{self._dataset}`",
                     field="dataset",
                 )
-        return slow_down
+        return Appended(slow_down=slow_down)

@@ -14,7 +14,6 @@ from fletcher.errors import InternalError, StoreUnavailableError, from_json
 from fletcher.net.flight_errors import store_error
 from fletcher.stores import protocol
 from fletcher.stores.flight.connection import FAILURES, FlightConnection, store_call
-from fletcher.stores.flight.settling import Settling
 
 
 class NotIngestError(Exception):
@@ -27,6 +26,34 @@ def cut_rows(rows: pa.RecordBatch, message_bytes: int) -> list[pa.RecordBatch]:
     return [rows.slice(first, step) for first in range(0, max(rows.num_rows, 1), step)]
 
 
+class IngestCall:
+    """An open DoExchange call, after its rows were acknowledged. Not thread-safe."""
+
+    def __init__(self, writer: Any, reader: Any, what: str) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._what = what
+
+    def end(self) -> None:
+        """End the call.
+
+        Raises:
+            StoreUnavailableError: The store ended it before.
+        """
+        with store_call(self._what):
+            try:
+                self._writer.done_writing()
+                with contextlib.suppress(StopIteration):
+                    _next_ack(self._reader)  # raises the cause if the store ended the call
+                self._writer.close()
+            finally:
+                _end_call(self._writer)
+
+    def __del__(self) -> None:
+        self._reader.cancel()  # else the end of a call that is still open waits for the store
+        _end_call(self._writer)
+
+
 def exchange_rows(
     connection: FlightConnection,
     dataset: str,
@@ -34,8 +61,8 @@ def exchange_rows(
     metadata: bytes | None = None,
     *,
     await_first: bool = False,
-    settling: Settling | None = None,
-) -> None:
+    held_s: float = 0.0,
+) -> IngestCall:
     """Send rows by DoExchange and wait for the acknowledgement of every message.
 
     Args:
@@ -46,61 +73,65 @@ def exchange_rows(
         await_first: Wait for the first message's acknowledgement before sending the second message.
             A store without acknowledged ingest sends another answer and ends the call. That answer
             would be lost if more messages were being sent.
-        settling: Wait after the last acknowledgement, while the call is still open.
+        held_s: Time for which the call may stay open after the last acknowledgement.
 
     Raises:
         NotIngestError: The store has no acknowledged ingest; nothing is stored.
-        StoreUnavailableError: The store failed or stalled, or ended before the wait was
-            over; some rows may be stored.
+        StoreUnavailableError: The store failed or stalled; some rows may be stored.
         RequestError: The store refuses the rows.
     """
     what = f"writing to dataset `{dataset}`"
     descriptor = flight.FlightDescriptor.for_path(protocol.INGEST, dataset)
     with store_call(what):
         write = connection.compression.options(messages[0])
-        held_s = 0.0 if settling is None else settling.allowed_s
         options = connection.call_options(held_s=held_s)
         writer, reader = connection.data_client.do_exchange(descriptor, options)
         try:
-            sent: list[int] = []
-            acked = 0
-            broken = False
-            try:
-                # Unlike DoPut's, this writer takes no options from the call.
-                writer.begin(messages[0].schema, options=write)
-                for message in messages:
-                    sent.append(message.num_rows)
-                    if metadata is None:
-                        writer.write_batch(message)
-                    else:
-                        writer.write_with_metadata(message, metadata)
-                    if await_first and not acked:
-                        _await_acks(reader, sent, what)
-                        acked = 1
-                if settling is None:
-                    writer.done_writing()
-            except FAILURES:
-                broken = True  # if the call has ended, the next read raises the cause
-                _end_rows(writer)
-            _await_acks(reader, sent[acked:], what)
-            if broken:
-                with contextlib.suppress(StopIteration):
-                    _next_ack(reader)  # raises the cause if no message was sent
-                raise _ended_early(what)
-            if settling is not None:
-                try:
-                    settling.settle()
-                except BaseException:
-                    reader.cancel()  # else closing the call waits for the store
-                    raise
-                writer.done_writing()
-                with contextlib.suppress(StopIteration):
-                    _next_ack(reader)  # raises the cause if the store ended the call
-            writer.close()
-        except pa.ArrowNotImplementedError as error:
-            raise NotIngestError from error
-        finally:
+            _exchange_messages(
+                writer, reader, messages, metadata, write, what=what, await_first=await_first
+            )
+        except BaseException as error:
+            reader.cancel()  # else closing the call may wait for the store
             _end_call(writer)
+            if isinstance(error, pa.ArrowNotImplementedError):
+                raise NotIngestError from error
+            raise
+    return IngestCall(writer, reader, what)
+
+
+def _exchange_messages(
+    writer: Any,
+    reader: Any,
+    messages: Sequence[pa.RecordBatch],
+    metadata: bytes | None,
+    write: pa.ipc.IpcWriteOptions,
+    *,
+    what: str,
+    await_first: bool,
+) -> None:
+    sent: list[int] = []
+    acked = 0
+    broken = False
+    try:
+        # Unlike DoPut's, this writer takes no options from the call.
+        writer.begin(messages[0].schema, options=write)
+        for message in messages:
+            sent.append(message.num_rows)
+            if metadata is None:
+                writer.write_batch(message)
+            else:
+                writer.write_with_metadata(message, metadata)
+            if await_first and not acked:
+                _await_acks(reader, sent, what)
+                acked = 1
+    except FAILURES:
+        broken = True  # if the call has ended, the next read raises the cause
+        _end_rows(writer)
+    _await_acks(reader, sent[acked:], what)
+    if broken:
+        with contextlib.suppress(StopIteration):
+            _next_ack(reader)  # raises the cause if no message was sent
+        raise _ended_early(what)
 
 
 def put_rows(

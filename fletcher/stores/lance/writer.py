@@ -21,7 +21,7 @@ from fletcher.errors import (
     RequestError,
     StoreUnavailableError,
 )
-from fletcher.stores.base import WriteMode
+from fletcher.stores.base import Appended, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.filters import quoted
 from fletcher.stores.lance.pinned import PinnedTable
@@ -107,7 +107,7 @@ class LanceWriter(EmbeddedWriter):
         self._compaction: threading.Thread | None = None
         super().__init__(store, dataset, lock)  # last: the store closes all writers that it lists
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> Appended:
         """Store all rows of all batches in one commit; durable on return.
 
         Raises:
@@ -116,7 +116,7 @@ class LanceWriter(EmbeddedWriter):
             RequestError: The rows do not fit the table.
         """
         self.write_rows(batches, upsert=self._mode == "upsert")
-        return False
+        return Appended()
 
     def write_rows(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
         """Store rows as `append` does, with the mode chosen per call."""

@@ -14,7 +14,8 @@ from fletcher.client.connection import Connection
 from fletcher.client.exchange_call import ExchangeCall
 from fletcher.client.files import ingest_files, ingest_id
 from fletcher.client.messages import PutSummary, RowError
-from fletcher.flight.exchange import Ending
+from fletcher.flight.answers import AnswerWriter
+from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import handler_errors, to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting, limit
 
@@ -43,8 +44,9 @@ class Embedding(Waiting):
         self.commands.append(command)
         dtype = command.get("dtype", "float16")
         empty = pa.record_batch({"text": pa.array([], pa.utf8())})
-        writer.begin(vectors_of(empty, dtype).schema)
-        with Ending(context, writer):
+        answers = AnswerWriter(context, writer)
+        answers.begin(vectors_of(empty, dtype).schema, CallCompression("none"))
+        with answers:
             for chunk in reader:
                 fields = json.loads(chunk.app_metadata.to_pybytes())
                 self.answer(context, writer, chunk.data, fields, dtype)
@@ -168,7 +170,8 @@ def test_embed_gives_an_array():
         assert client.embed(["a"], dtype="float16").dtype == np.float16
         many = client.embed(["x" * (n % 7) for n in range(10_000)])
         assert many[:, 0].tolist() == [n % 7 for n in range(10_000)]
-    assert server.commands[0] == {"prompt": "query", "dims": DIM, "dtype": "float32"}
+    command = {"prompt": "query", "dims": DIM, "dtype": "float32"}
+    assert server.commands[0] == {**command, "accept_compression": ["lz4", "zstd"]}
 
 
 @pytest.mark.parametrize("texts", [[], ["a"]])
@@ -219,7 +222,7 @@ def test_a_refusal_arrives_as_it_was_meant(when):
     class Refusing(Embedding):
         def do_exchange(self, context, descriptor, reader, writer):
             if when == "at once":
-                with Ending(context, writer), handler_errors(context):
+                with AnswerWriter(context, writer), handler_errors(context):
                     raise errors.UnknownModelError("no such model", field="model")
             super().do_exchange(context, descriptor, reader, writer)
 
@@ -251,7 +254,7 @@ class Refusing(Embedding):
         for _, _ in zip(range(num_read), reader, strict=False):
             pass
         self.commands.append(None)
-        with Ending(context, writer), handler_errors(context):
+        with AnswerWriter(context, writer), handler_errors(context):
             raise error
 
 
@@ -385,7 +388,8 @@ def test_a_failure_that_is_told_before_the_calls_end_is_raised_at_once():
 
     class Telling(Embedding):
         def answer(self, context, writer, batch, fields, dtype):
-            writer.write_metadata(errors.ColumnTypeError("no such type", field="text").to_json())
+            error = errors.ColumnTypeError("no such type", field="text")
+            writer.write_with_metadata(vectors_of(batch.slice(0, 0), dtype), error.to_json())
 
     def data():
         yield from table_of([1]).to_batches()

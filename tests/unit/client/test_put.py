@@ -12,8 +12,9 @@ import pytest
 
 import fletcher
 from fletcher import EmbedCommand, TransferOptions, connect, errors
-from fletcher.client.messages import parse_reply, split, wire_bytes
+from fletcher.client.messages import parse_reply
 from fletcher.net.flight_errors import handler_errors, to_flight_error
+from fletcher.net.message_size import batch_bytes, cut_batch
 from tests.unit.client.client_servers import Behaving, Waiting, ack, limit
 
 FAST = TransferOptions(
@@ -160,7 +161,7 @@ def test_the_window_bounds_what_is_unacknowledged():
                 if chunk.data is not None:
                     self.received += chunk.data.nbytes
                     held.append((fields["batch_id"], chunk.data.num_rows))
-                    if len(held) == 3:  # no more fits: 3 messages of about 1,000 to 1,300 bytes
+                    if len(held) == 3:  # no more fits: 3 messages of about 1,200 bytes
                         self.hold(context)
                         self.reply(writer, ack("u", fields["batch_id"], 0, 0, 0))
                         held.clear()
@@ -173,12 +174,12 @@ def test_the_window_bounds_what_is_unacknowledged():
             next(produced)
             yield pa.record_batch({"text": ["x" * 1000]})
 
-    transfer = TransferOptions(message_bytes=1000, window_bytes=3100, stall_timeout_s=0.3)
+    transfer = TransferOptions(message_bytes=1000, window_bytes=3800, stall_timeout_s=0.3)
     with Counting() as server, connect(server.uri, transfer=transfer) as client:
         limit(client, abandon_s=0.1)
         with pytest.raises(errors.DeadlineExceededError, match=r"nothing for 0\.3 s"):
             client.put(source(), EmbedCommand(dataset="d", upload_id="u"))
-        assert server.received <= 3100
+        assert server.received <= 3800
         assert next(produced) == 4  # one more was taken from the source and waits
 
 
@@ -493,12 +494,12 @@ def test_a_server_that_is_killed_is_an_unavailable_one():
 
 def test_slices_are_measured_by_their_rows():
     big = pa.record_batch({"text": ["x" * 100] * 999 + ["y" * 50_000]})
-    pieces = list(split(big, 10_000))
+    pieces = list(cut_batch(big, 10_000))
     assert pa.Table.from_batches(pieces).combine_chunks().to_batches()[0] == big
-    assert max(wire_bytes(piece) for piece in pieces[:-1]) <= 10_000
+    assert max(batch_bytes(piece) for piece in pieces[:-1]) <= 10_000
     assert pieces[-1].num_rows == 1
     dictionary = pa.record_batch({"text": pa.array(["x" * 100_000, "y"] * 50).dictionary_encode()})
-    assert [piece.num_rows for piece in split(dictionary, 10_000)] == [100]
+    assert [piece.num_rows for piece in cut_batch(dictionary, 10_000)] == [100]
 
 
 def test_the_public_names():

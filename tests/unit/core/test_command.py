@@ -29,6 +29,8 @@ FULL = {
     "store": "s",
     "output": "dense",
     "continuous": False,
+    "answer_bytes": 0,
+    "accept_compression": ["zstd"],
 }
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.actions import (
+    Acknowledged,
     Append,
     Failed,
     GiveUp,
@@ -26,7 +27,6 @@ from fletcher.delivery.actions import (
     Settle,
     Staged,
     Stop,
-    Stored,
     Unavailable,
     Wait,
     unexpected_failure,
@@ -34,7 +34,7 @@ from fletcher.delivery.actions import (
 from fletcher.delivery.append_size import AppendSize
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.commit_queue import CommitQueue
-from fletcher.delivery.groups import Group, Rows
+from fletcher.delivery.groups import Group, Rows, SentGroups
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload, UploadTerms
 from fletcher.errors import (
@@ -44,7 +44,7 @@ from fletcher.errors import (
     RequestError,
     StoreUnavailableError,
 )
-from fletcher.stores.base import WriteMode
+from fletcher.stores.base import Unconfirmed, WriteMode
 
 SCHEMA = pa.schema({"id": pa.int64()})
 DELAY_S, RETRY_S, LINGER_S = 1.0, 32.0, 5.0
@@ -107,6 +107,16 @@ class Bench:
     def note(self, action: Any, outcome: Any = None) -> None:
         self.queue.note_outcome(action, outcome, self.now)
 
+    def store(
+        self, action: Append, num_groups: int, seconds: float, *, slow_down: bool = False
+    ) -> None:
+        """The store takes the first groups of an append, and they are settled."""
+        sent = SentGroups(action.groups[:num_groups], slow_down)
+        self.note(action, Acknowledged(sent, seconds))
+        settle = self.decide()
+        assert settle == Settle(list(sent.groups), sent=sent)
+        self.note(settle, [])
+
     def fail(self, error: FletcherError = AWAY, caller: str = "d") -> None:
         """A call to the store fails."""
         with suppress(FletcherError), self.breaker.guard_call(caller):
@@ -153,7 +163,7 @@ def test_rows_wait_for_others_to_fill_their_group(bench: Bench) -> None:
     assert keys(action) == ["u:0-7"]
     assert action.full is False
     assert not bench.queue.idle
-    bench.note(action, Stored(1, 0.1))
+    bench.store(action, 1, 0.1)
     assert bench.queue.idle
 
 
@@ -166,7 +176,7 @@ def test_rows_that_fill_an_append_wait_for_no_others(bench: Bench, num_bytes: in
     action = bench.decide()
     assert isinstance(action, Append)
     assert action.full is True  # one of them alone
-    bench.note(action, Stored(len(action.groups), 0.1))
+    bench.store(action, len(action.groups), 0.1)
     assert isinstance(bench.decide(), Append if num_bytes > 1 else Wait)
 
 
@@ -180,7 +190,7 @@ def test_a_flush_lasts_until_nothing_waits(bench: Bench) -> None:
     action = bench.decide()
     assert isinstance(action, Append)
     bench.submit(one, 1, 1)
-    bench.note(action, Stored(1, 0.1))
+    bench.store(action, 1, 0.1)
     assert keys(bench.decide()) == ["u:1-1"]
 
 
@@ -202,7 +212,7 @@ def test_an_overwrite_waits_for_earlier_rows_alone(bench: Bench) -> None:
     action = bench.decide()  # at once: somebody waits
     assert keys(action) == ["u:0-0", "u:10-10"]
     bench.submit(one, 20, 1)
-    bench.note(action, Stored(2, 0.1))
+    bench.store(action, 2, 0.1)
     assert bench.decide() == Open(opening)
 
 
@@ -215,7 +225,7 @@ def test_an_overwrite_waits_for_groups_that_were_sent_before(bench: Bench) -> No
     action = bench.append()
     bench.note(action, Unavailable(1, 0.1, AWAY))
     action = bench.append()
-    bench.note(action, Stored(1, 0.1))
+    bench.store(action, 1, 0.1)
     assert bench.decide() == Open(again)
 
 
@@ -227,7 +237,7 @@ def test_an_overwrite_waits_for_a_group_that_was_set_aside(bench: Bench) -> None
     opening = bench.request()
     action = bench.append()
     assert keys(action) == ["u:0-0"]
-    bench.note(action, Stored(1, 0.0))
+    bench.store(action, 1, 0.0)
     assert bench.decide() == Open(opening)
 
 
@@ -251,7 +261,7 @@ def test_groups_in_doubt_go_again_as_they_were(bench: Bench) -> None:
     again = bench.decide()
     assert again.groups == action.groups
     assert again.full is True
-    bench.note(again, Stored(1, 0.1))
+    bench.store(again, 1, 0.1)
     assert bench.queue.failing is None
     assert keys(bench.append()) == ["u:4-7"]
 
@@ -268,7 +278,7 @@ def test_groups_that_were_not_sent_go_next(bench: Bench) -> None:
     bench.submit(upload("a"), 0, 1)
     bench.submit(upload("b"), 0, 1)
     action = bench.append()
-    bench.note(action, Stored(1, 0.1))
+    bench.store(action, 1, 0.1)
     assert keys(bench.append()) == ["b:0-0"]
     assert bench.size.share == 1
 
@@ -281,14 +291,14 @@ def test_an_append_that_was_full_makes_the_next_one_larger(bench: Bench, num_gro
         bench.submit(one, first, 25)
     action = bench.append()
     assert len(action.groups) == 2
-    bench.note(action, Stored(num_groups, 0.1))
+    bench.store(action, num_groups, 0.1)
     assert (bench.size.share > 0.5) == (num_groups == 2)
 
 
 def test_a_store_that_asks_for_a_rest_gets_it(bench: Bench) -> None:
     one = upload()
     bench.submit(one, 0, 1)
-    bench.note(bench.append(), Stored(1, 0.1, slow_down=True))
+    bench.store(bench.append(), 1, 0.1, slow_down=True)
     bench.submit(one, 1, 1)
     bench.queue.request_flush()
     assert bench.decide() == Wait(bench.now + 0.1)
@@ -315,12 +325,14 @@ def test_of_groups_that_are_refused_together_each_goes_alone(bench: Bench) -> No
     action = bench.append()
     bench.note(action, Refused(2, BAD))
     sent = []
-    for outcome in (Refused(1, BAD), Stored(1, 0.1), Stored(1, 0.1)):
+    for refused in (True, False, False):
         alone = bench.append()
         sent.append((keys(alone), alone.groups[0].in_doubt))
-        bench.note(alone, outcome)
-        if isinstance(outcome, Refused):
+        if refused:
+            bench.note(alone, Refused(1, BAD))
             bench.note(bench.decide())
+        else:
+            bench.store(alone, 1, 0.1)
     assert sent == [(["a:0-0"], True), (["b:0-0"], True), (["c:0-0"], False)]
 
 
@@ -336,7 +348,7 @@ def test_groups_of_an_unknown_error_go_again_and_are_never_rejected(bench: Bench
     again = bench.append()  # together once more: most such errors pass
     assert again.groups == action.groups
     assert all(group.in_doubt for group in again.groups)
-    bench.note(again, Stored(2, 0.1))
+    bench.store(again, 2, 0.1)
     assert bench.queue.idle
 
 
@@ -352,7 +364,7 @@ def test_a_group_that_always_fails_by_itself_delays_no_others(bench: Bench) -> N
             bench.note(action, Failed(len(action.groups), 0.0, UNKNOWN))
         else:
             stored += keys(action)
-            bench.note(action, Stored(len(action.groups), 0.0))
+            bench.store(action, len(action.groups), 0.0)
             bench.submit(upload("good"), len(stored), 1, journaled=True)
     assert len(stored) > 30
     assert 5 < len(pauses) < 30  # again and again, with growing pauses
@@ -389,7 +401,10 @@ def test_rows_in_memory_that_always_fail_are_given_up_while_others_are_stored(
             bench.now = action.until
             continue
         is_bad = action.groups[0].rows[0] is bad
-        bench.note(action, Failed(1, 0.0, UNKNOWN) if is_bad else Stored(1, 0.0))
+        if is_bad:
+            bench.note(action, Failed(1, 0.0, UNKNOWN))
+        else:
+            bench.store(action, 1, 0.0)
     assert action.rows == [bad]
     assert action.in_doubt
     assert RETRY_S <= bench.now - failed_at <= RETRY_S + 10
@@ -399,7 +414,8 @@ def test_groups_that_could_not_be_settled_are_settled_again_and_not_sent(bench: 
     one = upload(mode="upsert")
     bench.submit(one, 0, 1)
     action = bench.append()
-    bench.note(action, Stored(1, 0.1, unsettled=(action.groups[0],)))
+    bench.note(action, Acknowledged(SentGroups(action.groups), 0.1))
+    bench.note(bench.decide(), list(action.groups))
     bench.submit(one, 1, 1)
     bench.queue.request_flush()
     assert not bench.queue.idle
@@ -408,7 +424,7 @@ def test_groups_that_could_not_be_settled_are_settled_again_and_not_sent(bench: 
         assert isinstance(waiting, Wait)
         bench.now = waiting.until
         settle = bench.decide()
-        assert settle == Settle(action.groups)
+        assert settle == Settle(action.groups, ready_at=bench.now)
         bench.note(settle, list(action.groups))
     bench.now = bench.decide().until
     bench.note(bench.decide(), [])
@@ -564,7 +580,7 @@ def test_rows_of_other_kinds_do_not_share_an_append(bench: Bench) -> None:
     while bench.queue.waiting:
         action = bench.append()
         sent.append(keys(action))
-        bench.note(action, Stored(len(action.groups), 0.1))
+        bench.store(action, len(action.groups), 0.1)
     assert sent == [["a:0-0"], ["b:0-0"], ["c:0-0"]]
 
 
@@ -578,7 +594,7 @@ def test_sent_groups_of_other_kinds_or_that_go_alone_do_not_share_an_append(benc
     while bench.queue.waiting:
         action = bench.append()
         sent.append(keys(action))
-        bench.note(action, Stored(len(action.groups), 0.1))
+        bench.store(action, len(action.groups), 0.1)
     assert sent == [["a:0-0"], ["b:0-0"], ["c:0-0"], ["d:0-0"]]
 
 
@@ -590,8 +606,85 @@ def test_marked_duplicates_hold_the_right_to_decide_until_their_group_is_settled
     action.groups[0].decided = True
     bench.note(action, Unavailable(1, 0.0, AWAY))
     assert bench.queue.has_decided_groups
-    bench.note(bench.append(), Stored(1, 0.1))
+    bench.store(bench.append(), 1, 0.1)
     assert not bench.queue.has_decided_groups
+
+
+def test_rows_are_sent_while_earlier_ones_are_confirmed(bench: Bench) -> None:
+    one = upload()
+    bench.submit(one, 0, 1)
+    first = bench.append()
+    rows = Later(bench.now + 2.0)
+    bench.note(first, Acknowledged(SentGroups(first.groups, unconfirmed=rows), 0.1))
+    bench.submit(one, 1, 1)
+    second = bench.append()
+    assert bench.now < rows.ready_at
+    bench.store(second, 1, 0.1)
+    assert not bench.queue.idle
+    assert bench.decide() == Wait(rows.ready_at)
+    bench.now = rows.ready_at
+    settle = bench.decide()
+    assert isinstance(settle, Settle)
+    assert settle.groups == first.groups
+    bench.note(settle, [])
+    assert bench.queue.idle
+
+
+def test_rows_that_cannot_be_confirmed_are_in_doubt(bench: Bench) -> None:
+    bench.submit(upload(), 0, 1)
+    action = bench.append()
+    rows = Later(bench.now + 2.0)
+    bench.note(action, Acknowledged(SentGroups(action.groups, unconfirmed=rows), 0.1))
+    bench.now = rows.ready_at
+    bench.note(bench.decide(), Unavailable(1, 0.0, AWAY))
+    assert bench.queue.failing == (bench.now, AWAY)
+    again = bench.append()
+    assert again.groups == action.groups
+    assert again.groups[0].in_doubt
+    # A store that acknowledges rows and loses them again and again is given up after a time.
+    bench.note(again, Acknowledged(SentGroups(again.groups, unconfirmed=rows), 0.1))
+    assert bench.queue.failing is not None
+    bench.note(bench.decide(), [])
+    assert bench.queue.failing is None
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_unconfirmed_rows_delay_those_that_may_replace_them(bench: Bench, decided: bool) -> None:
+    one = upload(dedupe_by="id") if decided else upload(mode="upsert")
+    bench.submit(one, 0, 1)
+    action = bench.append()
+    action.groups[0].decided = decided
+    rows = Later(bench.now + 2.0)
+    bench.note(action, Acknowledged(SentGroups(action.groups, unconfirmed=rows), 0.1))
+    assert bench.queue.has_decided_groups == decided
+    bench.submit(one, 1, 1)
+    bench.queue.request_flush()
+    assert bench.decide() == Wait(rows.ready_at)
+
+
+def test_an_overwrite_waits_for_unconfirmed_rows(bench: Bench) -> None:
+    bench.submit(upload(), 0, 1)
+    action = bench.append()
+    rows = Later(bench.now + 2.0)
+    bench.note(action, Acknowledged(SentGroups(action.groups, unconfirmed=rows), 0.1))
+    opening = bench.request()
+    assert bench.decide() == Wait(rows.ready_at)
+    bench.now = rows.ready_at
+    bench.note(bench.decide(), [])
+    assert bench.decide() == Open(opening)
+
+
+def test_a_committer_that_is_closed_confirms_rows_first(bench: Bench) -> None:
+    bench.submit(upload(), 0, 1)
+    action = bench.append()
+    rows = Later(bench.now + 2.0)
+    bench.note(action, Acknowledged(SentGroups(action.groups, unconfirmed=rows), 0.1))
+    bench.queue.stopped = True
+    settle = bench.decide()
+    assert isinstance(settle, Settle)
+    assert settle.groups == action.groups
+    bench.note(settle, [])
+    assert bench.decide() == Stop([])
 
 
 def test_a_committer_that_is_closed_gives_up_all_it_has(bench: Bench) -> None:
@@ -599,8 +692,18 @@ def test_a_committer_that_is_closed_gives_up_all_it_has(bench: Bench) -> None:
     bench.note(bench.append(), Refused(1, BAD))  # of three, the first
     opening = bench.request()
     bench.queue.stopped = True
+    settle = bench.decide()
+    assert isinstance(settle, Settle)
+    bench.note(settle, list(settle.groups))  # and cannot be settled now
     assert bench.decide() == Stop(rows, (opening,))
     assert bench.decide() == Stop([])
+
+
+class Later(Unconfirmed):
+    """Rows that can be confirmed from some time on."""
+
+    def __init__(self, ready_at: float) -> None:
+        self.ready_at = ready_at
 
 
 FATES = ("stored", "stored", "before", "after", "none", "unknown")
@@ -634,7 +737,10 @@ class World:
             case Append(groups):
                 bench.note(action, self.append(groups, calm=calm))
                 return
-            case Settle(groups, error):
+            case Settle(groups, error, sent):
+                if sent is not None and not calm and self.chance.random() < 0.2:
+                    bench.note(action, self.lose(groups))
+                    return
                 if not calm and self.chance.random() < 0.3:
                     bench.note(action, list(groups))
                     return
@@ -696,11 +802,20 @@ class World:
             return Failed(num_groups, seconds, unexpected_failure())
         with bench.breaker.guard_call("d"):
             pass
-        unsettled = [] if calm else [one for one in going if chance.random() < 0.05]
-        for group in going:
-            if group not in unsettled:
-                self.settle(group)
-        return Stored(num_groups, seconds, chance.random() < 0.1, tuple(unsettled))
+        rows = Later(bench.now + chance.choice([0.0, 0.3, 2.0])) if chance.random() < 0.5 else None
+        return Acknowledged(SentGroups(going, chance.random() < 0.1, rows), seconds)
+
+    def lose(self, groups: list[Group]) -> Any:
+        """The store cannot confirm rows, and may have lost them."""
+        for group in groups:
+            one = (group.rows[0].upload.upload_id, group.first, group.last)
+            if self.chance.random() < 0.5 and not group.upsert:
+                self.stored.remove(one)
+                self.set_aside.add(one[:2])
+        if self.chance.random() < 0.2:
+            return Failed(len(groups), 0.0, unexpected_failure())
+        self.bench.fail(AWAY)
+        return Unavailable(len(groups), 0.0, AWAY)
 
     def settle(self, group: Group) -> None:
         group.num_settled = len(group.rows)

@@ -371,6 +371,36 @@ def test_after_a_restart_the_store_tells_what_is_there() -> None:
         assert upload.counts()["rows_stored"] == 25
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_rows_that_a_store_lost_are_noticed_at_the_end_of_their_upload(durable: bool) -> None:
+    store = MemoryStore()
+    can = dataclasses.replace(store.capabilities, durable=durable, counts_groups=True)
+    store.capabilities = can
+    with delivering(store) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 3)
+        assert settled(upload)
+        send(sink, upload, 3, 3, failed=(1,))
+        assert settled(upload)
+        lost = store.batches["d"].pop()
+        upload.announce_total(6)
+        delivery.complete_upload(options(), upload, sink)
+        delivery.close_upload(upload, sink)
+        if durable:  # such a store is not asked
+            assert upload.complete
+            return
+        assert isinstance(upload.failure, StoreUnavailableError)
+        assert "has 3 of the 6 rows" in upload.failure.message
+        again, sink = delivery.open_upload(options(), SCHEMA)
+        assert again.claim_rows(0, 5) == [(3, 5)]
+        store.batches["d"].append(lost)
+        again.settle_rows(3, 5, stored=3)
+        again.announce_total(6)
+        delivery.complete_upload(options(), again, sink)
+        assert again.complete
+        assert again.failure is None
+
+
 def overwrite(delivery: Delivery, first: int, num_rows: int, upload_id: str = "u") -> Upload:
     """Overwrite the dataset by rows `first` to the end."""
     terms = options(upload_id=upload_id, mode="overwrite")

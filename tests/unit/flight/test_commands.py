@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from pyarrow import flight
 
-from fletcher.core.command import FIELD_NAMES, EmbedCommand
+from fletcher.core.command import FIELD_NAMES, MAX_ANSWER_BYTES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 from fletcher.flight.actions import encode_models, run_action
 from fletcher.flight.commands import (
@@ -19,10 +19,10 @@ from fletcher.flight.commands import (
     parse_descriptor,
     parse_list_models,
 )
+from fletcher.flight.embed_action import _cut
 from fletcher.flight.exchange import exchange
+from fletcher.flight.put import put
 from fletcher.flight.requests import MAX_BODY_BYTES
-from fletcher.serving.session import EmbedCall
-from fletcher.serving.store_session import StoreSession
 from fletcher.v1 import embed_pb2
 
 FULL = EmbedCommand(
@@ -203,7 +203,7 @@ CALL = {"upload_id", "priority"}
 STORING = {"dataset", "mode", "dedupe", "durability", "store"}
 USED = {
     "DoPut": TREATMENT | ROWS | CALL | STORING,
-    "DoExchange": TREATMENT | ROWS | CALL | {"continuous"},
+    "DoExchange": TREATMENT | ROWS | CALL | {"continuous", "answer_bytes", "accept_compression"},
     "embed": TREATMENT | CALL | {"on_error"},  # an alias chooses by `upload_id`
     "upload_status": {"upload_id", "dataset", "store"},
 }
@@ -214,6 +214,8 @@ VALUES = {
     "mode": "overwrite",
     "continuous": True,
     "output": "dense",
+    "answer_bytes": 0,
+    "accept_compression": ["lz4"],
 }
 
 
@@ -230,10 +232,11 @@ def test_a_call_refuses_every_field_that_it_does_not_use(call, field):
         fields["chunking"] = VALUES["chunking"]
     with pytest.raises(InvalidCommandError, match=f"`{field}`") as refused:
         if call == "DoPut":
-            command = EmbedCommand(dataset="d", **fields)
-            StoreSession(service, EmbedCall(name="do_put", command=command)).__enter__()
+            caller = MagicMock(peer_identity=lambda: "")
+            caller.get_middleware.return_value = None
+            put(service, EmbedCommand(dataset="d", **fields), caller, MagicMock(), MagicMock())
         elif call == "DoExchange":
-            exchange(service, EmbedCommand(**fields), *[MagicMock()] * 4)
+            exchange(service, EmbedCommand(**fields), *[MagicMock()] * 3)
         else:
             body = json.dumps({"texts": ["a"], **fields} if call == "embed" else fields)
             run_action(service, call, body.encode(), MagicMock())
@@ -244,3 +247,17 @@ def test_embed_cannot_go_on_after_a_failed_text():
     body = b'{"texts": ["a"], "on_error": "continue"}'
     with pytest.raises(InvalidCommandError, match="all texts or none"):
         run_action(MagicMock(), "embed", body, MagicMock())
+
+
+def test_vectors_that_take_much_come_in_several_results():
+    # One result of more than 4 MiB is refused by the default limit of clients in Go and Rust.
+    numbers = [0.123456789] * 1024
+    answer = {"embeddings": [numbers] * 100, "token_count": list(range(100))}
+    assert len(_cut("m", answer)) == 1
+    answer["embeddings"] = [numbers * 8] * 100
+    parts = [json.loads(one) for one in _cut("m", answer)]
+    assert len(parts) > 2
+    assert [row for one in parts for row in one["token_count"]] == list(range(100))
+    assert sum(len(one["embeddings"]) for one in parts) == 100
+    assert {one["model"] for one in parts} == {"m"}
+    assert all(len(one) <= MAX_ANSWER_BYTES for one in _cut("m", answer))

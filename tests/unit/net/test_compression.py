@@ -11,6 +11,7 @@ import pytest
 from fletcher.errors import InvalidCommandError, UnavailableError
 from fletcher.net import compression
 from fletcher.net.compression import (
+    CODECS,
     AnswerCompression,
     CodecTrial,
     SendCompression,
@@ -100,7 +101,7 @@ def send_compression(
     choice: str, host: str, link_mb_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> SendCompression:
     monkeypatch.setattr(compression, "link_speed", lambda _: link_mb_s * 1e6)
-    monkeypatch.setattr(compression, "measure", lambda _: TEXT)  # a busy machine's would vary
+    monkeypatch.setattr(compression, "measure", lambda *_: TEXT)  # a busy machine's would vary
     return SendCompression(choice, host=host, peer=f"grpc://{host}", probe=lambda _: None)
 
 
@@ -145,28 +146,48 @@ def test_an_unknown_word_is_refused() -> None:
 
 
 def test_answers_are_watched_until_their_codec_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "measure", lambda _: TEXT)
+    monkeypatch.setattr(compression, "measure", lambda *_: TEXT)
     answers = AnswerCompression("auto", observed_bytes=100_000)
     part = batch(500, "text")
-    first = answers.for_call("ipv4:10.0.0.7:5000", part.schema)
+    first = answers.for_call("ipv4:10.0.0.7:5000", part.schema, CODECS)
     for _ in range(4):
         assert first.options.compression is None
         first.record_write(part, part.nbytes / 1e6)  # 1 MB/s
-    assert answers.for_call("ipv4:10.0.0.7:5001", part.schema).options.compression == "zstd"
-    assert answers.for_call("ipv4:10.0.0.8:5000", part.schema).options.compression is None
+    assert answers.for_call("ipv4:10.0.0.7:5001", part.schema, CODECS).options.compression == "zstd"
+    assert answers.for_call("ipv4:10.0.0.8:5000", part.schema, CODECS).options.compression is None
     other = batch(10, "vector").schema
-    assert answers.for_call("ipv4:10.0.0.7:5001", other).options.compression is None
-    local = answers.for_call("ipv4:127.0.0.1:5000", part.schema)
+    assert answers.for_call("ipv4:10.0.0.7:5001", other, CODECS).options.compression is None
+    local = answers.for_call("ipv4:127.0.0.1:5000", part.schema, CODECS)
     for _ in range(4):
         local.record_write(part, 10)
-    assert answers.for_call("ipv4:127.0.0.1:5001", part.schema).options.compression is None
+    assert answers.for_call("ipv4:127.0.0.1:5001", part.schema, CODECS).options.compression is None
 
 
 def test_answers_forget_the_hosts_they_heard_of_first() -> None:
     answers = AnswerCompression("auto", max_hosts=2)
     for number in range(5):
-        answers.for_call(f"ipv4:10.0.0.{number}:1", batch(1).schema)
-    assert list(answers._hosts) == ["10.0.0.3", "10.0.0.4"]
+        answers.for_call(f"ipv4:10.0.0.{number}:1", batch(1).schema, CODECS)
+    assert [host for host, _ in answers._hosts] == ["10.0.0.3", "10.0.0.4"]
+
+
+@pytest.mark.parametrize("choice", ["lz4", "zstd", "auto"])
+def test_a_caller_gets_only_codecs_that_it_can_read(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, ...]] = []
+
+    def measure(_: pa.RecordBatch, codecs: tuple[str, ...]) -> list[CodecTrial]:
+        measured.append(codecs)
+        return [one for one in TEXT if one.codec in codecs]
+
+    monkeypatch.setattr(compression, "measure", measure)
+    answers, part = AnswerCompression(choice, observed_bytes=1), batch(500, "text")
+    for accepted in ((), ("lz4",), ("zstd",), ("zstd", "lz4")):
+        answers.for_call("ipv4:10.0.0.7:1", part.schema, accepted).record_write(part, 1.0)
+        found = answers.for_call("ipv4:10.0.0.7:1", part.schema, accepted).options.compression
+        assert found is None or found in accepted
+        assert (found is None) == (not accepted or choice not in ("auto", *accepted))
+    assert measured == ([("lz4",), ("zstd",), ("lz4", "zstd")] if choice == "auto" else [])
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,15 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyarrow import flight
 
+from fletcher.core.command import MAX_ANSWER_BYTES
 from fletcher.net.flight_answers import (
     action_results,
     flight_info,
@@ -88,3 +92,28 @@ def test_answers() -> None:
     assert (info.total_records, info.total_bytes) == (-1, 2**63 - 1)
     assert info.descriptor.path == [b"d"]
     assert action_results([b"{}", b""]) == [b"{}", b""]
+
+
+def test_streams_are_cut_to_what_clients_receive_by_default() -> None:
+    # Clients in Go, Rust and JavaScript refuse messages of more than 4 MiB.
+    table = pa.table({"a": pa.array(range(2_000_000), pa.int64())})
+    for answer in (table_stream, lambda one: generator_stream(one.schema, one.to_batches())):
+        with served(lambda: answer(table)) as client:  # noqa: B023
+            sizes, rows = [], []
+            for chunk in client.do_get(flight.Ticket(b"")):
+                sizes.append(pa.ipc.get_record_batch_size(chunk.data))
+                rows.append(chunk.data)
+            assert max(sizes) < MAX_ANSWER_BYTES
+            assert pa.Table.from_batches(rows).equals(table)
+
+
+@contextmanager
+def served(answer: Callable[[], Any]) -> Iterator[flight.FlightClient]:
+    class Server(flight.FlightServerBase):  # type: ignore[misc]
+        def do_get(self, context: Any, ticket: Any) -> Any:
+            return answer()
+
+    with Server("grpc://127.0.0.1:0") as server:
+        with flight.connect(f"grpc://127.0.0.1:{server.port}") as client:
+            yield client
+        server.shutdown()

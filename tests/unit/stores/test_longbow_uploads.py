@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from fletcher.core.schema import row_keys
 from fletcher.errors import StoreUnavailableError
-from fletcher.stores.flight import settling
+from fletcher.stores.flight import running_time
 from fletcher.stores.flight.longbow_uploads import UploadRows, row_offsets, row_texts
-from fletcher.stores.flight.settling import Settling
+from fletcher.stores.flight.running_time import RunningTime
 from tests.doubles import store_rows as rows
 
 
@@ -88,33 +91,72 @@ class Longbow:
     def __init__(self) -> None:
         self.slept: list[float] = []
         self.num_calls = 0
-        self.settling = Settling(self.call, sleep=self.slept.append)
-        self.fails_at = -1
+        self.running_time = RunningTime(self.call, sleep=self.slept.append)
+        self.during: Callable[[], object] = lambda: None
 
     def call(self) -> None:
         self.num_calls += 1
-        if self.num_calls == self.fails_at:
-            raise StoreUnavailableError("gone")
+        self.during()
 
 
-def test_a_longbow_settles_while_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settling, "SETTLE_S", 2.0)
+def test_a_wait_takes_calls_that_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_time, "CONFIRM_S", 2.0)
     longbow = Longbow()
-    longbow.settling.settle()
-    assert sum(longbow.slept) == 2.0
+    longbow.running_time.start_wait().result(30)
+    assert sum(longbow.slept) >= 2.0
     assert longbow.num_calls == len(longbow.slept) > 4  # a stop spoils one of them
-    longbow.settling.settle_failures()
-    assert sum(longbow.slept) == 2.0
-    longbow.settling.note_failure()
-    longbow.settling.settle_failures()
-    assert sum(longbow.slept) == 4.0
 
 
-def test_a_longbow_that_does_not_answer_is_not_settled() -> None:
+def test_waits_share_calls_and_each_takes_its_own_time() -> None:
     longbow = Longbow()
-    longbow.fails_at = 3
-    with pytest.raises(StoreUnavailableError):
-        longbow.settling.settle_failures()
+    longbow.running_time.start_wait().result(30)
+    alone = longbow.num_calls
+    later: list[Future[None]] = []
+
+    def during() -> None:
+        if longbow.num_calls == alone + 3:
+            later.append(longbow.running_time.start_wait())
+
+    longbow.during = during
+    longbow.running_time.start_wait().result(30)
+    later[0].result(30)
+    assert longbow.num_calls == 2 * alone + 2
+
+
+def test_a_failure_is_followed_by_one_wait() -> None:
+    longbow = Longbow()
+    for _ in range(2):
+        longbow.running_time.wait_after_failure()  # an earlier process may have failed
+        assert longbow.num_calls == len(longbow.slept) < 12
+    longbow.running_time.note_failure()
+    longbow.running_time.wait_after_failure()
+    assert longbow.num_calls > 12
+
+
+def test_a_failure_during_the_wait_is_followed_by_another_wait() -> None:
+    longbow = Longbow()
+    longbow.during = longbow.running_time.note_failure
+    longbow.running_time.wait_after_failure()
+    num_calls = longbow.num_calls
+    longbow.during = lambda: None
+    longbow.running_time.wait_after_failure()
+    assert longbow.num_calls == 2 * num_calls
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError("gone"), MemoryError()])
+def test_a_call_without_an_answer_ends_all_waits(error: Exception) -> None:
+    longbow = Longbow()
+
+    def during() -> None:
+        if longbow.num_calls == 3:
+            waits.append(longbow.running_time.start_wait())
+            raise error
+
+    longbow.during = during
+    waits = [longbow.running_time.start_wait()]
+    for number in range(2):
+        with pytest.raises(type(error)):
+            waits[number].result(30)
     assert longbow.num_calls == 3
-    longbow.settling.settle_failures()
-    assert longbow.num_calls > 3
+    longbow.running_time.wait_after_failure()
+    assert longbow.num_calls > 8
