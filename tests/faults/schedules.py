@@ -567,12 +567,12 @@ class Play:
     def _kill_worker(self, number: int) -> None:
         try:
             children = psutil.Process(self.server.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
+            # With a process that forks the workers, these are its children.
+            workers = [one.pid for one in children if one.ppid() != self.server.pid] or [
+                one.pid for one in children
+            ]
+        except psutil.NoSuchProcess:  # such as a worker that was killed just now
             return
-        # With a process that forks the workers, these are its children.
-        workers = [one.pid for one in children if one.ppid() != self.server.pid] or [
-            one.pid for one in children
-        ]
         if workers:
             self.ledger.may_give_up = self._worker_killed
             self._worker_killed = True
