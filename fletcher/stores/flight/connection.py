@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.errors import StoreUnavailableError
+from fletcher.errors import FletcherError, StoreUnavailableError, UnavailableError
 from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
@@ -100,6 +100,14 @@ class FlightConnection:
             action = flight.Action(name, raw)
             results = list(self.data_client.do_action(action, self.call_options()))
         return results[0].body.to_pybytes() if results else b""
+
+    def is_up(self) -> bool:
+        """Whether the store answers calls, be it with a refusal."""
+        try:
+            self.run_action("check_readiness", {})
+        except FletcherError as error:
+            return not isinstance(error, UnavailableError)
+        return True
 
     def ask(self, name: str, request: Any, answer: type[_Answer]) -> _Answer:
         """Call an action on the data port, and decode its answer.
