@@ -20,6 +20,8 @@ from fletcher.stores.exact_search import unknown_dataset
 
 _Answer = TypeVar("_Answer")
 
+# Received buffers lie anywhere; Arrow's filters warn about each that is not aligned.
+_READ = pa.ipc.IpcReadOptions(ensure_alignment=pa.ipc.Alignment.DataTypeSpecific)
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
 
@@ -80,7 +82,9 @@ class FlightConnection:
         Every call has a deadline because a Longbow under memory pressure stalls. `held_s`: time for
         which the call stays open after its work.
         """
-        return flight.FlightCallOptions(timeout=self._timeout_s + held_s, write_options=write)
+        return flight.FlightCallOptions(
+            timeout=self._timeout_s + held_s, write_options=write, read_options=_READ
+        )
 
     def run_action(self, name: str, body: Any) -> bytes:
         """Call an action on the data port.

@@ -67,9 +67,10 @@ class LongbowServer(Store):
         return writer
 
     def _declare_columns(self, writer: LongbowWriter) -> None:
-        """Declare a writer's columns. The error of a call that stalls tells the likely cause.
+        """Declare a writer's columns.
 
-        A Longbow with a full memory stalls all calls that write, and no answer of it tells that.
+        A Longbow with a full memory stalls all calls that write, and no answer of it tells that. So
+        the error of a call that stalls tells it if the Longbow answers another call.
         """
         try:
             writer.declare_columns()
