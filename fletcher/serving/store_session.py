@@ -60,13 +60,19 @@ class AckQueue:
         self._batches: deque[tuple[int, int, int]] = deque()
 
     def append_batch(self, batch_id: int, row_first: int, row_last: int) -> None:
-        """Add a batch that was received and submitted."""
+        """Add a batch that was received and submitted.
+
+        For a batch without rows, `row_last` is before `row_first`.
+        """
         self._batches.append((batch_id, row_first, row_last))
 
     @property
     def is_due(self) -> bool:
         """Whether the oldest batch may be acknowledged."""
-        return bool(self._batches) and self._covers(*self._batches[0][1:])
+        if not self._batches:
+            return False
+        _, first, last = self._batches[0]
+        return last < first or self._covers(first, last)
 
     def next_ack(self, counts: Callable[[], dict[str, int]]) -> dict[str, Any] | None:
         """Remove all batches that are due, and return their acknowledgement.
@@ -198,10 +204,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             self._session.submit_batch(
                 batch, batch_id, row_first, skip=self._skip, claim=self._claim
             )
-            if batch.num_rows:
-                with self.upload.changed:
-                    self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
-                    self.upload.changed.notify_all()
+            with self.upload.changed:
+                self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
+                self.upload.changed.notify_all()
         except FletcherError:
             raise
         except BaseException as error:

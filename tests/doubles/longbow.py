@@ -40,6 +40,8 @@ class LongbowDouble:
         tables: Batches of each dataset, as they were sent.
         num_unindexed: Number of rows, the last ones of each dataset, that searches do not find.
         calls: Names of the calls that sent rows.
+        stall: While it is not set, calls that write wait for it. Other calls are answered.
+        num_stalled: Number of calls that waited.
     """
 
     def __init__(self, *, exchange: bool = True) -> None:
@@ -47,6 +49,7 @@ class LongbowDouble:
         self.fail_after: int | None = None
         self.fail_with: Exception | None = None
         self.stall: threading.Event | None = None
+        self.num_stalled = 0
         self.num_unindexed = 0
         self.calls: list[str] = []
         self.log: list[tuple[str, pa.RecordBatch]] = []  # survives a restart; deletes are not in it
@@ -107,8 +110,7 @@ class LongbowDouble:
 
     def store(self, dataset: str, batch: pa.RecordBatch) -> None:
         """Keep a batch; no check of its types."""
-        if self.stall is not None:
-            self.stall.wait(30)
+        self.wait_stalled()
         if self.fail_with is not None:
             raise self.fail_with
         if self.fail_after is not None:
@@ -119,6 +121,12 @@ class LongbowDouble:
         self.types.setdefault(dataset, {field.name: field.type for field in batch.schema})
         self.log.append((dataset, batch))
         self.tables.setdefault(dataset, []).append(batch)
+
+    def wait_stalled(self) -> None:
+        """Wait while calls that write are stalled, as with a full memory."""
+        if self.stall is not None:
+            self.num_stalled += 1
+            self.stall.wait(30)
 
     def check_types(self, dataset: str, schema: pa.Schema) -> None:
         """The check of a DoPut. Columns that are new are known from then on."""
@@ -334,6 +342,7 @@ class _Data(_Port):
         if not descriptor.path:
             raise flight.FlightInternalError("missing flight descriptor path")
         name = descriptor.path[0].decode()
+        self.double.wait_stalled()
         self.double.check_types(name, reader.schema)
         for number, chunk in enumerate(reader):
             if not number:

@@ -55,11 +55,6 @@ _STEPS = {
 _WAIT_S = 120.0
 _CALL = flight.FlightCallOptions(timeout=60)
 _TRANSFER = TransferOptions(max_retries=30, backoff_s=0.05, max_backoff_s=0.5)
-# Longer than the stand-in needs until it does not lose rows any more, and shorter than a Longbow.
-QUICK: dict[str, Any] = {
-    f"fletcher.stores.flight.{module}.CONFIRM_S": 0.15
-    for module in ("running_time", "longbow_writer")
-}
 _CONSTANTS: dict[str, Any] = {
     "fletcher.delivery.delivery.DeliveryTiming": {
         "segment_idle_s": 0.1,

@@ -93,6 +93,13 @@ def test_filters_of_every_kind_are_right(store, given, text):
     assert sorted(read["id"].to_pylist()) == sorted(right["id"].to_pylist())
 
 
+def test_rows_that_are_filtered_here_come_without_warnings(store, given, capfd):
+    # Arrow wrote a line for each buffer that lay where it had been received.
+    conditions, expected = filtered(given, "year > 2003 or token_count < 10")
+    assert store.scan("d", filters=conditions).read_all().num_rows == expected.num_rows
+    assert capfd.readouterr().err == ""
+
+
 def test_two_filters_must_both_be_met(store, given):
     first, _ = filtered(given, "year = 2003")
     second, _ = filtered(given, "lang = de")

@@ -238,12 +238,13 @@ def _is_flat_text(kind: pa.DataType) -> bool:
 def _plain(field: pa.Field) -> pa.Field:
     """Returns the field of a column after decoding encodings, views and UUIDs.
 
-    Stores read none of them.
+    Stores read none of them. The field keeps its metadata, except that of Arrow's own encodings.
     """
     kind = value_type(field.type)
-    if is_text_extension(kind):
-        return pa.field(field.name, pa.utf8())
-    return pa.field(field.name, _UNVIEWED.get(kind, kind))
+    kind = pa.utf8() if is_text_extension(kind) else _UNVIEWED.get(kind, kind)
+    metadata = field.metadata or {}
+    own = {key: value for key, value in metadata.items() if not key.startswith(b"ARROW:")}
+    return pa.field(field.name, kind, metadata=own or None)
 
 
 _UNVIEWED = {pa.string_view(): pa.utf8(), pa.binary_view(): pa.binary()}

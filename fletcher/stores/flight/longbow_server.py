@@ -5,8 +5,9 @@ from __future__ import annotations
 from weakref import WeakSet
 
 import pyarrow as pa
+from pyarrow import flight
 
-from fletcher.errors import DimensionMismatchError, InvalidCommandError
+from fletcher.errors import DimensionMismatchError, InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import (
     DatasetInfo,
     Filters,
@@ -23,6 +24,7 @@ from fletcher.stores.flight.longbow_datasets import LongbowDatasets
 from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.longbow_uploads import LongbowUploads
 from fletcher.stores.flight.longbow_writer import LongbowWriter
+from fletcher.stores.longbow_trouble import FULL
 
 
 class LongbowServer(Store):
@@ -57,12 +59,28 @@ class LongbowServer(Store):
             narrow = longbow.dataset_schema(dataset, stored, narrow)
         writer = LongbowWriter(self._connection, dataset, narrow, self._uploads)
         try:
-            writer.declare_columns()
+            self._declare_columns(writer)
         except BaseException:
             writer.close()
             raise
         self._writers.add(writer)
         return writer
+
+    def _declare_columns(self, writer: LongbowWriter) -> None:
+        """Declare a writer's columns.
+
+        A Longbow with a full memory stalls all calls that write, and no answer of it tells that. So
+        the error of a call that stalls tells it if the Longbow answers another call.
+        """
+        try:
+            writer.declare_columns()
+        except StoreUnavailableError as error:
+            is_stalled = isinstance(error.__cause__, flight.FlightTimedOutError)
+            if is_stalled and self._connection.is_up():
+                raise StoreUnavailableError(
+                    f"{error.message}; {FULL}", field=error.field
+                ) from error
+            raise
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets with rows, and the staged datasets of earlier releases."""
@@ -77,6 +95,13 @@ class LongbowServer(Store):
 
     def read_schema(self, name: str) -> pa.Schema | None:
         return self._datasets.read_schema(name)
+
+    def incarnation(self, name: str) -> str:  # noqa: ARG002 - as in Store
+        """Empty: datasets of a Longbow have no incarnations.
+
+        The Longbow is not asked. It would begin to send all rows to tell whether a dataset exists.
+        """
+        return ""
 
     def replace_dataset(self, name: str, staged: str) -> None:
         raise InvalidCommandError(

@@ -73,3 +73,19 @@ def test_a_batch_sent_again_is_acknowledged_again() -> None:
         ack = upload.acks.next_ack(upload.counts)
         assert ack is not None
         assert (ack["row_first"], ack["row_last"]) == (0, 9)
+
+
+def test_a_batch_without_rows_is_acknowledged_in_its_turn() -> None:
+    # A client that waits for an acknowledgement of each batch waited for ever.
+    upload = Upload()
+    upload.acks.append_batch(0, 0, -1)
+    ack = upload.acks.next_ack(upload.counts)
+    assert ack is not None
+    assert (ack["batch_id"], ack["row_first"], ack["row_last"]) == (0, 0, -1)
+    upload.acks.append_batch(1, 0, 9)
+    upload.acks.append_batch(2, 10, 9)
+    assert not upload.acks.is_due
+    upload.safe.add_range(0, 9)
+    ack = upload.acks.next_ack(upload.counts)
+    assert ack is not None
+    assert (ack["batch_id"], ack["row_first"], ack["row_last"]) == (2, 0, 9)

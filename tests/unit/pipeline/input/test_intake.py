@@ -439,6 +439,14 @@ def test_carried_columns_and_metadata() -> None:
     assert "unused" not in table.schema.names
 
 
+def test_carried_columns_keep_the_metadata_of_their_field() -> None:
+    weight = pa.field("weight", pa.float64(), metadata={"unit": "kg", "ARROW:extension:name": "x"})
+    schema = pa.schema([pa.field("text", pa.utf8()), weight])
+    intake = make(schema, columns=("weight",))
+    table, _, _ = embed(intake, pa.record_batch([["a"], [1.5]], schema))
+    assert table.schema.field("weight").metadata == {b"unit": b"kg"}
+
+
 @pytest.mark.parametrize("encoded", [False, True])
 def test_carried_views_leave_as_plain_columns(encoded: bool) -> None:
     # Stores have no views: a dataset was made with plain columns, and then refused these rows.
