@@ -31,11 +31,11 @@ def check_new_columns(schema: pa.Schema) -> None:
     check_storable(schema)
     for field in schema:
         name = field.name
-        # Lance accepts some of these names and then does not find the column.
-        if not name or any(character in name for character in ".`\0"):
+        # Lance accepts some of these names and then does not find the column. `*` stands for all.
+        if name in ("", "*") or any(character in name for character in ".`\0"):
             raise InvalidCommandError(
                 f"`columns` has {name[:200]!r}, which LanceDB cannot store; expected a name "
-                "without dots, backticks and zero bytes; rename it",
+                "without dots, backticks and zero bytes, and not `*`; rename it",
                 field="columns",
             )
         if name.lower() in _OWN_COLUMNS:
