@@ -101,6 +101,7 @@ class LongbowDouble:
         self.namespaces = ["default"]
         self.parser = Parser()
         self.cache: dict[str, pa.Table] = {}
+        self.filter_cache: dict[tuple[str, str], Any] = {}
 
     def _start(self, data: int, meta: int) -> None:
         self._data: _Port = _Data(self, data)
@@ -189,15 +190,7 @@ class LongbowDouble:
         dims = rows["vector"].type.list_size
         if len(query) != dims:
             raise invalid(f"dimension mismatch: expected {dims}, got {len(query)}")
-        met = [np.zeros(0, bool)]
-        for batch in self.tables[name]:
-            one = filter_rows(batch, asked.get("filters") or [])
-            if one is None:
-                raise flight.FlightInternalError(
-                    "vector search failed: failed to bind any filters to schema fields"
-                )
-            met.append(one)
-        found = np.flatnonzero(np.concatenate(met)[: self.index_len(name)])
+        found = self._filtered(name, asked.get("filters") or [])
         vectors = np.asarray(rows["vector"].flatten()).reshape(-1, dims)[found]
         distances = np.linalg.norm(vectors - query, axis=1)
         best = np.argsort(distances, kind="stable")[:k]
@@ -210,6 +203,23 @@ class LongbowDouble:
                 "score": (1 / (1 + distances[best])).astype(np.float32),
             }
         )
+
+    def _filtered(self, name: str, filters: list[dict[str, Any]]) -> Any:
+        """Numbers of the indexed rows that meet all filters; kept, and never brought up to date."""
+        key = name, json.dumps(filters)
+        if filters and key in self.filter_cache:
+            return self.filter_cache[key]
+        met = [np.zeros(0, bool)]
+        for batch in self.tables[name]:
+            one = filter_rows(batch, filters)
+            if one is None:
+                raise flight.FlightInternalError(
+                    "vector search failed: failed to bind any filters to schema fields"
+                )
+            met.append(one)
+        found = np.flatnonzero(np.concatenate(met)[: self.index_len(name)])
+        self.filter_cache[key] = found
+        return found
 
     def index_len(self, dataset: str) -> int:
         return max(self.num_rows(dataset) - self.num_unindexed, 0)
