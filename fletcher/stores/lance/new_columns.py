@@ -59,7 +59,7 @@ def check_new_columns(schema: pa.Schema) -> None:
 
 
 def _unwanted_keys(field: pa.Field) -> Iterator[bytes]:
-    """Keys of a field's metadata, and of fields inside it, that LanceDB acts on or cannot store."""
+    """Metadata keys of a field, and of those inside, that LanceDB cannot just keep."""
     for key, value in (field.metadata or {}).items():
         try:
             key.decode()
