@@ -25,6 +25,7 @@ from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unkn
 from fletcher.stores.lance.earlier import EarlierVersions
 from fletcher.stores.lance.indexes import find_index, num_indexed
 from fletcher.stores.lance.library import import_lancedb
+from fletcher.stores.lance.new_columns import check_new_columns
 from fletcher.stores.lance.pinned import PinnedTable
 from fletcher.stores.lance.repair import (
     WholeFiles,
@@ -36,7 +37,6 @@ from fletcher.stores.lance.repair import (
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
-    check_new_columns,
     distinct_keys,
     lance_errors,
     table_gone,

@@ -15,8 +15,6 @@ import pyarrow as pa
 from pyarrow import types
 
 from fletcher.errors import (
-    ColumnTypeError,
-    InvalidCommandError,
     OverloadedError,
     RequestError,
     StoreUnavailableError,
@@ -24,13 +22,12 @@ from fletcher.errors import (
 from fletcher.stores.base import Appended, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.filters import quoted
+from fletcher.stores.lance.new_columns import check_new_columns
 from fletcher.stores.lance.pinned import PinnedTable
-from fletcher.stores.lance.probe import is_readable
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.schemas import (
     align_batch,
     check_compatible,
-    check_storable,
     conform_batch,
     has_chunks,
     last_of_each_id,
@@ -56,13 +53,6 @@ HEAVY_ROW_BYTES = 16 << 10
 HEAVY_BYTES = 256 << 20
 # Old versions are kept for this long, for readers in other processes.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
-# Columns that LanceDB adds to results, or computes. Stored columns of these names break searches.
-_OWN_COLUMNS = frozenset(
-    [
-        *("_distance", "_score", "_relevance_score", "_rowid", "_rowaddr", "_rowoffset"),
-        *("_indices", "_fragid", "_row_created_at_version", "_row_last_updated_at_version"),
-    ]
-)
 # LanceDB's messages about a table that is deleted while it is opened or read.
 _GONE = re.compile(r"Not found: .*/_versions|Table '.*' was not found")
 _DATA_FILE = re.compile(r"\bdata/\w+\.lance\b")
@@ -298,36 +288,6 @@ def table_gone(dataset: str) -> StoreUnavailableError:
     return StoreUnavailableError(
         f"dataset `{dataset}` was deleted by another program; its rows are gone", field="dataset"
     )
-
-
-def check_new_columns(schema: pa.Schema) -> None:
-    """Refuse columns that LanceDB cannot write or cannot find again.
-
-    Raises:
-        ColumnTypeError, InvalidCommandError: LanceDB does not support a type or a name.
-    """
-    check_storable(schema)
-    for field in schema:
-        name = field.name
-        # Lance accepts some of these names and then does not find the column.
-        if not name or any(character in name for character in ".`\0"):
-            raise InvalidCommandError(
-                f"`columns` has {name[:200]!r}, which LanceDB cannot store; expected a name "
-                "without dots, backticks and zero bytes; rename it",
-                field="columns",
-            )
-        if name.lower() in _OWN_COLUMNS:
-            raise InvalidCommandError(
-                f"`columns` has {name!r}, which LanceDB uses for a column of its search results; "
-                "rename it",
-                field="columns",
-            )
-        if not is_readable(field.type):
-            raise ColumnTypeError(
-                f"`{name[:200]}` is {str(field.type)[:200]}, some values of which LanceDB cannot "
-                "read back; send it as JSON text, or with fewer levels",
-                field=name[:200],
-            )
 
 
 def distinct_keys(dataset: str, table: Any, condition: str | None = None) -> set[str]:
