@@ -123,6 +123,11 @@ class LongbowDouble:
         self.log.append((dataset, batch))
         self.tables.setdefault(dataset, []).append(batch)
 
+    def acknowledge(self, number: int, rows: int) -> bytes:
+        """The answer to a message of a DoExchange."""
+        ack = {"batch_id": number, "rows": rows, "status": "acked"}
+        return json.dumps(ack, separators=(",", ":")).encode()
+
     def wait_stalled(self) -> None:
         """Wait while calls that write are stalled, as with a full memory."""
         if self.stall is not None:
@@ -370,8 +375,7 @@ class _Data(_Port):
                 writer.write_metadata(b'{"status":"ack"}')
                 return None
             self.double.store(path[1], chunk.data)
-            ack = {"batch_id": number, "rows": chunk.data.num_rows, "status": "acked"}
-            writer.write_metadata(json.dumps(ack, separators=(",", ":")).encode())
+            writer.write_metadata(self.double.acknowledge(number, chunk.data.num_rows))
         return None
 
     def _exchange_search(self, reader: Any, writer: Any) -> None:

@@ -475,7 +475,10 @@ def _num_foreign(table: pa.Table | None) -> int:
 
 
 def _foreign_rows(sent: Sent, table: pa.Table | None) -> pa.RecordBatch:
-    """Rows as a plain client of Longbow sends them; of a table's columns, or of others."""
+    """Rows as a plain client of Longbow sends them.
+
+    They have the columns of the table, because others would hide rows of Fletcher from it.
+    """
     numbers = sent.table["n"]
     size = len(numbers)
     dims = sent.shape.dims if table is None else table.schema.field("vector").type.list_size

@@ -118,6 +118,28 @@ def test_a_group_that_is_there_in_part_is_completed(
     assert ids(double) == once(120)
 
 
+@pytest.mark.parametrize("garbled", [b"{", b"7", b"{}", b'{"status":7}', b"\xff"])
+def test_rows_whose_answer_cannot_be_read_are_not_stored_twice(
+    double: LongbowDouble,
+    store: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    garbled: bytes,
+) -> None:
+    # Such a store was taken for one without this call, and got the rows once more by DoPut.
+    writer = store.open_writer("d", rows.schema(), "append")
+    for first in (0, 10):
+        batch = rows.batch(first, 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(double, "acknowledge", lambda *_: garbled)
+            with pytest.raises(StoreUnavailableError, match="answer cannot be read"):
+                writer.append([batch])
+        keys = [f"u:{first}-{first + 9}"]
+        missing = writer.missing_keys(keys)
+        writer.append([batch] if missing else [])
+        assert writer.missing_keys(keys) == []
+    assert ids(double) == once(20)
+
+
 def test_rows_of_a_killed_sender_have_arrived_before_they_are_counted(
     double: LongbowDouble, store: Any
 ) -> None:

@@ -95,14 +95,20 @@ class LongbowReader:
         if not filters or size.num_bytes <= self._max_read_bytes:
             rows = self._counting(dataset, size, rows)
         rows = self._bounded(dataset, rows)
-        return nearest(_reader(schema, rows, condition), scores, k=k, columns=wanted)
+        found = nearest(_reader(schema, rows, condition), scores, k=k, columns=wanted)
+        return _approximate(found) if self._sent_filters(schema, filters, size) else found
 
     def _open(self, name: str, filters: Filters, size: _Size | None) -> pa.RecordBatchReader:
         ticket: dict[str, Any] = {}
         if size is not None and size.num_bytes > self._max_read_bytes:
             schema = self._connection.read_schema(name)
-            ticket["filters"] = to_json(_texts(schema, _conjuncts(filters)))
+            ticket["filters"] = to_json(self._sent_filters(schema, filters, size))
         return self._connection.open_stream(name, ticket, f"reading dataset `{name}`")
+
+    def _sent_filters(self, schema: pa.Schema, filters: Filters, size: _Size) -> list[Filter]:
+        """Conditions that are sent, because the dataset is too large to be read."""
+        is_large = size.num_bytes > self._max_read_bytes
+        return _texts(schema, _conjuncts(filters)) if is_large else []
 
     def _batches(self, name: str, reader: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         with store_call(f"reading dataset `{name}`"):
