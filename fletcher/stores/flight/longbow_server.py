@@ -38,7 +38,7 @@ class LongbowServer(Store):
         self._connection = connection
         self._reader = LongbowReader(connection)
         self._datasets = LongbowDatasets(connection)
-        self._uploads = LongbowUploads(connection)
+        self._uploads = LongbowUploads(connection, self._datasets.count_rows)
         self._writers: WeakSet[LongbowWriter] = WeakSet()
 
     @property
