@@ -65,6 +65,7 @@ class Runtime:
         # Closes all started parts, in reverse order.
         self._started = ExitStack()
         self._service: Service | None = None
+        self._server: FlightServer | None = None  # destroyed last: the end may wait for threads
         self._calls_ended = True
 
     def __enter__(self) -> Runtime:
@@ -188,7 +189,7 @@ class Runtime:
         trimmer.start()
         self._started.callback(trimmer.stop)
         idle_timeout_s = config.limits.idle_timeout_s
-        server = _listen(self._service, config.network, credentials, idle_timeout_s)
+        self._server = server = _listen(self._service, config.network, credentials, idle_timeout_s)
         self._started.callback(self._shut_down, server)
         self.address = server.address
 

@@ -24,6 +24,7 @@ SECTIONS = {
         "embed": "Print the vectors of texts.",
         "search": "Find the rows nearest to a text.",
         "similar": "Compare texts, or find those most like them in a file.",
+        "datasets": "List, show and drop datasets, and print their first rows.",
     },
     "Server": {
         "serve": "Serve embeddings over Arrow Flight.",

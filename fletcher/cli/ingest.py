@@ -62,6 +62,8 @@ _REPORTED = (
 @option("--delimiter CHARACTER", heading=INPUT)
 @option("--encoding NAME", heading=INPUT)
 @option("--limit N", heading=INPUT)
+@option("--on-bad-row", type=Choice(("fail", "skip")), default="fail", heading=INPUT)
+@option("--rejects FILE", heading=INPUT)
 @option("--dataset NAME", required=True, heading=OUTPUT)
 @option("--upload-id NAME", heading=OUTPUT)
 @option("--mode", type=Choice(CHOICES["mode"]), default="append", heading=OUTPUT)
@@ -87,6 +89,8 @@ def cli(
     whole_files: bool,
     delimiter: str | None,
     encoding: str | None,
+    on_bad_row: str,
+    rejects: Path | None,
     no_text: bool,
     as_json: bool,
     **fields: Any,
@@ -95,7 +99,7 @@ def cli(
 
     Each file is an upload named after its content. Run the same command again to resume after a
     stop, or after a file was repaired or added: no row is stored twice. The exit status is 0 if all
-    uploads are complete, even if single rows could not be embedded.
+    uploads are complete, even if single rows could not be embedded or were skipped.
 
     Args:
         id_column: Column of row ids. Default: id if it exists, else ids are generated.
@@ -108,6 +112,9 @@ def cli(
             CSV, tab for TSV. TSV has no quotes; for quoted values give --format csv.
         encoding: Encoding of text files, such as latin-1 or utf-16. Default: utf-8.
         limit: Maximum number of rows to read.
+        on_bad_row: End at a line of JSON lines or plain text that is not JSON or not UTF-8 (fail),
+            or leave it out (skip). Other formats always fail.
+        rejects: New file for the lines that --on-bad-row skip leaves out, as JSON lines.
         dataset: Dataset to write to.
         upload_id: Name of one upload for all files. Run the command again with the same name and
             input to resume. Warning: other input under the same name counts as already uploaded.
@@ -121,6 +128,7 @@ def cli(
             no text.
     """
     from fletcher.readers import open_source
+    from fletcher.readers.bad_rows import RejectedLines, fail_on_bad_line
 
     options = EmbedCommand(
         **{**fields, "id_column": fields["id_column"] or "id"},
@@ -136,6 +144,9 @@ def cli(
         raise ConfigError("`store` is none, which keeps no rows; give an address", field="store")
     else:
         _check_store(config)
+    rejected = RejectedLines(rejects) if on_bad_row == "skip" else None
+    if rejects is not None and rejected is None:
+        raise ConfigError("`rejects` needs --on-bad-row skip", field="rejects")
     texts = open_source(
         paths,
         text_column=fields["text_column"],
@@ -149,6 +160,7 @@ def cli(
         encoding=encoding,
         excluded=[] if target.server else _store_folders(config, fields["dataset"]),
         notice=lambda line: say(f"fletcher ingest: {line}"),
+        on_bad_line=rejected.add_line if rejected else fail_on_bad_line,
     )
     with target.open_client(config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
@@ -167,6 +179,7 @@ def cli(
             raise
     store = target.server.uri if target.server else next(iter(config.store_addresses.values()))
     report = _report(summary, fields["dataset"], store, time.monotonic() - started_s)
+    report["rows_rejected"] = rejected.num_lines if rejected else 0
     if as_json:
         print_json(report)
     else:
@@ -271,6 +284,8 @@ def _print(report: Mapping[str, Any]) -> None:
         f"{state}{report['rows_received']:,} rows received, {report['rows_stored']:,} stored, "
         f"{report['rows_failed']:,} failed{without}{already}"
     )
+    if report["rows_rejected"]:
+        print(f"{report['rows_rejected']:,} lines left out, which could not be read")
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
     for name in ("dataset", "store", "model", "upload_id"):
         shown = report[name] or f"one for each of {len(report['uploads']):,} files"

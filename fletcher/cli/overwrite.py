@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
+from fletcher.cli.store_commands import open_stores, removing_journal
 from fletcher.cli.terminal import counted, print_json
-from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError, UnknownDatasetError
 
 if TYPE_CHECKING:
@@ -54,7 +51,7 @@ def list_overwrites(flags: ConfigFlags, as_json: bool) -> None:
             "rows": info.num_rows,
             "bytes": info.num_bytes,
         }
-        for address, store in _stores(flags.resolve(("home", "store")).config)
+        for address, store in open_stores(flags.resolve(("home", "store")).config)
         for info in store.staged_datasets()
     ]
     if as_json:
@@ -86,24 +83,15 @@ def drop_overwrite(flags: ConfigFlags, name: str) -> None:
             f"`name` is {name!r}, expected a name from `fletcher overwrite list`", field="name"
         )
     dropped = 0
-    for address, store in _stores(config):
-        dropped += _drop_journal(config.home / "journal", address, name)
-        with contextlib.suppress(UnknownDatasetError):
-            store.delete_dataset(name)
-            dropped += 1
+    for address, store in open_stores(config):
+        with removing_journal(config.home / "journal", address, name) as journaled:
+            dropped += journaled
+            with contextlib.suppress(UnknownDatasetError):
+                store.delete_dataset(name)
+                dropped += 1
     if not dropped:
         raise ConfigError(f"there is no overwrite {name!r}; list them first", field="name")
     print(f"dropped {name}")
-
-
-def _stores(config: ServeConfig) -> Iterator[tuple[str, Store]]:
-    from fletcher.stores.address import open_store
-
-    for address in config.store_addresses.values():
-        with contextlib.closing(
-            open_store(address, timeout_s=config.delivery.store_timeout_s)
-        ) as store:
-            yield address, store
 
 
 def _upload_id(store: Store, name: str) -> str | None:
@@ -113,15 +101,3 @@ def _upload_id(store: Store, name: str) -> str | None:
     first = store.scan(name, columns=["batch_key"], limit=1).read_all().column("batch_key")
     parsed = parse_batch_key(first[0].as_py()) if len(first) else None
     return plain_id(parsed[0]) if parsed else None
-
-
-def _drop_journal(root: Path, address: str, name: str) -> int:
-    """Delete the journal of a staged dataset; returns how many there were."""
-    from fletcher.delivery.journal.root import folder_name, lock_journal
-
-    folder = root / folder_name(address) / name
-    if not folder.exists():
-        return 0
-    with lock_journal(root):
-        shutil.rmtree(folder)
-    return 1

@@ -36,7 +36,7 @@ MAX_K = 10_000
 MAX_ID_COLUMNS = 32
 
 
-def _complete_dataset(
+def complete_dataset(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Completions for a dataset name.
@@ -59,7 +59,7 @@ def _complete_dataset(
     "fletcher search chess --dataset articles --filter 'year >= 2020' --columns year --json",
 )
 @click.argument("query", metavar="QUERY")
-@option("--dataset NAME", required=True, shell_complete=_complete_dataset)
+@option("--dataset NAME", required=True, shell_complete=complete_dataset)
 @option("--k N", default=5)
 @option("--filter CONDITION", "filters", multiple=True)
 @option("--columns NAME,...", callback=split_names)
@@ -128,7 +128,7 @@ def cli(
         found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
     if APPROXIMATE in (found.schema.metadata or {}):
         say("note: approximate: scores are exact, but better rows may be missing")
-    rows = _to_rows(found.select([*shown, "score"]))
+    rows = to_rows(found.select([*shown, "score"]))
     if as_json:
         for rank, row in enumerate(rows, 1):
             print_json({"rank": rank, **row})
@@ -136,7 +136,7 @@ def cli(
         _print_rows(rows)
 
 
-def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
     """The table's rows as Python values; times with nanoseconds become text."""
     import pyarrow as pa
 

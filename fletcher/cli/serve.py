@@ -6,14 +6,13 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.options import ConfigFlags, config_options
-from fletcher.cli.shutdown import leave_in_time
+from fletcher.cli.shutdown import leave_in_time, leave_now
 from fletcher.cli.terminal import say
 from fletcher.config.server import OPTIONS, ServeConfig
 from fletcher.telemetry.logs import set_up_logging
@@ -77,14 +76,9 @@ def _serve(config: ServeConfig) -> int:
             drained = runtime.drain(config.limits.drain_timeout_s)
             ended = runtime.close()
     _log.info("stopped")
-    code = 0 if drained else 1
     if not ended:
-        # At exit, Python would wait for handlers of calls whose clients send nothing.
         _log.warning("left calls open whose clients are silent")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return leave_now(0 if drained else 1)
 
 
 class _Signals:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import sys
 import threading
+from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
 _leaving = threading.Event()
@@ -29,6 +32,19 @@ def leave_soon(code: int) -> None:
     """
     leave_with(code)
     _leaving.set()
+
+
+def leave_now(code: int) -> NoReturn:
+    """End this process without the interpreter's exit. All data must be saved before.
+
+    The interpreter's exit would destroy the Flight servers. That waits for their calls without a
+    time limit, and for threads of gRPC that could not start. It holds the interpreter's lock
+    meanwhile, so that no other thread could end the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def leave_with(code: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ import click
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.options import json_option
+from fletcher.cli.shutdown import leave_now
 from fletcher.cli.terminal import print_json
 from fletcher.config.network import is_loopback
 from fletcher.errors import ConfigError
@@ -58,13 +58,9 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     log, stop = logging.getLogger(__name__), threading.Event()
     # Handlers are set before the server listens, so that no signal gets the default handling.
-    previous = {
-        number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    previous[signal.SIGHUP] = signal.signal(
-        signal.SIGHUP, lambda *_: log.info("SIGHUP ignored: there is nothing to reload")
-    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP ignored: there is nothing to reload"))
     server = StoreServer(path, host=host, port=port, meta_port=meta_port)
     if as_json:
         print_json({"address": server.address, "meta_address": server.meta_address})
@@ -72,13 +68,6 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         print(f"listening on {server.address} (meta {server.meta_address})")
     sys.stdout.flush()
     stop.wait()
-    ended = server.close(SHUTDOWN_S)
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-    if not ended:
-        # pyarrow cannot end a call that a client keeps open, and Python would wait for it at exit.
+    if not server.close(SHUTDOWN_S):
         log.warning("left calls open that their clients do not end")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    return 0
+    leave_now(0)

@@ -138,8 +138,8 @@ class UploadSession:
         ):
             raise UploadConflictError(
                 f"acknowledged rows of upload `{self._options.upload_id}` (rows up to number "
-                f"{self._acknowledged - 1}) are gone from dataset `{self._options.dataset}`; send "
-                "the whole upload again",
+                f"{self._acknowledged - 1}) are gone from dataset `{self._options.dataset}`, or "
+                "its store refused them after all; send the whole upload again",
                 field="upload_id",
             )
         self._unacknowledged = deque(

@@ -300,15 +300,16 @@ class CommitQueue:
         Returns None if there are no such rows, or if an append may start right now.
         """
         since, retry_s = self._failing_since(), self._config.store_retry_s
-        if hopeless := self.waiting.take_hopeless(now - retry_s):
+        if overdue := self.waiting.take_hopeless(now - retry_s):
             error = self.failing[1] if self.failing else unexpected_failure()
-            return _made(GiveUp, hopeless, error, in_doubt=True)
-        if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
+            in_doubt = True
+        elif since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
             return None
-        error = self.failing[1] if self.failing else self._breaker.error_for(self._dataset)
-        overdue, in_doubt = self.waiting.remove_in_memory(
-            lambda rows: max(since, rows.arrived) + retry_s <= now
-        )
+        else:
+            error = self.failing[1] if self.failing else self._breaker.error_for(self._dataset)
+            overdue, in_doubt = self.waiting.remove_in_memory(
+                lambda rows: max(since, rows.arrived) + retry_s <= now
+            )
         if not self.waiting:
             # Let later rows be sent without a pause: only a new append can end the failing state.
             self.failing = None

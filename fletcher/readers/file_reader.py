@@ -14,6 +14,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from fletcher.errors import FletcherError, InvalidCommandError
+from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line, ignore_bad_line
 from fletcher.readers.columns import Selection
 from fletcher.readers.csv_rows import CsvFile, Dialect
 from fletcher.readers.csv_types import CsvTypes
@@ -45,12 +46,15 @@ class ReadOptions:
         encoding: Encoding of text files; None: UTF-8.
         stdin: Stream to read instead of standard input.
         notice: Called with a message about a detected format.
+        on_bad_line: Called with each line of JSON lines or plain text that cannot be read. If it
+            returns, the line is left out.
     """
 
     delimiter: str | None = None
     encoding: str | None = None
     stdin: BinaryIO | None = None
     notice: Callable[[str], None] = log.info
+    on_bad_line: OnBadLine = fail_on_bad_line
 
 
 class FileReader:
@@ -92,6 +96,9 @@ class FileReader:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
         self._surveyed.add(file.name)
+        # Lines are reported when they are read, not twice.
+        fails = self.options.on_bad_line is fail_on_bad_line
+        on_bad_line = fail_on_bad_line if fails else ignore_bad_line
         with named_errors(file.name), self._open(file) as (opened, kind):
             if kind in ("parquet", "arrow"):
                 self._survey_table(file, opened, kind)
@@ -101,11 +108,12 @@ class FileReader:
                 fixed = pa.schema({"id": pa.utf8(), self.selection.text_column: pa.utf8()})
                 self._schemas.append((lambda: fixed, file.name))
             elif kind == "text":
-                for batch in read_text(stream, file.name, self.selection):
+                for batch in read_text(stream, file.name, self.selection, on_bad_line):
                     self._schemas.append((lambda: batch.schema, file.name))  # noqa: B023
                     break
             elif kind == "jsonl":
-                groups = self._counted(read_groups(stream, file.name, self.selection.batch_rows))
+                rows = self.selection.batch_rows
+                groups = self._counted(read_groups(stream, file.name, rows, on_bad_line))
                 names = self._json.observe_file(groups, file.name)
                 if names is not None:
                     self._schemas.append((lambda: self._json.schema(names), file.name))
@@ -161,13 +169,14 @@ class FileReader:
     def _read_text(
         self, file: InputFile, stream: io.BufferedReader, kind: Format
     ) -> Iterator[pa.RecordBatch]:
-        name = file.name
+        name, on_bad_line = file.name, self.options.on_bad_line
         if self.selection.whole_files:
             return read_whole_file(stream, name, self.selection)
         if kind == "text":
-            return read_text(stream, name, self.selection)
+            return read_text(stream, name, self.selection, on_bad_line)
         if kind == "jsonl":
-            return self._read_json(read_groups(stream, name, self.selection.batch_rows), name)
+            rows = self.selection.batch_rows
+            return self._read_json(read_groups(stream, name, rows, on_bad_line), name)
         return self._read_csv(CsvFile(stream, name, self.selection, self._dialect(kind)))
 
     def _read_json(self, groups: Iterator[JsonGroup], name: str) -> Iterator[pa.RecordBatch]:

@@ -128,8 +128,8 @@ class _Walk:
         for entry in entries:
             path = folder / entry.name
             if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
+                self._leave_out("are hidden; name one to read it", path)
+            elif entry.is_dir(follow_symlinks=False):
                 if path.suffix == ".lance" or path.resolve() in self._excluded:
                     self._leave_out("belong to a store", path)
                 else:

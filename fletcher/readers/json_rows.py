@@ -18,6 +18,7 @@ from typing import Any
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.arrays import BATCH_BYTES
+from fletcher.readers.bad_rows import OnBadLine
 from fletcher.readers.lines import MAX_LINE_BYTES, numbered_lines
 
 _CHUNK_BYTES = 1 << 20
@@ -58,16 +59,20 @@ def _value(row: dict[str, Any], name: str, default: Any) -> Any:
     return value
 
 
-def read_groups(stream: io.BufferedReader, name: str, batch_rows: int) -> Iterator[JsonGroup]:
+def read_groups(
+    stream: io.BufferedReader, name: str, batch_rows: int, on_bad_line: OnBadLine
+) -> Iterator[JsonGroup]:
     """The rows of a file in groups of a batch each.
 
+    Lines that are no JSON object go to `on_bad_line`.
+
     Raises:
-        InvalidCommandError: A line or an element is no JSON object.
-        InvalidUtf8Error: The file is not UTF-8.
+        InvalidCommandError: An element of an array is no JSON object.
+        InvalidUtf8Error: An array is not UTF-8.
     """
     start = stream.peek(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     is_array = start.startswith(b"[")
-    rows = _elements(stream, name) if is_array else _lines(stream, name)
+    rows = _elements(stream, name) if is_array else _lines(stream, name, on_bad_line)
     group: list[Row] = []
     size = 0
     for place, row, num_chars in rows:
@@ -80,19 +85,28 @@ def read_groups(stream: io.BufferedReader, name: str, batch_rows: int) -> Iterat
         yield JsonGroup(group)
 
 
-def _lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
-    for number, text in numbered_lines(stream, name):
+def _lines(
+    stream: io.BufferedReader, name: str, on_bad_line: OnBadLine
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    for number, text in numbered_lines(stream, name, on_bad_line):
         place = f"line {number}"
         try:
-            row = _DECODER.decode(text)
-        except _BadJsonError as error:
-            raise InvalidCommandError(f"{name}: {place}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            reason = (
-                error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
-            )
-            raise InvalidCommandError(f"{name}: {place} is not JSON: {reason}") from None
-        yield place, _object(row, place, name), len(text)
+            row = _object(_decoded(text, place, name), place, name)
+        except InvalidCommandError as error:
+            on_bad_line(name, number, text.encode(), error)
+            continue
+        yield place, row, len(text)
+
+
+def _decoded(text: str, place: str, name: str) -> Any:
+    """The value of a line. Raises InvalidCommandError if it is not JSON."""
+    try:
+        return _DECODER.decode(text)
+    except _BadJsonError as error:
+        raise InvalidCommandError(f"{name}: {place}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
+        raise InvalidCommandError(f"{name}: {place} is not JSON: {reason}") from None
 
 
 def _elements(stream: io.BufferedReader, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:

@@ -9,29 +9,35 @@ import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.arrays import BATCH_BYTES, Batches
+from fletcher.readers.bad_rows import OnBadLine
 from fletcher.readers.columns import Selection
 
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 
 
-def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(
+    stream: io.BufferedReader, name: str, on_bad_line: OnBadLine
+) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, as (line number from 1, text without line end).
 
     A line ends at CR, LF or CRLF.
 
+    Lines that are not UTF-8 go to `on_bad_line`.
+
     Raises:
-        InvalidUtf8Error: A line is not UTF-8.
         InvalidCommandError: A line is longer than MAX_LINE_BYTES.
     """
     for number, line in enumerate(raw_lines(stream, name), 1):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise InvalidUtf8Error(
+            bad = InvalidUtf8Error(
                 f"{name}: line {number} is not UTF-8: byte {error.start + 1} of it is "
                 f"0x{line[error.start]:02x}; if the file has another encoding, give --encoding"
-            ) from None
+            )
+            on_bad_line(name, number, line, bad)
+            continue
         if number == 1:
             text = text.removeprefix("\ufeff")
         if text and not text.isspace():
@@ -69,12 +75,14 @@ def raw_lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
         yield b"".join(pending)
 
 
-def read_text(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
+def read_text(
+    stream: io.BufferedReader, name: str, selection: Selection, on_bad_line: OnBadLine
+) -> Batches:
     """Batches of plain text: one column with a row for each line that is not blank."""
     names = _only_text(name, selection)
     texts: list[str] = []
     size = 0
-    for _, text in numbered_lines(stream, name):
+    for _, text in numbered_lines(stream, name, on_bad_line):
         texts.append(text)
         size += len(text)
         if len(texts) >= selection.batch_rows or size >= BATCH_BYTES:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.arrays import Batches
+from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line
 from fletcher.readers.columns import Selection
 from fletcher.readers.csv_rows import check_delimiter
 from fletcher.readers.file_reader import FileReader, ReadOptions
@@ -41,6 +42,7 @@ def open_source(
     excluded: Iterable[Path] = (),
     stdin: BinaryIO | None = None,
     notice: Notice = log.info,
+    on_bad_line: OnBadLine = fail_on_bad_line,
 ) -> TextSource:
     r"""Open files, folders or standard input (`-`) for reading as one stream.
 
@@ -73,6 +75,9 @@ def open_source(
         excluded: Folders inside `paths` to leave out, such as that of a store.
         stdin: Stream to read instead of standard input.
         notice: Called with a message about a detected format or what is left out.
+        on_bad_line: Called with the file, number, bytes and error of each line of JSON lines or
+            plain text that cannot be read. If it returns, the line is left out. By default it
+            raises the error.
 
     Raises:
         InvalidCommandError: A path cannot be read, or a file does not match its format.
@@ -94,7 +99,7 @@ def open_source(
     )
     if source or whole_files:
         _check_names(files)
-    options = ReadOptions(check_delimiter(delimiter), encoding, stdin, notice)
+    options = ReadOptions(check_delimiter(delimiter), encoding, stdin, notice, on_bad_line)
     return TextSource(files, FileReader(selection, options))
 
 

@@ -7,6 +7,7 @@ dataset.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -64,6 +65,8 @@ class DatasetInfo:
         num_indexed: Number of rows that the store's index has, for a store that indexes rows some
             time after it stored them.
         is_indexing: Whether such a store says that it is indexing rows.
+        index: Type of the index on the vectors; None: no index, or unknown.
+        written_at: Time of the last write to the dataset.
     """
 
     name: str
@@ -72,6 +75,8 @@ class DatasetInfo:
     num_bytes: int | None = None
     num_indexed: int | None = None
     is_indexing: bool = False
+    index: str | None = None
+    written_at: dt.datetime | None = None
 
 
 def total_rows(infos: Iterable[DatasetInfo]) -> int | None:

@@ -11,6 +11,10 @@ LOST = (
     "LONGBOW_AUTO_SHARDING_ENABLED=false, which indexes all rows anew. `fletcher search` finds all "
     "rows meanwhile"
 )
+FULL = (
+    "it answers other calls at once, as a Longbow does whose memory is full; start it again with a "
+    "larger LONGBOW_MAX_MEMORY"
+)
 BEHIND = "Longbow's own searches find only indexed rows; `fletcher search` finds all rows"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import os
 import re
@@ -119,8 +120,10 @@ class ParquetStore(EmbeddedStore):
         with self._named_damage(name):
             files = self._files(name)
             num_rows = sum(pq.read_metadata(path).num_rows for path in files)
-            num_bytes = sum(path.stat().st_size for path in files)
-        return DatasetInfo(name, schema, num_rows, num_bytes)
+            sizes = [path.stat() for path in (*files, self._current(name) / _SCHEMA_FILE)]
+            num_bytes = sum(one.st_size for one in sizes[:-1])
+            written_at = dt.datetime.fromtimestamp(max(one.st_mtime for one in sizes), dt.UTC)
+        return DatasetInfo(name, schema, num_rows, num_bytes, written_at=written_at)
 
     def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)

@@ -40,6 +40,8 @@ class LongbowDouble:
         tables: Batches of each dataset, as they were sent.
         num_unindexed: Number of rows, the last ones of each dataset, that searches do not find.
         calls: Names of the calls that sent rows.
+        stall: While it is not set, calls that write wait for it. Other calls are answered.
+        num_stalled: Number of calls that waited.
     """
 
     def __init__(self, *, exchange: bool = True) -> None:
@@ -47,6 +49,7 @@ class LongbowDouble:
         self.fail_after: int | None = None
         self.fail_with: Exception | None = None
         self.stall: threading.Event | None = None
+        self.num_stalled = 0
         self.num_unindexed = 0
         self.calls: list[str] = []
         self.log: list[tuple[str, pa.RecordBatch]] = []  # survives a restart; deletes are not in it
@@ -98,6 +101,7 @@ class LongbowDouble:
         self.namespaces = ["default"]
         self.parser = Parser()
         self.cache: dict[str, pa.Table] = {}
+        self.filter_cache: dict[tuple[str, str], Any] = {}
 
     def _start(self, data: int, meta: int) -> None:
         self._data: _Port = _Data(self, data)
@@ -107,8 +111,7 @@ class LongbowDouble:
 
     def store(self, dataset: str, batch: pa.RecordBatch) -> None:
         """Keep a batch; no check of its types."""
-        if self.stall is not None:
-            self.stall.wait(30)
+        self.wait_stalled()
         if self.fail_with is not None:
             raise self.fail_with
         if self.fail_after is not None:
@@ -119,6 +122,17 @@ class LongbowDouble:
         self.types.setdefault(dataset, {field.name: field.type for field in batch.schema})
         self.log.append((dataset, batch))
         self.tables.setdefault(dataset, []).append(batch)
+
+    def acknowledge(self, number: int, rows: int) -> bytes:
+        """The answer to a message of a DoExchange."""
+        ack = {"batch_id": number, "rows": rows, "status": "acked"}
+        return json.dumps(ack, separators=(",", ":")).encode()
+
+    def wait_stalled(self) -> None:
+        """Wait while calls that write are stalled, as with a full memory."""
+        if self.stall is not None:
+            self.num_stalled += 1
+            self.stall.wait(30)
 
     def check_types(self, dataset: str, schema: pa.Schema) -> None:
         """The check of a DoPut. Columns that are new are known from then on."""
@@ -160,7 +174,14 @@ class LongbowDouble:
     ) -> Iterator[pa.RecordBatch]:
         starts = itertools.accumulate((batch.num_rows for batch in batches), initial=0)
         deleted = self.deleted[query["name"]]
+        asked = {one["field"] for one in query["filters"]}
+        num_workers = 2  # each ends at a batch that lacks the columns of all filters
         for start, batch in reversed(list(zip(starts, batches, strict=False))):
+            if asked and not asked & set(batch.schema.names):
+                num_workers -= 1
+                continue
+            if not num_workers:
+                return
             keep = np.ones(batch.num_rows, bool)
             if query["filters"]:  # deleted rows are there again
                 met = filter_rows(batch, query["filters"])
@@ -181,15 +202,7 @@ class LongbowDouble:
         dims = rows["vector"].type.list_size
         if len(query) != dims:
             raise invalid(f"dimension mismatch: expected {dims}, got {len(query)}")
-        met = [np.zeros(0, bool)]
-        for batch in self.tables[name]:
-            one = filter_rows(batch, asked.get("filters") or [])
-            if one is None:
-                raise flight.FlightInternalError(
-                    "vector search failed: failed to bind any filters to schema fields"
-                )
-            met.append(one)
-        found = np.flatnonzero(np.concatenate(met)[: self.index_len(name)])
+        found = self._filtered(name, asked.get("filters") or [])
         vectors = np.asarray(rows["vector"].flatten()).reshape(-1, dims)[found]
         distances = np.linalg.norm(vectors - query, axis=1)
         best = np.argsort(distances, kind="stable")[:k]
@@ -202,6 +215,23 @@ class LongbowDouble:
                 "score": (1 / (1 + distances[best])).astype(np.float32),
             }
         )
+
+    def _filtered(self, name: str, filters: list[dict[str, Any]]) -> Any:
+        """Numbers of the indexed rows that meet all filters; kept, and never brought up to date."""
+        key = name, json.dumps(filters)
+        if filters and key in self.filter_cache:
+            return self.filter_cache[key]
+        met = [np.zeros(0, bool)]
+        for batch in self.tables[name]:
+            one = filter_rows(batch, filters)
+            if one is None:
+                raise flight.FlightInternalError(
+                    "vector search failed: failed to bind any filters to schema fields"
+                )
+            met.append(one)
+        found = np.flatnonzero(np.concatenate(met)[: self.index_len(name)])
+        self.filter_cache[key] = found
+        return found
 
     def index_len(self, dataset: str) -> int:
         return max(self.num_rows(dataset) - self.num_unindexed, 0)
@@ -334,6 +364,7 @@ class _Data(_Port):
         if not descriptor.path:
             raise flight.FlightInternalError("missing flight descriptor path")
         name = descriptor.path[0].decode()
+        self.double.wait_stalled()
         self.double.check_types(name, reader.schema)
         for number, chunk in enumerate(reader):
             if not number:
@@ -351,8 +382,7 @@ class _Data(_Port):
                 writer.write_metadata(b'{"status":"ack"}')
                 return None
             self.double.store(path[1], chunk.data)
-            ack = {"batch_id": number, "rows": chunk.data.num_rows, "status": "acked"}
-            writer.write_metadata(json.dumps(ack, separators=(",", ":")).encode())
+            writer.write_metadata(self.double.acknowledge(number, chunk.data.num_rows))
         return None
 
     def _exchange_search(self, reader: Any, writer: Any) -> None:

@@ -29,8 +29,9 @@ from fletcher.delivery.journal.root import journal_folders, paths_in
 from fletcher.delivery.journal.segment import REJECTED, WAITING, Segment, read_segments
 from tests.faults.callsites import Control, Fault
 from tests.faults.launching import Forking, Process
+from tests.faults.longbow_servers import QUICK, DoubleServer
 from tests.faults.points import FileControl, Point, Recording
-from tests.faults.reading import StoredRows
+from tests.faults.reading import LongbowRows, StoredRows
 from tests.integration.flight_calls import command
 
 NUM_ROWS = 2000
@@ -50,6 +51,7 @@ _CONSTANTS = {
         "segment_idle_s": 0.1,
         "committer_linger_s": 0.2,
     },
+    **QUICK,
 }
 # Texts of all rows: those of the first upload, then those of the second.
 _TEXTS = pa.array([" ".join(["word"] * (row % 7) + [str(row)]) for row in range(_ALL_ROWS)])
@@ -114,7 +116,11 @@ class Run:
         self._folder = folder
         self._limits = limits
         self._vectors = folder / "vectors"
-        self._rows = StoredRows(self._vectors, "parquet" if store == "parquet" else "lance")
+        self._longbow = DoubleServer() if store == "longbow" else None
+        kind = "parquet" if store == "parquet" else "lance"
+        self._rows: LongbowRows | StoredRows = StoredRows(self._vectors, kind)
+        if self._longbow is not None:
+            self._rows = LongbowRows(self._longbow)
         self._home = folder / "home"
         self._home.mkdir(parents=True)
         self._vectors.mkdir()
@@ -182,6 +188,8 @@ class Run:
     def kill(self) -> None:
         """End the processes at once."""
         self._launcher.end_all()
+        if self._longbow is not None:
+            self._longbow.close()
 
     def log(self) -> str:
         """The server's output."""
@@ -202,6 +210,8 @@ class Run:
             self._store, line = self._launch("store", argv)
             words = line.replace(")", "").split()
             address = f"{words[0]}?meta={words[2].rpartition(':')[2]}"
+        if self._longbow is not None:
+            address = self._longbow.address
         argv = [
             *("--home", str(self._home), "--model", "tiny", "--backend", "null"),
             *("--port", "0", "--store", address, "--tokenizer-workers", "1"),
@@ -290,8 +300,12 @@ class Run:
             time.sleep(0.02)
 
     def _at_rest(self) -> bool:
-        """Whether the dataset's threads have ended. The last thread deletes its journal."""
-        return not any(self._home.glob(f"journal/*/{_DATASET}"))
+        """Whether the dataset's threads have ended. The last thread deletes its journal.
+
+        For a Longbow, sent segments stay for a while.
+        """
+        left = _DATASET if self._longbow is None else f"{_DATASET}/*{WAITING}"
+        return not any(self._home.glob(f"journal/*/{left}"))
 
     def _upload_to_its_end(self, upload_id: str, num_rows: int) -> None:
         """Send an upload until it is complete; only retryable errors may come before."""

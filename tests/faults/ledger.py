@@ -333,6 +333,12 @@ class Ledger:
         rejected = list(self._home.glob(f"journal/*/*/*{REJECTED}"))
         assert not rejected, f"the store refused rows for good: {rejected}"
 
+    def refused(self, upload: Upload) -> np.ndarray:
+        """Rows that the store refused, and that nobody has sent again."""
+        now = self.look()
+        number = upload.number
+        return now.refused[number] & ~now.journaled[number] & (now.stored[number] == 0)
+
     def all_stored(self) -> bool:
         """Whether no row is missing in the store."""
         if self.rewritten is not None and not self.rewritten.is_done:

@@ -55,11 +55,6 @@ _STEPS = {
 _WAIT_S = 120.0
 _CALL = flight.FlightCallOptions(timeout=60)
 _TRANSFER = TransferOptions(max_retries=30, backoff_s=0.05, max_backoff_s=0.5)
-# Longer than the stand-in needs until it does not lose rows any more, and shorter than a Longbow.
-QUICK: dict[str, Any] = {
-    f"fletcher.stores.flight.{module}.CONFIRM_S": 0.15
-    for module in ("running_time", "longbow_writer")
-}
 _CONSTANTS: dict[str, Any] = {
     "fletcher.delivery.delivery.DeliveryTiming": {
         "segment_idle_s": 0.1,
@@ -340,7 +335,7 @@ class _Run:
         drawn = self._uploads.draw()
         self._uploads.forget(drawn)
         self._uploads.touched.add(dataset)
-        batch = _foreign_rows(drawn, table)
+        batch = _foreign_rows(drawn, table, alike=self._chance.random() < 0.5)
         rows = [batch] if self._chance.random() < 0.5 else []
         with flight.connect(f"grpc://127.0.0.1:{self._longbow.data_port}") as client:
             path = flight.FlightDescriptor.for_path(dataset)
@@ -479,8 +474,8 @@ def _num_foreign(table: pa.Table | None) -> int:
     return int(table.num_rows - (own or 0))
 
 
-def _foreign_rows(sent: Sent, table: pa.Table | None) -> pa.RecordBatch:
-    """Rows as a plain client of Longbow sends them; of a table's columns, or of others."""
+def _foreign_rows(sent: Sent, table: pa.Table | None, *, alike: bool) -> pa.RecordBatch:
+    """Rows as a plain client of Longbow sends them; `alike`: with the table's columns."""
     numbers = sent.table["n"]
     size = len(numbers)
     dims = sent.shape.dims if table is None else table.schema.field("vector").type.list_size
@@ -495,6 +490,9 @@ def _foreign_rows(sent: Sent, table: pa.Table | None) -> pa.RecordBatch:
     }
     if table is None:
         return pa.record_batch(own)
+    if not alike:
+        names = [name for name in own if name not in table.schema.names or name == "vector"]
+        return pa.record_batch({name: own[name] for name in ("n", *names)})
     columns = [
         own[field.name]
         if field.name in own and own[field.name].type == field.type

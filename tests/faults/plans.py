@@ -37,6 +37,7 @@ _MORE_FAULTS = {
     "kill the overwriter": (0.3, 3),
     "drop the overwrite": (0.2, 1),
     "answer nonsense": (0.4, 3),
+    "refuse rows": (0.4, 2),
 }
 _NOT_FOR = {
     "lance": {"answer nonsense"},
@@ -161,7 +162,9 @@ def _with_more_faults(schedule: Schedule) -> Schedule:
             continue
         for _ in range(chance.randint(1, most)):
             event = Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
-            events.insert(chance.randint(0, len(events)), event)
+            # The uploads must still have rows that the store can refuse.
+            most_before = min(1, len(events)) if kind == "refuse rows" else len(events)
+            events.insert(chance.randint(0, most_before), event)
     schedule = replace(schedule, events=tuple(events))
     if schedule.has("kill the overwriter") or schedule.has("drop the overwrite"):
         chance = random.Random(f"{schedule.seed} {schedule.store} overwrites")

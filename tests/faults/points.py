@@ -17,7 +17,7 @@ from typing import Any
 from tests.faults.failures import hows_of
 from tests.faults.launching import SiteName
 
-STORES = ("lance", "parquet", "fletcher")
+STORES = ("lance", "parquet", "fletcher", "longbow")
 # Where a store's answers are read.
 _ANSWERS = ("to_pybytes", "read_all", "run_action", "read_chunk")
 _ERRNO = {"EIO": 5, "EMFILE": 24, "ENOSPC": 28, "ENOMEM": 12}

@@ -10,6 +10,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fletcher.stores.address import open_store
+from tests.faults.longbow_servers import LongbowServer
+
+
+class LongbowRows:
+    """Rows of the datasets of a Longbow."""
+
+    def __init__(self, longbow: LongbowServer) -> None:
+        self._longbow = longbow
+
+    def table(self, dataset: str, columns: Sequence[str]) -> pa.Table | None:
+        """Columns of all rows; None if there is no dataset."""
+        table = self._longbow.table(dataset)
+        return table and table.select(columns)
+
+    def num_rows(self, dataset: str) -> int:
+        table = self._longbow.table(dataset)
+        return 0 if table is None else table.num_rows
 
 
 class StoredRows:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import flight
@@ -28,6 +28,7 @@ from tests.faults.ledger import Diary, Upload
 from tests.faults.overwrites import DATASET as OVERWRITTEN
 from tests.faults.overwrites import Overwrites
 from tests.faults.powerloss import record_syncs
+from tests.faults.refusals import install
 from tests.faults.rewrites import DATASET, Rewrites
 from tests.faults.rewrites import SCHEMA as REWRITE_SCHEMA
 
@@ -46,17 +47,17 @@ def play(role: str, **arguments: Any) -> int:
     return roles[role](**arguments)
 
 
-def serve(argv: Sequence[str], constants: dict[str, Any], syncs: str | None = None) -> int:
+def serve(argv: Sequence[str], constants: dict[str, Any], **faults: Any) -> int:
     """Run `fletcher serve` with some module constants changed.
 
     `constants`: values by path, or arguments of a class that replace its defaults.
     """
-    return _run("serve", argv, constants, syncs)
+    return _run("serve", argv, constants, **faults)
 
 
-def store(argv: Sequence[str], constants: dict[str, Any], syncs: str | None = None) -> int:
+def store(argv: Sequence[str], constants: dict[str, Any], **faults: Any) -> int:
     """Run `fletcher store` with some module constants changed."""
-    return _run("store", argv, constants, syncs)
+    return _run("store", argv, constants, **faults)
 
 
 def command(
@@ -70,10 +71,19 @@ def command(
     return code
 
 
-def _run(name: str, argv: Sequence[str], constants: dict[str, Any], syncs: str | None) -> int:
+def _run(
+    name: str,
+    argv: Sequence[str],
+    constants: dict[str, Any],
+    syncs: str | None = None,
+    refusals: tuple[str, Sequence[str]] | Literal[False] = False,
+) -> int:
     _change(constants)
     if syncs is not None:
         record_syncs(Path(syncs))
+    if refusals:
+        path, datasets = refusals
+        install(Path(path), datasets)
     return cli.main([name, *argv])
 
 

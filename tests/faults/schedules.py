@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 
+from fletcher.client import connect
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from tests.doubles.longbow import LongbowDouble
+from tests.faults import refusals
 from tests.faults.intruder import Intruder, foreign_rows, stopped
 from tests.faults.launching import Launcher, Process
 from tests.faults.ledger import MAX_ROW_BYTES, Ledger, UnreadableError, Upload, entries
@@ -38,7 +41,7 @@ _SETTLE_S = 240.0
 _COLUMNS = ("n", "id", "text", "vector", "point")
 # No fault explains these errors.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
-# Errors after which a client may try again later; the proxy refuses rows with `not_finite`.
+# Errors after which a client may try again later; stores refuse rows with `not_finite`.
 _LATER = {"store_unavailable", "overloaded", "unavailable", "not_finite"}
 _MOST_RESUMES = 10
 _CAUSES_LOGGED = ("drop a dataset", "make a dataset anew", "damage a file", "answer nonsense")
@@ -56,6 +59,7 @@ class Report:
     num_given_up: int = 0
     num_doubled: int = 0
     num_undone: int = 0
+    num_refused: int = 0
 
 
 def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> Report:
@@ -124,6 +128,7 @@ class Play:
         self._double = FaultyLongbow() if schedule.store == "longbow" else None
         self._store: Process | None = None
         self._nonsense: NonsenseStore | None = None
+        self._refusals = folder / "refusals"
         self._intruder = Intruder(
             "parquet" if schedule.store == "parquet" else "lance", self._vectors, folder / "hidden"
         )
@@ -270,6 +275,8 @@ class Play:
             case "answer nonsense":
                 assert self._nonsense is not None
                 self._nonsense.begin(event.number)
+            case "refuse rows":
+                self._tell(refusals.begin(self._refusals, event.number))
             case "check":
                 pass
             case _:
@@ -286,6 +293,9 @@ class Play:
             assert self._rewriter.wait(_SETTLE_S), "not all versions are acknowledged"
         if self._overwriter is not None:
             assert self._overwriter.wait(_SETTLE_S), "not all overwrites are complete"
+        self._check()
+        for upload in self._plan.uploads:
+            self._check_refused(upload)
         for upload in self._plan.uploads:
             summary = self._resume(upload)
             self._check_summary(upload, summary)
@@ -306,6 +316,22 @@ class Play:
             time.sleep(0.5)
         raise AssertionError(f"{upload} does not come to its end: {last}")
 
+    def _check_refused(self, upload: Upload) -> None:
+        """Check that the rows that the store refused are reported as not durable."""
+
+        def is_reported() -> bool:
+            refused = self.ledger.refused(upload)
+            if not refused.any():
+                return True
+            with connect(self.address) as client:
+                status = client.upload_status(upload.upload_id, upload.dataset)
+            durable = np.zeros(upload.num_rows, bool)
+            for first, last in status["ranges"]:
+                durable[first : last + 1] = True
+            return not status["complete"] and not (refused & durable).any()
+
+        eventually(is_reported, f"the refused rows of {upload} are reported", _SETTLE_S)
+
     def _check_summary(self, upload: Upload, summary: dict[str, Any]) -> None:
         assert summary["complete"] is True, f"{upload}: {summary}"
         assert summary["rows_received"] == upload.num_rows, f"{upload}: {summary}"
@@ -320,11 +346,14 @@ class Play:
                     self._assert_right_error(upload, entry)
 
     def _assert_right_error(self, upload: Upload, entry: dict[str, Any]) -> None:
-        if entry["error"] == "upload_conflict" and self.ledger.was_dropped(upload.dataset):
+        unstored = self.ledger.was_dropped(upload.dataset) or self._plan.has("refuse rows")
+        if entry["error"] == "upload_conflict" and unstored:
             for name in (upload.dataset, upload.upload_id, "gone"):
                 assert name in entry["message"], f"{upload}: {entry} does not name {name}"
             return
         assert entry["error"] not in _WRONG_ERRORS, f"{upload}: {entry}"
+        if entry["error"] == "not_finite":
+            assert refusals.MESSAGE in entry["message"], f"{upload}: {entry}"
 
     def upload(
         self, upload: Upload, *, first: int = 0, resume: bool = False, **transfer: Any
@@ -479,7 +508,8 @@ class Play:
         return any(upload.dataset == dataset for upload in self._plan.uploads)
 
     def _check(self) -> None:
-        self.ledger.check()
+        refused = sum(int(rows.sum()) for rows in self.ledger.check().refused.values())
+        self._report.num_refused = max(self._report.num_refused, refused)
         self._intruder.check()
 
     def _start_server(self) -> Process:
@@ -513,6 +543,8 @@ class Play:
             argv=argv,
             constants=self._plan.constants,
             syncs=str(notes) if self._plan.power else None,
+            refusals=self._plan.has("refuse rows")
+            and (str(self._refusals), sorted({one.dataset for one in self._plan.uploads})),
         )
         self._tell(f"{role} listens as {process.pid}")
         return process
@@ -525,6 +557,7 @@ class Play:
     def _bring_up(self) -> None:
         """End faults that last."""
         self._intruder.repair()
+        refusals.end(self._refusals)
         if self._nonsense is not None:
             self._nonsense.end()
             self._report.faults.update(self._nonsense.told)
@@ -534,12 +567,12 @@ class Play:
     def _kill_worker(self, number: int) -> None:
         try:
             children = psutil.Process(self.server.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
+            # With a process that forks the workers, these are its children.
+            workers = [one.pid for one in children if one.ppid() != self.server.pid] or [
+                one.pid for one in children
+            ]
+        except psutil.NoSuchProcess:  # such as a worker that was killed just now
             return
-        # With a process that forks the workers, these are its children.
-        workers = [one.pid for one in children if one.ppid() != self.server.pid] or [
-            one.pid for one in children
-        ]
         if workers:
             self.ledger.may_give_up = self._worker_killed
             self._worker_killed = True

@@ -222,3 +222,55 @@ def test_a_store_that_is_away_at_the_start_ends_the_command_at_once(
     (line,) = done.stderr.splitlines()
     assert double.address in line
     assert "check its address and that it runs" in line
+
+
+def scan(address: str) -> pa.Table:
+    from fletcher.stores.address import open_store
+
+    store = open_store(address)
+    try:
+        return store.scan("debian").read_all()
+    finally:
+        store.close()
+
+
+def test_a_bad_line_ends_the_command_and_is_left_out_by_the_next(
+    place: Place, tmp_path: Path
+) -> None:
+    path, rejects = tmp_path / "in.jsonl", tmp_path / "rejects.jsonl"
+    rows = [json.dumps({"id": f"r{number}", "text": f"text {number}"}) for number in range(6)]
+    path.write_text("\n".join([*rows[:3], rows[3][:-2], *rows[4:]]))
+    store = f"lance:{tmp_path / 'vectors'}"
+    failed = run_ingest(place, store, path)
+    assert failed.returncode == 2
+    assert "line 4" in failed.stderr
+    skipping = ("--on-bad-row", "skip", "--rejects", rejects)
+    done = run_ingest(place, store, path, *skipping)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["rows_received"], report["rows_rejected"]) == (5, 1)
+    refused = run_ingest(place, store, path, *skipping)
+    assert refused.returncode != 0
+    assert "exists" in refused.stderr
+    (rejected,) = map(json.loads, rejects.read_text().splitlines())
+    assert (rejected["row"], rejected["line"]) == (4, rows[3][:-2])
+    repaired = tmp_path / "repaired.jsonl"
+    repaired.write_text(rejected["line"] + '"}')
+    assert run_ingest(place, store, repaired).returncode == 0
+    assert sorted(scan(store).column("id").to_pylist()) == [f"r{number}" for number in range(6)]
+
+
+def test_rows_before_a_bad_line_are_stored_once(place: Place, tmp_path: Path) -> None:
+    """The types of plain text need no second reading, so rows before the line are sent."""
+    path, store = tmp_path / "in.txt", f"lance:{tmp_path / 'vectors'}"
+    texts = [f"text {number}" for number in range(9000)]
+    path.write_bytes(
+        "\n".join([*texts[:8999], "", texts[8999]]).encode().replace(b"\n\n", b"\n\xff\n")
+    )
+    failed = run_ingest(place, store, path)
+    assert failed.returncode == 1
+    assert "line 9000" in failed.stderr
+    done = run_ingest(place, store, path, "--on-bad-row", "skip")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows_rejected"] == 1
+    assert sorted(scan(store).column("text").to_pylist()) == sorted(texts)

@@ -97,19 +97,26 @@ def is_listed(client: flight.FlightClient) -> bool:
         return False
 
 
+class TakingNoRows(LongbowDouble):
+    """A Longbow that stalls from the first rows on."""
+
+    def store(self, dataset: str, batch: pa.RecordBatch) -> None:
+        self.stall = self.stall or threading.Event()
+        super().store(dataset, batch)
+
+
 def test_an_interrupt_ends_an_ingest_into_a_longbow_that_takes_no_rows(
     tiny_home: Path, tmp_path: Path
 ) -> None:
     # It took half a minute, and ended by SIGABRT.
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "text": "one text"}\n')
-    with LongbowDouble() as double:
-        double.stall = threading.Event()
+    with TakingNoRows() as double:
         argv = ["ingest", str(rows), "--dataset", "d", "--store", double.address]
         argv += ["--home", str(tiny_home), "--model", "tiny", "--backend", "null"]
         process = subprocess.Popen([sys.executable, "-c", FLETCHER, *argv], env=clean_environ())
         try:
-            eventually(lambda: bool(double.calls), "rows are sent", timeout_s=120)
+            eventually(lambda: double.num_stalled > 0, "rows are sent", timeout_s=120)
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 130
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -116,6 +117,76 @@ def test_a_group_that_is_there_in_part_is_completed(
     assert store.stored_ranges("d", "u") == [(0, 119)]
     double.restart()
     assert ids(double) == once(120)
+
+
+def test_rows_of_another_client_do_not_hide_rows_of_an_upload(
+    double: LongbowDouble, store: Any
+) -> None:
+    # A filtered read ends without an error at batches that lack the filter's column.
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 40)])
+    assert store.stored_ranges("d", "u") == [(0, 39)]
+    other = longbow_batch(rows.batch(90, 3), NARROW).select(["id", "vector", "timestamp"])
+    for _ in range(3):
+        double.store("d", other)
+    writer.append([rows.batch(40, 20)])
+    assert store.stored_ranges("d", "u") == [(0, 59)]
+    assert writer.missing_keys(["u:0-39", "u:40-59"]) == []
+    assert store.stored_ranges("d", "v") == []
+
+
+def test_own_rows_are_asked_for_by_a_filter(
+    double: LongbowDouble, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tickets: list[dict[str, Any]] = []
+    read = double.read
+    monkeypatch.setattr(double, "read", lambda raw: tickets.append(json.loads(raw)) or read(raw))
+
+    def filtered() -> list[bool]:
+        tickets.clear()
+        assert store.stored_ranges("d", "u")
+        return ["filters" in one for one in tickets]
+
+    assert store.stored_ranges("d", "u") == []
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 40)])
+    assert filtered() == [True, False]
+    writer.append([rows.batch(40, 20)])
+    assert filtered() == filtered() == [True]
+    double.store("d", longbow_batch(rows.batch(0, 1, upload="w"), NARROW))
+    assert filtered() == [True, False], "nobody knows whose rows came"
+    assert filtered() == [True]
+
+
+def test_rows_that_were_deleted_are_not_sent_again(double: LongbowDouble, store: Any) -> None:
+    # A Longbow brings them back when it restarts, so they would be there twice.
+    with closing(store.open_writer("d", rows.schema(), "append")) as writer:
+        writer.append([rows.batch(0, 10)])
+    double.deleted["d"].add(3)
+    for _ in range(2):
+        assert store.stored_ranges("d", "u") == [(0, 9)]
+
+
+@pytest.mark.parametrize("garbled", [b"{", b"7", b"{}", b'{"status":7}', b"\xff"])
+def test_rows_whose_answer_cannot_be_read_are_not_stored_twice(
+    double: LongbowDouble,
+    store: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    garbled: bytes,
+) -> None:
+    # Such a store was taken for one without this call, and got the rows once more by DoPut.
+    writer = store.open_writer("d", rows.schema(), "append")
+    for first in (0, 10):
+        batch = rows.batch(first, 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(double, "acknowledge", lambda *_: garbled)
+            with pytest.raises(StoreUnavailableError, match="answer cannot be read"):
+                writer.append([batch])
+        keys = [f"u:{first}-{first + 9}"]
+        missing = writer.missing_keys(keys)
+        writer.append([batch] if missing else [])
+        assert writer.missing_keys(keys) == []
+    assert ids(double) == once(20)
 
 
 def test_rows_of_a_killed_sender_have_arrived_before_they_are_counted(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +104,32 @@ def test_the_second_signal_ends_it_at_once(place: Place) -> None:
             eventually(lambda: "draining" in "".join(server.errors), "the drain has begun")
             assert server.end(signal.SIGTERM, timeout_s=30) == 128 + signal.SIGTERM
         eventually(lambda: not any(map(is_alive, children)), "no child is left")
+
+
+# Threads of gRPC that could not start: the end of a server then waits for ever, and holds the
+# interpreter's lock.
+ENDLESS = """
+import ctypes, sys
+from fletcher.cli import main
+from fletcher.MODULE import CLASS
+CLASS.__del__ = lambda self: ctypes.PyDLL(None).sleep(600)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "server_class"),
+    [("serve", "flight.server", "FlightServer"), ("store", "storeserver.server", "_DataServer")],
+)
+def test_a_server_that_cannot_be_destroyed_does_not_hold_up_the_end(
+    place: Place, name: str, module: str, server_class: str
+) -> None:
+    code = ENDLESS.replace("MODULE", module).replace("CLASS", server_class)
+    options = ["--path", str(place.vectors), "--port", "0", "--meta-port", "0"]
+    if name == "serve":
+        options = place.argv()[3:]
+    with serving([sys.executable, "-c", code, name, *options]) as server:
+        assert server.end() == 0
 
 
 @pytest.mark.parametrize("journal", ["0", "64MiB"])

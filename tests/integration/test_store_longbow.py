@@ -92,11 +92,22 @@ def test_keys_of_a_dataset_that_is_not_there_are_missing(store):
 def test_a_stalled_store_is_unavailable_within_the_deadline(double):
     store = open_store(double.address, timeout_s=0.5)
     assert store.capabilities.dtypes == ("float32",)
-    double.stall = threading.Event()
     writer = store.open_writer("d", rows.schema(), "append")
+    double.stall = threading.Event()
     with pytest.raises(StoreUnavailableError, match="deadline"):
         writer.append([rows.batch(0, 10)])
     double.stall.set()
+    store.close()
+
+
+def test_a_store_that_answers_and_takes_no_rows_has_a_full_memory(double):
+    double.stall = threading.Event()
+    store = open_store(double.address, timeout_s=0.5)
+    told = r"deadline while writing to dataset `d`.* larger LONGBOW_MAX_MEMORY"
+    with pytest.raises(StoreUnavailableError, match=told):
+        store.open_writer("d", rows.schema(), "append")
+    double.stall.set()
+    store.open_writer("d", rows.schema(), "append").close()
     store.close()
 
 

@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.errors import StoreUnavailableError
+from fletcher.errors import FletcherError, StoreUnavailableError, UnavailableError
 from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
@@ -20,6 +20,8 @@ from fletcher.stores.exact_search import unknown_dataset
 
 _Answer = TypeVar("_Answer")
 
+# Received buffers lie anywhere; Arrow's filters warn about each that is not aligned.
+_READ = pa.ipc.IpcReadOptions(ensure_alignment=pa.ipc.Alignment.DataTypeSpecific)
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
 
@@ -80,7 +82,9 @@ class FlightConnection:
         Every call has a deadline because a Longbow under memory pressure stalls. `held_s`: time for
         which the call stays open after its work.
         """
-        return flight.FlightCallOptions(timeout=self._timeout_s + held_s, write_options=write)
+        return flight.FlightCallOptions(
+            timeout=self._timeout_s + held_s, write_options=write, read_options=_READ
+        )
 
     def run_action(self, name: str, body: Any) -> bytes:
         """Call an action on the data port.
@@ -100,6 +104,14 @@ class FlightConnection:
             action = flight.Action(name, raw)
             results = list(self.data_client.do_action(action, self.call_options()))
         return results[0].body.to_pybytes() if results else b""
+
+    def is_up(self) -> bool:
+        """Whether the store answers calls, be it with a refusal."""
+        try:
+            self.run_action("check_readiness", {})
+        except FletcherError as error:
+            return not isinstance(error, UnavailableError)
+        return True
 
     def ask(self, name: str, request: Any, answer: type[_Answer]) -> _Answer:
         """Call an action on the data port, and decode its answer.

@@ -54,11 +54,15 @@ class LongbowDatasets:
         return DatasetInfo(
             name,
             schema,
-            num_rows=_told(lambda: self._count_rows(name)),
+            num_rows=self.count_rows(name),
             num_bytes=_told(lambda: self._connection.read_size(name)[1]),
             num_indexed=None if ready is None else ready.index_len,
             is_indexing=ready is not None and ready.status != "READY",
         )
+
+    def count_rows(self, name: str) -> int | None:
+        """Number of a dataset's rows; None if the store does not tell it."""
+        return _told(lambda: self._count_rows(name))
 
     def read_schema(self, name: str) -> pa.Schema | None:
         """The schema of a dataset's first rows; None if there are none."""

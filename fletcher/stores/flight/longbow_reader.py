@@ -73,10 +73,10 @@ class LongbowReader:
     ) -> pa.Table:
         """See `Store.search`.
 
-        Longbow's index is used if `_has_index_ids` is true, all filters are conditions on texts,
-        and `index_len` equals the number of rows. An earlier search counted the rows; in a dataset
-        larger than `max_read_bytes`, this search counts them. Otherwise all rows are read and
-        compared here.
+        Longbow's index is used without filters, if `_has_index_ids` is true and `index_len` equals
+        the number of rows. With a filter, the index would only find rows of the time of the first
+        search with that filter. An earlier search counted the rows; in a dataset larger than
+        `max_read_bytes`, this search counts them. Otherwise all rows are read and compared here.
 
         Raises:
             RequestError: The rows to compare are larger than `max_read_bytes`.
@@ -86,24 +86,29 @@ class LongbowReader:
         wanted = wanted_columns(dataset, schema, columns)
         condition = to_expression(dataset, schema, filters)
         size = self._size(dataset)
-        conjuncts = _conjuncts(filters)
-        if _has_index_ids(schema, scores, k) and _texts(schema, conjuncts) == conjuncts:
-            best = self._search_index(dataset, scores, k, conjuncts, size)
-            found = nearest(_reader(schema, best, condition), scores, k=k, columns=wanted)
+        if _has_index_ids(schema, scores, k) and not filters:
+            best = self._search_index(dataset, scores, k, size)
+            found = nearest(_reader(schema, best, None), scores, k=k, columns=wanted)
             if found.num_rows == k:
                 return _approximate(found)
         rows = self._batches(dataset, self._open(dataset, filters, size))
         if not filters or size.num_bytes <= self._max_read_bytes:
             rows = self._counting(dataset, size, rows)
         rows = self._bounded(dataset, rows)
-        return nearest(_reader(schema, rows, condition), scores, k=k, columns=wanted)
+        found = nearest(_reader(schema, rows, condition), scores, k=k, columns=wanted)
+        return _approximate(found) if self._sent_filters(schema, filters, size) else found
 
     def _open(self, name: str, filters: Filters, size: _Size | None) -> pa.RecordBatchReader:
         ticket: dict[str, Any] = {}
         if size is not None and size.num_bytes > self._max_read_bytes:
             schema = self._connection.read_schema(name)
-            ticket["filters"] = to_json(_texts(schema, _conjuncts(filters)))
+            ticket["filters"] = to_json(self._sent_filters(schema, filters, size))
         return self._connection.open_stream(name, ticket, f"reading dataset `{name}`")
+
+    def _sent_filters(self, schema: pa.Schema, filters: Filters, size: _Size) -> list[Filter]:
+        """Conditions that are sent, because the dataset is too large to be read."""
+        is_large = size.num_bytes > self._max_read_bytes
+        return _texts(schema, _conjuncts(filters)) if is_large else []
 
     def _batches(self, name: str, reader: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         with store_call(f"reading dataset `{name}`"):
@@ -150,7 +155,7 @@ class LongbowReader:
             yield batch
 
     def _search_index(
-        self, name: str, scores: RowScores, k: int, filters: Filters, size: _Size
+        self, name: str, scores: RowScores, k: int, size: _Size
     ) -> list[pa.RecordBatch]:
         """Rows that Longbow's index finds; none if the index does not have all rows."""
         num_rows = self._num_rows(name, size)
@@ -160,7 +165,7 @@ class LongbowReader:
         ready = self._connection.ask("check_readiness", request, Readiness)
         if ready.status != "READY" or ready.index_len != num_rows:
             return []
-        body = {**request, "vector": scores.query.tolist(), "k": k, "filters": to_json(filters)}
+        body = {**request, "vector": scores.query.tolist(), "k": k}
         answer = self._connection.run_action("VectorSearch", body)
         try:
             found = pa.ipc.open_stream(answer).read_all()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from weakref import WeakSet
 
 import pyarrow as pa
+from pyarrow import flight
 
-from fletcher.errors import DimensionMismatchError, InvalidCommandError
+from fletcher.errors import DimensionMismatchError, InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import (
     DatasetInfo,
     Filters,
@@ -23,6 +24,7 @@ from fletcher.stores.flight.longbow_datasets import LongbowDatasets
 from fletcher.stores.flight.longbow_reader import LongbowReader
 from fletcher.stores.flight.longbow_uploads import LongbowUploads
 from fletcher.stores.flight.longbow_writer import LongbowWriter
+from fletcher.stores.longbow_trouble import FULL
 
 
 class LongbowServer(Store):
@@ -36,7 +38,7 @@ class LongbowServer(Store):
         self._connection = connection
         self._reader = LongbowReader(connection)
         self._datasets = LongbowDatasets(connection)
-        self._uploads = LongbowUploads(connection)
+        self._uploads = LongbowUploads(connection, self._datasets.count_rows)
         self._writers: WeakSet[LongbowWriter] = WeakSet()
 
     @property
@@ -57,12 +59,28 @@ class LongbowServer(Store):
             narrow = longbow.dataset_schema(dataset, stored, narrow)
         writer = LongbowWriter(self._connection, dataset, narrow, self._uploads)
         try:
-            writer.declare_columns()
+            self._declare_columns(writer)
         except BaseException:
             writer.close()
             raise
         self._writers.add(writer)
         return writer
+
+    def _declare_columns(self, writer: LongbowWriter) -> None:
+        """Declare a writer's columns.
+
+        A Longbow with a full memory stalls all calls that write, and no answer of it tells that. So
+        the error of a call that stalls tells it if the Longbow answers another call.
+        """
+        try:
+            writer.declare_columns()
+        except StoreUnavailableError as error:
+            is_stalled = isinstance(error.__cause__, flight.FlightTimedOutError)
+            if is_stalled and self._connection.is_up():
+                raise StoreUnavailableError(
+                    f"{error.message}; {FULL}", field=error.field
+                ) from error
+            raise
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets with rows, and the staged datasets of earlier releases."""

@@ -4,24 +4,29 @@ A Longbow loses rows by messages: of each message, it has all rows or none. `Lon
 each message keys that no other message has, so a key has all its rows or none. Earlier releases
 sent a group in several messages under one key, and may have left a part of it. Rows of such a part
 are recognized by their values.
+
+Filtered reads are enough unless other clients have written to the dataset, see `OtherRows`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fletcher.core.batches import BoolArray, Int64Array
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import parse_batch_key
 from fletcher.errors import UnknownDatasetError
-from fletcher.stores.base import Comparison, Filters
+from fletcher.stores.base import Comparison
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight.connection import FlightConnection, store_call
+from fletcher.stores.flight.other_rows import OtherRows
 from fletcher.stores.flight.running_time import RunningTime
 from fletcher.stores.schemas import count_batch_keys
 
@@ -67,12 +72,19 @@ class UploadRows:
 class LongbowUploads:
     """Questions about the uploads in a Longbow. Thread-safe.
 
+    Args:
+        count_rows: See `OtherRows`.
+
     Attributes:
         running_time: Waits until rows on their way have arrived.
+        other_rows: Rows of other clients, as far as is known.
     """
 
-    def __init__(self, connection: FlightConnection) -> None:
+    def __init__(
+        self, connection: FlightConnection, count_rows: Callable[[str], int | None]
+    ) -> None:
         self._connection = connection
+        self.other_rows = OtherRows(count_rows)
         self.running_time = RunningTime(lambda: connection.run_action("check_readiness", {}))
         # Uploads with parts, by dataset and upload id. There are few, and only of earlier releases.
         self._with_parts: dict[tuple[str, str], UploadRows] = {}
@@ -87,17 +99,13 @@ class LongbowUploads:
         # All keys of the upload are between these two, and so are keys of uploads with a longer
         # name.
         low, high = f"{upload_id}:", f"{upload_id};"
-        bounds = (Comparison("batch_key", ">=", low), Comparison("batch_key", "<=", high))
-        counts: Counter[str] = Counter()
-        for batch in self._read(dataset, bounds):
-            counts.update(count_batch_keys(batch))
+        counts = self._count(dataset, low, high, count_batch_keys)
         parsed = {key: parse_batch_key(key) for key in counts}
         own = {key: one[1:] for key, one in parsed.items() if one and one[0] == upload_id}
         rows = UploadRows({own[key]: counts[key] for key in own})
         for key, place in own.items():
             if place in rows.parts:
-                for batch in self._read(dataset, (Comparison("batch_key", "=", key),)):
-                    rows.parts[place].update(row_texts(batch))
+                rows.parts[place] = self._count(dataset, key, key, row_texts)
         self._with_parts.pop((dataset, upload_id), None)
         if rows.parts:
             self._with_parts[dataset, upload_id] = rows
@@ -107,10 +115,35 @@ class LongbowUploads:
         """The last answer about an upload if some of its keys had missing rows."""
         return self._with_parts.get((dataset, upload_id))
 
-    def _read(self, dataset: str, filters: Filters) -> Iterator[pa.RecordBatch]:
+    def _count(
+        self,
+        dataset: str,
+        low: str,
+        high: str,
+        content: Callable[[pa.RecordBatch], Mapping[str, int] | list[str]],
+    ) -> Counter[str]:
+        """Count the content of rows whose keys are not below `low` and not above `high`.
+
+        A filtered read is enough unless other clients have written to the dataset. It also has
+        deleted rows, which a whole read lacks. They count, because a Longbow brings them back.
+        """
+        bounds = (Comparison("batch_key", ">=", low), Comparison("batch_key", "<=", high))
+        found: Counter[str] = Counter()
+        for batch in self._read(dataset, {"filters": to_json(bounds)}):
+            found.update(content(batch))
+        if not self.other_rows.has_none(dataset):
+            all_found: Counter[str] = Counter()
+            for batch in self.other_rows.watch(dataset, self._read(dataset, {})):
+                if "batch_key" in batch.schema.names:
+                    keys = batch["batch_key"]
+                    is_met = pc.and_(pc.greater_equal(keys, low), pc.less_equal(keys, high))
+                    all_found.update(content(batch.filter(is_met)))
+            found |= all_found
+        return found
+
+    def _read(self, dataset: str, ticket: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         what = f"asking what dataset `{dataset}` holds"
         with suppress(UnknownDatasetError), store_call(what):
-            ticket = {"filters": to_json(filters)}
             yield from self._connection.open_stream(dataset, ticket, what)
 
 

@@ -187,6 +187,8 @@ class LongbowWriter(DatasetWriter):
                 self._use_put = True
             else:
                 self._exchange_proven = True
+                num_rows = sum(message.num_rows for message in messages)
+                self._uploads.other_rows.add_own(self._dataset, num_rows)
                 return Appended(unconfirmed=UnconfirmedRows(call, running_time))
         slow_down = put_rows(self._connection, self._dataset, messages)
         running_time.note_failure()

@@ -125,7 +125,7 @@ class FlightStore(Store):
             # Longbow reports an unknown action as an internal error, so check whether Longbow is
             # up.
             unknown = _is_unknown_action(error.__cause__)
-            if address.profile == "fletcher" or not unknown or not self._is_up():
+            if address.profile == "fletcher" or not unknown or not self._connection.is_up():
                 refused = "connection refused" in error.message.lower()
                 reason = "connection refused" if refused else error.message
                 raise StoreUnavailableError(
@@ -158,13 +158,6 @@ class FlightStore(Store):
             return FletcherServer(self._connection, capabilities)
         _log.info("%s speaks Longbow's contract", self.address)
         return LongbowServer(self._connection)
-
-    def _is_up(self) -> bool:
-        try:
-            self._connection.run_action("check_readiness", {})
-        except FletcherError as error:
-            return not isinstance(error, UnavailableError)
-        return True
 
 
 def _is_unknown_action(error: BaseException | None) -> bool:

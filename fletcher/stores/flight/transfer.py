@@ -183,10 +183,13 @@ def _await_acks(reader: Any, sent: list[int], what: str) -> None:
                 f"the store ended the call while {what}: {number} of {len(sent)} messages were "
                 "acknowledged"
             ) from None
-        if answer.get("status") == "error":
+        status = answer.get("status")
+        if not isinstance(status, str):  # the rows may be stored, so they must not be put again
+            raise StoreUnavailableError(f"the store's answer cannot be read, while {what}")
+        if status == "error":
             error = from_json(json.dumps(answer)) or InternalError("it gave no reason")
             raise store_error(error, what)
-        if answer.get("status") != "acked":
+        if status != "acked":
             raise NotIngestError
         if answer.get("rows") != rows:
             raise StoreUnavailableError(

@@ -18,6 +18,7 @@ offset, the format's version and a magic number. Data files also end with the ma
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import logging
 import os
 import struct
@@ -104,6 +105,16 @@ def newest_version(folder: Path) -> tuple[int, Path | None]:
     """Number and manifest of a table's newest version; 0 and None if it has none."""
     versions = _newest_first(folder / "_versions")
     return versions[0] if versions else (0, None)
+
+
+def written_at(folder: Path) -> dt.datetime | None:
+    """Time of a table's newest version; None if it has none."""
+    manifest = newest_version(folder)[1]
+    if manifest is None:
+        return None
+    with contextlib.suppress(FileNotFoundError):  # the table is being deleted
+        return dt.datetime.fromtimestamp(manifest.stat().st_mtime, dt.UTC)
+    return None
 
 
 def prepare_table(folder: Path) -> None:

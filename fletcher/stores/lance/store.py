@@ -23,18 +23,20 @@ from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
+from fletcher.stores.lance.indexes import find_index, num_indexed
 from fletcher.stores.lance.library import import_lancedb
+from fletcher.stores.lance.new_columns import check_new_columns
 from fletcher.stores.lance.pinned import PinnedTable
 from fletcher.stores.lance.repair import (
     WholeFiles,
     find_whole_version,
     prepare_table,
     set_torn_versions_aside,
+    written_at,
 )
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
-    check_new_columns,
     distinct_keys,
     lance_errors,
     table_gone,
@@ -148,8 +150,14 @@ class LanceStore(EmbeddedStore):
             table = self._open_table(name)
             if table is None:
                 return None
-            size = table.stats()["total_bytes"]
-            return DatasetInfo(name, table.schema, table.count_rows(), int(size))
+            size, rows = int(table.stats()["total_bytes"]), int(table.count_rows())
+            index = find_index(table)
+            return DatasetInfo(
+                *(name, table.schema, rows, size),
+                num_indexed=None if index is None else num_indexed(table, index),
+                index=None if index is None else index.kind,
+                written_at=written_at(self.dataset_folder(name)),
+            )
 
     def read_schema(self, name: str) -> pa.Schema | None:
         check_stored(name)
@@ -249,7 +257,7 @@ class LanceStore(EmbeddedStore):
                 return nearest(rows, scores, k=k, columns=wanted)
             query = pack_signs(scores.query) if distance == "hamming" else scores.query
             search = table.search(query, vector_column_name="vector").distance_type(distance)
-            has_index = _has_vector_index(table)
+            has_index = find_index(table) is not None
             if has_index and metric is not None:  # the index ranks by the dataset's similarity
                 search, has_index = search.bypass_vector_index(), False
             is_exact = distance != "hamming" and not has_index
@@ -364,10 +372,6 @@ def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:
             field="filter",
         ) from error
     return query.where(condition)
-
-
-def _has_vector_index(table: Any) -> bool:
-    return any("vector" in index.columns for index in table.list_indices())
 
 
 def _scan_rows(schema: pa.Schema) -> int:

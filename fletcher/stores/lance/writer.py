@@ -15,8 +15,6 @@ import pyarrow as pa
 from pyarrow import types
 
 from fletcher.errors import (
-    ColumnTypeError,
-    InvalidCommandError,
     OverloadedError,
     RequestError,
     StoreUnavailableError,
@@ -24,13 +22,12 @@ from fletcher.errors import (
 from fletcher.stores.base import Appended, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter, concerns_store
 from fletcher.stores.filters import quoted
+from fletcher.stores.lance.new_columns import check_new_columns
 from fletcher.stores.lance.pinned import PinnedTable
-from fletcher.stores.lance.probe import is_readable
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.schemas import (
     align_batch,
     check_compatible,
-    check_storable,
     conform_batch,
     has_chunks,
     last_of_each_id,
@@ -48,16 +45,14 @@ _log = logging.getLogger(__name__)
 COMPACT_FRAGMENTS = 20
 COMPACT_FRAGMENTS_AT_MOST = 200
 LARGE_ROWS = 8192
+LARGE_BYTES = 16 << 20
 FRAGMENT_ROWS = 1 << 20
+# Rewriting rows of HEAVY_ROW_BYTES or more takes memory of up to 2.3 times their size. If there are
+# more than HEAVY_BYTES of them, compaction waits for as many small fragments as are allowed.
+HEAVY_ROW_BYTES = 16 << 10
+HEAVY_BYTES = 256 << 20
 # Old versions are kept for this long, for readers in other processes.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
-# Columns that LanceDB adds to results, or computes. Stored columns of these names break searches.
-_OWN_COLUMNS = frozenset(
-    [
-        *("_distance", "_score", "_relevance_score", "_rowid", "_rowaddr", "_rowoffset"),
-        *("_indices", "_fragid", "_row_created_at_version", "_row_last_updated_at_version"),
-    ]
-)
 # LanceDB's messages about a table that is deleted while it is opened or read.
 _GONE = re.compile(r"Not found: .*/_versions|Table '.*' was not found")
 _DATA_FILE = re.compile(r"\bdata/\w+\.lance\b")
@@ -95,9 +90,10 @@ class LanceWriter(EmbeddedWriter):
         self.old_versions_left = False
         self._files = SyncedFolder(store.folder / f"{dataset}.lance", store.known_whole)
         self._files.sync_new_files(settled=True)
-        self._small_fragments = int(table.stats()["fragment_stats"]["num_small_fragments"])
-        self._rows = int(table.count_rows())
-        self._rows_since = 0
+        stats = table.stats()
+        self._small_fragments = int(stats["fragment_stats"]["num_small_fragments"])
+        self._rows, self._bytes = int(table.count_rows()), int(stats["total_bytes"])
+        self._rows_since = self._bytes_since = 0
         self._compaction: threading.Thread | None = None
         super().__init__(store, dataset, lock)  # last: the store closes all writers that it lists
 
@@ -133,6 +129,8 @@ class LanceWriter(EmbeddedWriter):
             self._files.sync_new_files(settled=not self._compacting)
         self._rows += table.num_rows
         self._rows_since += table.num_rows
+        self._bytes += table.nbytes
+        self._bytes_since += table.nbytes
         self._small_fragments += 1
         if self._compaction_due(COMPACT_FRAGMENTS):
             self._start_compaction()
@@ -248,9 +246,15 @@ class LanceWriter(EmbeddedWriter):
     def _compaction_due(self, fragments: int) -> bool:
         if self._compacting or self._small_fragments < fragments:
             return False
-        small = self._rows_since < LARGE_ROWS * self._small_fragments
+        small = (
+            self._rows_since < LARGE_ROWS * self._small_fragments
+            and self._bytes_since < LARGE_BYTES * self._small_fragments
+        )
         share = self._rows_since * 4 >= min(self._rows, FRAGMENT_ROWS)
-        return (small and share) or self._small_fragments >= COMPACT_FRAGMENTS_AT_MOST
+        most = self._small_fragments >= COMPACT_FRAGMENTS_AT_MOST
+        if self._bytes > max(HEAVY_BYTES, HEAVY_ROW_BYTES * self._rows):
+            return small and share and most
+        return (small and share) or most
 
     def _start_compaction(self) -> None:
         # Compact in the background, since a million rows take some 4 s. Appends continue meanwhile:
@@ -261,7 +265,7 @@ class LanceWriter(EmbeddedWriter):
         except OverloadedError as error:  # the rows are stored; the next append tries again
             _log.warning("dataset %s is not compacted now: %s", self.dataset, error)
         else:
-            self._small_fragments = self._rows_since = 0
+            self._small_fragments = self._rows_since = self._bytes_since = 0
 
     def _join_compaction(self) -> None:
         if self._compaction is not None:
@@ -284,36 +288,6 @@ def table_gone(dataset: str) -> StoreUnavailableError:
     return StoreUnavailableError(
         f"dataset `{dataset}` was deleted by another program; its rows are gone", field="dataset"
     )
-
-
-def check_new_columns(schema: pa.Schema) -> None:
-    """Refuse columns that LanceDB cannot write or cannot find again.
-
-    Raises:
-        ColumnTypeError, InvalidCommandError: LanceDB does not support a type or a name.
-    """
-    check_storable(schema)
-    for field in schema:
-        name = field.name
-        # Lance accepts some of these names and then does not find the column.
-        if not name or any(character in name for character in ".`\0"):
-            raise InvalidCommandError(
-                f"`columns` has {name[:200]!r}, which LanceDB cannot store; expected a name "
-                "without dots, backticks and zero bytes; rename it",
-                field="columns",
-            )
-        if name.lower() in _OWN_COLUMNS:
-            raise InvalidCommandError(
-                f"`columns` has {name!r}, which LanceDB uses for a column of its search results; "
-                "rename it",
-                field="columns",
-            )
-        if not is_readable(field.type):
-            raise ColumnTypeError(
-                f"`{name[:200]}` is {str(field.type)[:200]}, some values of which LanceDB cannot "
-                "read back; send it as JSON text, or with fewer levels",
-                field=name[:200],
-            )
 
 
 def distinct_keys(dataset: str, table: Any, condition: str | None = None) -> set[str]:

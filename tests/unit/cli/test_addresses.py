@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from pathlib import Path
 
@@ -75,10 +74,11 @@ def test_a_misspelt_variable_is_named(
 
 def test_sighup_is_logged_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), _Signals() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)  # before the start has ended, too
+        # `os.kill` may signal another thread, and two such signals may become one.
+        signal.raise_signal(signal.SIGHUP)  # before the start has ended, too
         signals.mark_ready()
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
         assert signals.stop.wait(30)
     assert signals.received == signal.SIGTERM
     assert caplog.text.count("SIGHUP ignored") == 2

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fletcher.cli.search import _embed_query, _to_rows
+from fletcher.cli.search import _embed_query, to_rows
 from fletcher.cli.terminal import print_json
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, vector_columns
@@ -39,7 +39,7 @@ def test_values_of_all_types_are_printed(capsys: pytest.CaptureFixture[str]) -> 
             "nothing": pa.nulls(1),
         }
     )
-    print_json(_to_rows(table)[0])
+    print_json(to_rows(table)[0])
     assert json.loads(capsys.readouterr().out) == {
         "us": "2024-01-02T03:04:05+00:00",
         "ns": "2024-01-02 03:04:05.000000001Z",
@@ -55,7 +55,7 @@ def test_values_of_all_types_are_printed(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_value_that_python_cannot_hold_is_refused_by_name() -> None:
     year_200000 = pa.table({"far": pa.array([200_000 * 366 * 86_400], pa.timestamp("s"))})
     with pytest.raises(ColumnTypeError, match="`columns`"):
-        _to_rows(year_200000)
+        to_rows(year_200000)
 
 
 def test_a_query_gets_the_width_of_the_dataset_whatever_the_models_default_is() -> None:

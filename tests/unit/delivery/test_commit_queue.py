@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -506,6 +507,27 @@ def test_rows_that_were_given_up_do_not_end_the_next_ones_early(bench: Bench) ->
     assert bench.now == failed + RETRY_S
     assert action.in_doubt
     assert isinstance(action.error, OverloadedError)
+    bench.note(action)
+    bench.submit(upload("next"), 0, 1)
+    assert keys(bench.append()) == ["next:0-0"]
+
+
+def test_rows_that_always_fail_do_not_end_the_next_ones_early(bench: Bench) -> None:
+    # The dataset counted as failing afterwards, and its pause was longer than the time of the next
+    # rows, which were given up without an attempt.
+    config = dataclasses.replace(CONFIG, store_retry_s=0.1)
+    jitter = [0.0]
+    bench.size = AppendSize(config.slow_append_s, DeliveryTiming().retry, jitter=lambda: jitter[0])
+    bench.queue = CommitQueue(config, "d", bench.breaker, bench.size, LINGER_S)
+    bad = bench.submit(upload("bad"), 0, 1)
+    for jitter[0] in [0.0] * 7 + [1.0]:  # only the last pause takes time
+        bench.note(bench.append(), Failed(1, 0.0, UNKNOWN))
+    action = bench.decide()
+    assert isinstance(action, Wait)
+    bench.now = action.until + 0.1  # a busy machine
+    action = bench.decide()
+    assert isinstance(action, GiveUp)
+    assert action.rows == [bad]
     bench.note(action)
     bench.submit(upload("next"), 0, 1)
     assert keys(bench.append()) == ["next:0-0"]

@@ -346,6 +346,8 @@ def test_folders_name_what_they_leave_out(tmp_path):
     (folder / "linked").symlink_to(other)
     (folder / "file.jsonl").symlink_to(other / "a.jsonl")
     os.mkfifo(folder / "pipe.jsonl")
+    (folder / ".hidden.jsonl").write_text('{"text": "a"}')
+    (folder / ".folder").mkdir()
     lines = []
     source = open_source(folder, notice=lines.append, excluded=[folder / "store"])
     assert [file.path.name for file in source.files] == ["a.jsonl", "file.jsonl"]
@@ -354,6 +356,7 @@ def test_folders_name_what_they_leave_out(tmp_path):
         "gone.jsonl: are links to nowhere",
         "linked: are links to folders",
         "pipe.jsonl: are no regular files",
+        ".folder, .hidden.jsonl: are hidden",
         "store, x.lance: belong to a store",
     ):
         assert part in said

@@ -354,7 +354,7 @@ def test_types_that_cannot_be_written_are_refused_before_there_are_rows(store, k
     fill(store, rows.batch(0, 10))  # the refusal holds no lock
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a`b", "a\0b"])
+@pytest.mark.parametrize("name", ["", "*", "a.b", "a`b", "a\0b"])
 def test_names_that_lance_cannot_find_again_are_refused(tmp_path, name):
     store = open_store(f"lance:{tmp_path}")
     with pytest.raises(InvalidCommandError, match="rename it"):
