@@ -9,6 +9,7 @@ import threading
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.core.command import WIRE_VERSION
 from fletcher.errors import UnknownDatasetError
 from fletcher.net.flight_errors import handler_errors
 
@@ -49,7 +50,7 @@ class Behaving(flight.FlightServerBase):
         if action.type == "upload_status":
             with handler_errors(context):
                 return [json.dumps(self.status(json.loads(action.body.to_pybytes()))).encode()]
-        return [b'{"status": "ok"}']
+        return [json.dumps({"status": "ok", "wire": WIRE_VERSION}).encode()]
 
     def status(self, body):
         if not self.rows:
