@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
-import fletcher
 from fletcher.config.model_alias import Alias
 from fletcher.core.command import WIRE_VERSION, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnsupportedCallError
@@ -91,6 +92,11 @@ def encode_models(
     return msgspec.json.encode({"models": infos, "aliases": dict(aliases)})
 
 
+@cache
+def _own_version() -> str:
+    return version("longbow-fletcher")
+
+
 def _ready(service: Service, _body: bytes, _caller: Caller) -> dict[str, Any]:
     ready = service.models.serves and not service.admission.draining.is_set()
     return {"ready": ready, "model": service.models.default.name}
@@ -154,7 +160,7 @@ ACTIONS = {
         "Tells that the process is alive. No body. Result: JSON",
         lambda _service, _body, _caller: {
             "status": "ok",
-            "version": fletcher.__version__,
+            "version": _own_version(),
             "wire": WIRE_VERSION,
         },
     ),
