@@ -289,11 +289,17 @@ def dead_store() -> Iterator[str]:
         yield f"grpc://127.0.0.1:{reserved.getsockname()[1]}?profile=fletcher"
 
 
+class Stalled(LongbowDouble):
+    """Never acknowledges a row."""
+
+    def store(self, dataset: str, batch: pa.RecordBatch) -> None:
+        threading.Event().wait(30)
+
+
 @contextlib.contextmanager
 def stalled_store() -> Iterator[str]:
     """The address of a store that takes calls and rows and then never answers."""
-    with LongbowDouble() as double:
-        double.stall = threading.Event()
+    with Stalled() as double:
         yield f"{double.address}&profile=longbow"
 
 
