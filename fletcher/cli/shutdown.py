@@ -85,7 +85,7 @@ class Signals:
 
 @contextmanager
 def end_within(timeout_s: float, log: logging.Logger) -> Iterator[None]:
-    """End this process with status 1 if the block takes longer than `timeout_s` seconds."""
+    """End this process with status 1 if the block is longer than `timeout_s` s."""
 
     def give_up() -> None:
         log.error("not ended in time", extra={"timeout_s": timeout_s})
