@@ -29,6 +29,7 @@ from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
 if TYPE_CHECKING:
+    from fletcher.cli.ingest_job import IngestJob, SingleUpload
     from fletcher.client import Ack, Client, PutSummary
     from fletcher.config.server import ServeConfig
     from fletcher.readers import TextSource
@@ -65,6 +66,8 @@ _REPORTED = (
 @option("--on-bad-row", type=Choice(("fail", "skip")), default="fail", heading=INPUT)
 @option("--rejects FILE", heading=INPUT)
 @option("--dataset NAME", required=True, heading=OUTPUT)
+@option("--job FOLDER", heading=OUTPUT)
+@option("--verify-content", is_flag=True, heading=INPUT)
 @option("--upload-id NAME", heading=OUTPUT)
 @option("--mode", type=Choice(CHOICES["mode"]), default="append", heading=OUTPUT)
 @option("--dedupe", type=Choice(CHOICES["dedupe"]), default="off", heading=OUTPUT)
@@ -91,15 +94,17 @@ def cli(
     encoding: str | None,
     on_bad_row: str,
     rejects: Path | None,
+    job: Path | None,
+    verify_content: bool,
     no_text: bool,
     as_json: bool,
     **fields: Any,
 ) -> int:
     """Embed files, folders of them or standard input into a dataset of a store.
 
-    Each file is an upload named after its content. Run the same command again to resume after a
-    stop, or after a file was repaired or added: no row is stored twice. The exit status is 0 if all
-    uploads are complete, even if single rows could not be embedded or were skipped.
+    Run the same command again to continue after a stop, or after a file was changed or added. No
+    row is stored twice, and the rows of a changed file replace its former rows. The exit status is
+    0 if all files are stored, even if single rows could not be embedded or were skipped.
 
     Args:
         id_column: Column of row ids. Default: id if it exists, else ids are generated.
@@ -116,10 +121,12 @@ def cli(
             or leave it out (skip). Other formats always fail.
         rejects: New file for the lines that --on-bad-row skip leaves out, as JSON lines.
         dataset: Dataset to write to.
+        job: Folder of the job's manifest, which says what is stored of which file. Default: beside
+            the dataset if the store is a folder here, else in the home folder.
+        verify_content: Read all files again, also those with the size and time of before.
         upload_id: Name of one upload for all files. Run the command again with the same name and
             input to resume. Warning: other input under the same name counts as already uploaded.
-            Default: a name for each file, derived from its content, or a random name for - and for
-            --mode delta.
+            Default: names that the job chooses, or a random name for - and for --mode delta.
         mode: append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed
             only new and changed rows (delta).
         dedupe: Drop rows whose id or text was uploaded or stored before. The server reads the id or
@@ -127,8 +134,12 @@ def cli(
         no_text: Store ids and vectors without the texts. This saves space, but searches then show
             no text.
     """
-    from fletcher.readers import open_source
+    from fletcher.cli.ingest_job import IngestInput, JobPlace, open_ingest
+    from fletcher.client.files import source_options
     from fletcher.readers.bad_rows import RejectedLines, fail_on_bad_line
+    from fletcher.readers.columns import Selection
+    from fletcher.readers.file_reader import ReadOptions
+    from fletcher.readers.source import find_inputs
 
     options = EmbedCommand(
         **{**fields, "id_column": fields["id_column"] or "id"},
@@ -147,44 +158,57 @@ def cli(
     rejected = RejectedLines(rejects) if on_bad_row == "skip" else None
     if rejects is not None and rejected is None:
         raise ConfigError("`rejects` needs --on-bad-row skip", field="rejects")
-    texts = open_source(
-        paths,
-        text_column=fields["text_column"],
-        id_column=fields["id_column"],
-        columns=fields["columns"],
-        format_name=format_name,
+    selection = Selection(
+        fields["text_column"],
+        fields["id_column"],
+        fields["columns"],
         limit=limit,
         source=source,
         whole_files=whole_files,
-        delimiter=delimiter,
-        encoding=encoding,
-        excluded=[] if target.server else _store_folders(config, fields["dataset"]),
+    )
+    read = ReadOptions(
+        delimiter,
+        encoding,
         notice=lambda line: say(f"fletcher ingest: {line}"),
         on_bad_line=rejected.add_line if rejected else fail_on_bad_line,
     )
-    with target.open_client(config, max_retries=MAX_RETRIES) as client:
+    excluded = () if target.server else tuple(_store_folders(config, fields["dataset"]))
+    files = find_inputs(paths, selection, read, format_name, excluded)
+    given = IngestInput(files, selection, read, format_name, verify_content)
+    options = source_options(options, selection)
+    place = JobPlace.of(job, target, config, options)
+    with open_ingest(given, job, place) as work:
         started_s = time.monotonic()
-        if options.prompt is None:
-            prompt = client.prompt_for("document", options.model)
-            options = dataclasses.replace(options, prompt=prompt)
-        meter = _Meter(client, texts, local=not target.server)
-        try:
-            with Progress(meter.sample, Total(rows=limit, num_bytes=texts.total_bytes)):
-                summary = client.ingest(texts, options, on_ack=meter.on_ack)
-        except KeyboardInterrupt:
-            # Printed before the workers are stopped, which takes seconds.
-            resumable = texts.reiterable or options.upload_id
-            again = "; the same command resumes the upload" if resumable else ""
-            print(f"stopping{again}", file=sys.stderr)
-            raise
-    store = target.server.uri if target.server else next(iter(config.store_addresses.values()))
-    report = _report(summary, fields["dataset"], store, time.monotonic() - started_s)
+        if work.source is not None:
+            with target.open_client(config, max_retries=MAX_RETRIES) as client:
+                started_s = time.monotonic()
+                _send(work, client, options, _Meter(client, work.source, local=not target.server))
+        seconds = time.monotonic() - started_s
+        report = _report(work.summary, fields["dataset"], place.address, seconds) | work.report()
     report["rows_rejected"] = rejected.num_lines if rejected else 0
     if as_json:
         print_json(report)
     else:
         _print(report)
-    return 0 if summary.complete else 1
+    return 0 if report["complete"] else 1
+
+
+def _send(
+    work: SingleUpload | IngestJob, client: Client, options: EmbedCommand, meter: _Meter
+) -> None:
+    source = work.source
+    assert source is not None
+    if options.prompt is None:
+        prompt = client.prompt_for("document", options.model)
+        options = dataclasses.replace(options, prompt=prompt)
+    try:
+        with Progress(meter.sample, Total(source.limit, source.total_bytes)):
+            work.send(client, options, meter.on_ack)
+    except KeyboardInterrupt:
+        # Printed before the workers are stopped, which takes seconds.
+        again = "; the same command continues" if source.reiterable or options.upload_id else ""
+        print(f"stopping{again}", file=sys.stderr)
+        raise
 
 
 def _check_store(config: ServeConfig) -> None:
@@ -287,9 +311,13 @@ def _print(report: Mapping[str, Any]) -> None:
     if report["rows_rejected"]:
         print(f"{report['rows_rejected']:,} lines left out, which could not be read")
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
-    for name in ("dataset", "store", "model", "upload_id"):
-        shown = report[name] or f"one for each of {len(report['uploads']):,} files"
-        print(f"{name.removesuffix('_id'):<8} {shown}")
+    if report.get("rows_deleted"):
+        print(f"{report['rows_deleted']:,} former rows of changed files deleted")
+    for name in ("dataset", "store", "model", "job" if report["job"] else "upload_id"):
+        print(f"{name.removesuffix('_id'):<8} {report[name]}")
+    for failed in report.get("failed_files", ()):
+        line = f"{printable(failed['file'])}: {failed['code']}: {printable(failed['message'])}"
+        print(cut(line, terminal_width()))
     for error in report["errors"][:SHOWN_ERRORS]:
         named = f" (id {printable(error['id'])})" if error.get("id") is not None else ""
         place = f"{printable(error['file'])}, " if error.get("file") else ""

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
-from fletcher.client.files import ingest_files
+from fletcher.client.files import ingest_files, source_options
 from fletcher.client.messages import PutSummary, as_batches, messages
 from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.client.put import OnAck, UploadSession
@@ -153,14 +153,7 @@ class Client(Closing):
                 id_column=id_column,
                 columns=options.columns,
             )
-        chosen = source.selection
-        options = replace(
-            options,
-            text_column=chosen.text_column,
-            id_column=chosen.id or "id",
-            columns=chosen.carried_columns,
-        )
-        return ingest_files(self.put, source, options, on_ack)
+        return ingest_files(self.put, source, source_options(options, source.selection), on_ack)
 
     def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
         """Embed text and return an iterator over batches with vectors.

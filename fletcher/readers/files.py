@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -35,6 +35,21 @@ _COLUMN_NAME = re.compile(r"[^\W\d][\w .()/%-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
+class LineRange:
+    """Some lines of a file that is neither compressed nor an array: bytes `start` to `stop`.
+
+    Attributes:
+        start: Offset of the first byte.
+        stop: Offset after the last byte.
+        first_line: Number of the first line, from 1.
+    """
+
+    start: int
+    stop: int
+    first_line: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """One input file, or standard input.
 
@@ -43,12 +58,30 @@ class InputFile:
         name: Name of the input in messages.
         size: Size on disk in bytes; None unless the input is a regular file.
         format: Format of the input; None: detected from its first bytes.
+        lines: The only lines to read; None: all.
     """
 
     path: Path | None
     name: str
     size: int | None
     format: Format | None
+    lines: LineRange | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the input, and of its lines if only some are read."""
+        if self.lines is None or self.lines.first_line == 1:
+            return self.name
+        return f"{self.name} from line {self.lines.first_line:,}"
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of what is read; None unless the input is a regular file."""
+        return self.size if self.lines is None else self.lines.stop - self.lines.start
+
+    def part(self, lines: LineRange) -> InputFile:
+        """Some lines of this file."""
+        return replace(self, lines=lines)
 
     def stamp(self) -> tuple[int, int] | None:
         """Size and time of the last change of a regular file; None for other inputs.

@@ -59,11 +59,24 @@ class OpenFile:
 
 
 @contextmanager
-def open_stream(path: Path | None, *, pipe: bool, stdin: BinaryIO | None) -> Iterator[OpenFile]:
+def open_stream(
+    path: Path | None,
+    *,
+    pipe: bool,
+    stdin: BinaryIO | None,
+    part: tuple[int, int] | None = None,
+) -> Iterator[OpenFile]:
     """Open an input and detect its compression by the first bytes.
 
-    `path` is None for standard input. `pipe` tells that the path is a named pipe.
+    `path` is None for standard input. `pipe` tells that the path is a named pipe. `part` has the
+    first byte to read of a file without compression, and the byte after the last one.
     """
+    if path is not None and part is not None:
+        with path.open("rb", buffering=0) as raw:
+            raw.seek(part[0])
+            inner = io.BufferedReader(_Part(raw, part[1] - part[0]), BUFFER_BYTES)
+            yield OpenFile(cast("io.BufferedReader", inner), None, lambda: raw.tell() - part[0])
+        return
     if path is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
@@ -90,6 +103,22 @@ def _decompressed(stream: io.BufferedReader, compression: str) -> Any:
     if compression == "bz2":
         return _Members(stream, bz2.BZ2Decompressor)
     return _Members(stream, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))
+
+
+class _Part(io.RawIOBase):
+    """The next bytes of a file."""
+
+    def __init__(self, raw: io.FileIO, num_bytes: int) -> None:
+        self._raw = raw
+        self._left = num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        num_bytes = self._raw.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= num_bytes
+        return num_bytes
 
 
 class _Pipe(io.RawIOBase):

@@ -1,0 +1,249 @@
+"""Plan of a job: which fragments are known, which are new, and which ones they replace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fletcher.jobs.cutting import Piece, cut_lines, has_lines, hash_file
+from fletcher.jobs.manifest import JobState, file_record
+from fletcher.jobs.records import FileRecord, Fragment, LinesRecord
+from fletcher.readers.files import InputFile, LineRange, format_of
+
+# If there are at least MIN_SMALL_FILES new files of at most SMALL_BYTES, they share fragments. So
+# thousands of small files do not take one commit each.
+SMALL_BYTES = 64 << 10
+MIN_SMALL_FILES = 16
+SHARED_BYTES = 4 << 20
+SHARED_FILES = 1000
+
+
+@dataclass(slots=True)
+class PlannedFragment:
+    """A fragment of the input.
+
+    Attributes:
+        files: The input files; one unless they are small.
+        stamps: The same files, as the manifest describes them.
+        lines: The lines of the only file; None: all of the files.
+        content: SHA-256 in hex of the bytes.
+        known: The manifest's fragment with these bytes; None: a new one.
+        replaces: Numbers of the fragments that a new one replaces.
+    """
+
+    files: list[InputFile]
+    stamps: tuple[FileRecord, ...]
+    lines: LinesRecord | None
+    content: str
+    known: Fragment | None = None
+    replaces: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+        more = f" and {len(self.files) - 1:,} more files" if len(self.files) > 1 else ""
+        first = self.lines.first_line if self.lines else 1
+        return f"{self.files[0].name}{more}{f' from line {first:,}' if first > 1 else ''}"
+
+    @property
+    def parts(self) -> list[InputFile]:
+        """The files to read, with the lines to read."""
+        if self.lines is None:
+            return self.files
+        lines = LineRange(self.lines.start, self.lines.stop, self.lines.first_line)
+        return [self.files[0].part(lines)]
+
+
+@dataclass(slots=True)
+class Plan:
+    """Fragments of the input.
+
+    Attributes:
+        fragments: The fragments, in the order of sending.
+        replaced: Fragments whose rows are deleted once those that replace them are done.
+        lost: Paths of files that no longer exist, and whose rows are among the deleted ones.
+    """
+
+    fragments: list[PlannedFragment] = field(default_factory=list)
+    replaced: list[Fragment] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+
+class Planner:
+    """Comparison of input files with what a manifest says.
+
+    Args:
+        state: The manifest's state.
+        reading: Options that decide rows.
+        holds_paths: The rows hold paths, so that a file of another name has other rows.
+        cuts_lines: Files of lines may be cut.
+        verify_content: Hash all files, also those with the size and time of before.
+    """
+
+    def __init__(
+        self,
+        state: JobState,
+        reading: dict[str, Any],
+        *,
+        holds_paths: bool = False,
+        cuts_lines: bool = True,
+        verify_content: bool = False,
+    ) -> None:
+        self._known = [one for one in state.current() if one.reading == reading]
+        self._format = reading.get("format")
+        self._holds_paths = holds_paths
+        self._cuts_lines = cuts_lines
+        self._verify_content = verify_content
+
+    def plan(self, files: Sequence[InputFile]) -> Plan:
+        """Plan the fragments of some files.
+
+        Files whose size and time are those of before are not read.
+
+        Raises:
+            InvalidCommandError: A file cannot be read.
+        """
+        inputs = {_record(file).path: file for file in files}
+        stamps = {path: _record(file) for path, file in inputs.items()}
+        here = [one for one in self._known if any(file.path in inputs for file in one.files)]
+        suspect = [one for one in here if self._may_differ(one, stamps)]
+        changed = _paths(suspect)
+        # A file of lines has several fragments, and one that is suspect makes the others so.
+        suspect = [one for one in here if changed & _paths([one])]
+        lost = []
+        for path in sorted(changed - inputs.keys()):  # small files beside a changed one
+            if Path(path).exists():
+                inputs[path] = self._named(path)
+                stamps[path] = _record(inputs[path])
+            else:
+                lost.append(path)
+        suspect_ids = {one.id for one in suspect}
+        same = [one for one in here if one.id not in suspect_ids]
+        rest = inputs.keys() - _paths(same)
+        new = {path: (file, stamps[path]) for path, file in inputs.items() if path in rest}
+        cut = list(self._cut(new, suspect))
+        self._match(cut, suspect, inputs.keys())
+        matched = {one.known.id for one in cut if one.known is not None}
+        replaced = [one for one in suspect if one.id not in matched]
+        former: dict[str, list[int]] = {}
+        for one in replaced:
+            for file in one.files:
+                former.setdefault(file.path, []).append(one.id)
+        for planned in cut:
+            if planned.known is None:
+                numbers = [old for stamp in planned.stamps for old in former.get(stamp.path, ())]
+                planned.replaces = tuple(dict.fromkeys(numbers))
+        kept = [
+            PlannedFragment(
+                [inputs.get(file.path) or self._named(file.path) for file in one.files],
+                one.files,
+                one.lines,
+                one.content,
+                one,
+            )
+            for one in same
+        ]
+        return Plan(_in_order([*kept, *cut], list(inputs)), replaced, lost)
+
+    def _may_differ(self, fragment: Fragment, stamps: dict[str, FileRecord]) -> bool:
+        """Whether a file has another size or time. Files that are not in the input do not count."""
+        return self._verify_content or any(
+            stamps.get(one.path, one) != one for one in fragment.files
+        )
+
+    def _named(self, path: str) -> InputFile:
+        """A file of the job that is not in the input, and may be gone."""
+        place = Path(path)
+        size = place.stat().st_size if place.exists() else 0
+        return InputFile(place, path, size, self._format or format_of(place))
+
+    def _cut(
+        self, files: dict[str, tuple[InputFile, FileRecord]], before: Sequence[Fragment]
+    ) -> Iterator[PlannedFragment]:
+        """Cut files that are new or may have changed; `before` has what they were."""
+        pieces: dict[str, list[Piece]] = {}
+        for old in before:
+            if old.lines is not None:
+                piece = Piece(old.lines.start, old.lines.stop, old.lines.first_line, old.content)
+                pieces.setdefault(old.files[0].path, []).append(piece)
+        is_small = {
+            path: record.size <= SMALL_BYTES and path not in pieces
+            for path, (_, record) in files.items()
+        }
+        shares = sum(is_small.values()) >= MIN_SMALL_FILES
+        group: list[tuple[InputFile, FileRecord]] = []
+        size = 0
+        for path, (file, record) in files.items():
+            if shares and is_small[path]:
+                if group and (size + record.size > SHARED_BYTES or len(group) >= SHARED_FILES):
+                    yield _shared(group)
+                    group, size = [], 0
+                group.append((file, record))
+                size += record.size
+            elif self._cuts_lines and has_lines(file):
+                for piece in cut_lines(file, sorted(pieces.get(path, []), key=_start)):
+                    lines = LinesRecord(piece.start, piece.stop, piece.first_line)
+                    yield PlannedFragment([file], (record,), lines, piece.content)
+            else:
+                yield PlannedFragment([file], (record,), None, hash_file(file))
+        if group:
+            yield _shared(group)
+
+    def _match(
+        self, cut: Sequence[PlannedFragment], suspect: Sequence[Fragment], inputs: Set[str]
+    ) -> None:
+        """Find the known fragments of files that have not changed, or have another name."""
+        here = {_identity(one.files, one.lines, one.content): one for one in suspect}
+        gone: dict[Any, Fragment] = {}
+        if not self._holds_paths:
+            for one in self._known:
+                paths = [file.path for file in one.files]
+                if len(paths) == 1 and paths[0] not in inputs and not Path(paths[0]).exists():
+                    gone.setdefault((one.lines, one.content), one)
+        for planned in cut:
+            identity = _identity(planned.stamps, planned.lines, planned.content)
+            planned.known = here.pop(identity, None)
+            if planned.known is None and len(planned.files) == 1:
+                planned.known = gone.pop((planned.lines, planned.content), None)
+
+
+def _in_order(fragments: list[PlannedFragment], paths: list[str]) -> list[PlannedFragment]:
+    """The fragments in the order of their first files in the input."""
+    place = {path: number for number, path in enumerate(paths)}
+    last = len(place)
+
+    def key(one: PlannedFragment) -> tuple[int, int]:
+        first = min(place.get(stamp.path, last) for stamp in one.stamps)
+        return first, one.lines.start if one.lines else 0
+
+    return sorted(fragments, key=key)
+
+
+def _paths(fragments: Sequence[Fragment]) -> set[str]:
+    return {file.path for one in fragments for file in one.files}
+
+
+def _identity(files: Sequence[FileRecord], lines: LinesRecord | None, content: str) -> Any:
+    return tuple(sorted(one.path for one in files)), lines, content
+
+
+def _start(piece: Piece) -> int:
+    return piece.start
+
+
+def _record(file: InputFile) -> FileRecord:
+    stamp = file.stamp()
+    assert file.path is not None
+    assert stamp is not None
+    return file_record(file.path, stamp)
+
+
+def _shared(group: Sequence[tuple[InputFile, FileRecord]]) -> PlannedFragment:
+    digest = hashlib.sha256()
+    for file, _ in group:
+        digest.update(bytes.fromhex(hash_file(file)))
+    stamps = tuple(record for _, record in group)
+    return PlannedFragment([file for file, _ in group], stamps, None, digest.hexdigest())
