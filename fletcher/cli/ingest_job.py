@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import pyarrow as pa
 
 from fletcher.cli.connection import EmbedTarget
@@ -91,7 +91,7 @@ class JobPlace:
             server=server,
             options=vector_options(options),
             model=model,
-            command=sys.argv[1:],
+            command=list(click.get_current_context().find_root().obj),
             folder=str(Path.cwd()),
         )
 
@@ -209,7 +209,11 @@ class IngestJob:
         self.source: TextSource | None = None
         if self._run.todo or self._run.has_former:
             earlier = manifest.state.schema(self._columns)
-            known = None if earlier is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(earlier)))
+            known = (
+                None
+                if earlier is None
+                else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(earlier)))
+            )
             self.source = given.source(self._run.inputs(), known)
 
     def send(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ from fletcher.util.locks import FileLock
 
 MANIFEST = "manifest.jsonl"
 _LOCK = ".lock"
+_PID = ".pid"  # of the process that has the lock
 _GONE = ("replaced", "deleted")
 # A manifest with more lines than this, and more than twice as many as it needs, is rewritten.
 _MIN_LINES = 1000
@@ -111,6 +113,18 @@ def read_manifest(folder: Path) -> JobState:
     return _parsed(path, content)[0]
 
 
+def running_process(folder: Path) -> int | None:
+    """The process that runs the job in a folder; None: nobody does."""
+    try:
+        FileLock(folder / _LOCK).release()
+    except BlockingIOError:
+        with contextlib.suppress(OSError, ValueError):
+            return int((folder / _PID).read_text())
+    except OSError:
+        pass
+    return None
+
+
 def _parsed(path: Path, content: bytes) -> tuple[JobState, int]:
     """The state, and the number of bytes of whole lines."""
     state = JobState()
@@ -149,6 +163,7 @@ class Manifest(Closing):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / _LOCK)
+            (folder / _PID).write_text(str(os.getpid()))
         except BlockingIOError:
             raise ConfigError(
                 f"the job in {folder} is running in another process; wait for its end, or stop it",
