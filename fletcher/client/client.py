@@ -28,6 +28,8 @@ from fletcher.util.closing import Closing
 DEFAULT_TIMEOUT_S = 20.0
 # Reading, compiling and warming up a large model takes minutes.
 LOAD_TIMEOUT_S = 300.0
+# The rows of a large dataset are read for the deletion.
+DELETE_TIMEOUT_S = 300.0
 _EMBED_ROWS = 4096
 
 
@@ -250,6 +252,19 @@ class Client(Closing):
         """Progress of an upload: `rows_durable`, `ranges` (inclusive) and `complete`."""
         body = {"upload_id": upload_id} | ({} if dataset is None else {"dataset": dataset})
         return self._connection.action("upload_status", body)
+
+    def delete_upload(self, upload_id: str, dataset: str, store: str | None = None) -> int:
+        """Delete the rows of an upload from its store, and return their number.
+
+        The upload must have ended. Afterwards the same id names a new upload.
+
+        Raises:
+            UnsupportedCallError: The store cannot delete rows for good.
+            UploadConflictError: The upload has a connection.
+        """
+        body = {"upload_id": upload_id, "dataset": dataset}
+        body |= {} if store is None else {"store": store}
+        return int(self._connection.action("delete_upload", body, DELETE_TIMEOUT_S)["rows_deleted"])
 
     def stats(self) -> dict[str, Any]:
         """The server's counters, durations, queues and workers."""

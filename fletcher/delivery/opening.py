@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -84,17 +86,24 @@ class UploadOpener:
         return self._uploads.join_upload(key, terms, new) or new
 
     def _open_dataset(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
-        ready = sink.committer.request_opening(schema, mode)
-        try:
-            ready.result(self._timeout_s)
-        except TimeoutError:
-            ready.cancel()
-            raise StoreUnavailableError("the store does not answer; try again later") from None
+        self.wait(sink.committer.request_opening(schema, mode))
         destination = sink.committer.destination
         dataset = destination.dataset
         stored = destination.store.read_schema(dataset) if mode == "upsert" else None
         if stored is not None:
             check_one_row_each(dataset, stored, schema)
+
+    def wait(self, ready: Future[Any]) -> Any:
+        """The result of a request to a committer.
+
+        Raises:
+            StoreUnavailableError: The store does not answer in time.
+        """
+        try:
+            return ready.result(self._timeout_s)
+        except TimeoutError:
+            ready.cancel()
+            raise StoreUnavailableError("the store does not answer; try again later") from None
 
     def settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
         """Rows of an upload that need not be sent again, by the store and the journal."""

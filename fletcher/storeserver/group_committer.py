@@ -178,6 +178,13 @@ class GroupCommitter:
         self._open_existing()
         return self._writer.delete_rows(condition) if self._writer else 0
 
+    def delete_upload(self, upload_id: str) -> int:
+        """Delete the rows of an upload, and forget its keys; return the number of rows."""
+        self._open_existing()
+        num_rows = self._writer.delete_upload(upload_id) if self._writer else 0
+        self._ledger.forget_upload(upload_id)
+        return num_rows
+
     def delete_dataset(self) -> None:
         """Delete the dataset."""
         self.close_writer()
