@@ -315,9 +315,6 @@ def _print(report: Mapping[str, Any]) -> None:
         print(f"{report['rows_deleted']:,} former rows of changed files deleted")
     for name in ("dataset", "store", "model", "job" if report["job"] else "upload_id"):
         print(f"{name.removesuffix('_id'):<8} {report[name]}")
-    for failed in report.get("failed_files", ()):
-        line = f"{printable(failed['file'])}: {failed['code']}: {printable(failed['message'])}"
-        print(cut(line, terminal_width()))
     for error in report["errors"][:SHOWN_ERRORS]:
         named = f" (id {printable(error['id'])})" if error.get("id") is not None else ""
         place = f"{printable(error['file'])}, " if error.get("file") else ""

@@ -14,7 +14,7 @@ import click
 import pyarrow as pa
 
 from fletcher.cli.connection import EmbedTarget
-from fletcher.cli.terminal import say
+from fletcher.cli.terminal import printable, say
 from fletcher.config.server import ServeConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import ConfigError, UnknownDatasetError
@@ -231,6 +231,9 @@ class IngestJob:
         if self._run.todo and schema != self._manifest.state.schema(self._columns):
             self._manifest.append(SchemaRecord(reading=self._columns, schema=schema))
         self._run.send(client, self.source, options, on_ack)
+        for one in self._run.failed:
+            reason = printable(one.error.message)
+            say(f"fletcher ingest: {printable(one.file)} is left out: {reason}")
         self._run.delete_former(client, options)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from fletcher.client.files import UploadTotal, put_source
 from fletcher.client.messages import PutSummary, RowError
 from fletcher.client.put import OnAck
 from fletcher.core.command import EmbedCommand
-from fletcher.errors import ConfigError, FletcherError
+from fletcher.errors import ConfigError, FletcherError, UnsupportedCallError
 from fletcher.jobs.manifest import Manifest, now
 from fletcher.jobs.plan import Plan, PlannedFragment
 from fletcher.jobs.records import Fragment, JobRecord, StampsRecord, StateRecord
@@ -152,6 +153,7 @@ class JobRun:
         Raises:
             FletcherError: The server refuses or fails.
         """
+        self._check_deletion(client, options)
         fragments = self._write_plan(options)
         parts = source.split(one.parts for one in self.todo)
         self.total.on_ack = on_ack
@@ -174,6 +176,24 @@ class JobRun:
             name = old.upload_id
             self.num_deleted += client.delete_upload(name, options.dataset, options.store)
             self._manifest.set_state(old, "deleted", rows=state.states[old.id].rows)
+
+    def _check_deletion(self, client: Client, options: EmbedCommand) -> None:
+        """Refuse changed files if the store cannot delete rows, before anything is sent.
+
+        Raises:
+            UnsupportedCallError: The message names a file.
+        """
+        if not self._plan.replaced:
+            return
+        assert options.dataset is not None
+        try:  # no upload has this id
+            client.delete_upload(uuid.uuid4().hex, options.dataset, options.store)
+        except UnsupportedCallError as error:
+            raise UnsupportedCallError(
+                f"{self._plan.replaced[0].files[0].path} has changed since it was stored, and its "
+                f"former rows cannot be deleted: {error.message}; ingest into another dataset",
+                field="store",
+            ) from error
 
     def _send_one(
         self,
