@@ -123,7 +123,7 @@ def cli(
         dataset: Dataset to write to.
         job: Folder of the job's manifest, which says what is stored of which file. Default: beside
             the dataset if the store is a folder here, else in the home folder.
-        verify_content: Read all files again, also those with the size and time of before.
+        verify_content: Read all files again, also those with the known size and time.
         upload_id: Name of one upload for all files. Run the command again with the same name and
             input to resume. Warning: other input under the same name counts as already uploaded.
             Default: names that the job chooses, or a random name for - and for --mode delta.
@@ -203,7 +203,7 @@ def _send(
         options = dataclasses.replace(options, prompt=prompt)
     try:
         with Progress(meter.sample, Total(source.limit, source.total_bytes)):
-            work.send(client, options, meter.on_ack)
+            work.send_rows(client, options, meter.on_ack)
     except KeyboardInterrupt:
         # Printed before the workers are stopped, which takes seconds.
         again = "; the same command continues" if source.reiterable or options.upload_id else ""
@@ -313,11 +313,13 @@ def _print(report: Mapping[str, Any]) -> None:
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
     if report.get("rows_deleted"):
         print(f"{report['rows_deleted']:,} former rows of changed files deleted")
-    for name in ("dataset", "store", "model", "job" if report["job"] else "upload_id"):
-        print(f"{name.removesuffix('_id'):<8} {report[name]}")
+    for name in ("dataset", "store", "model", "job", "upload_id"):
+        if report[name]:
+            print(f"{name.removesuffix('_id'):<8} {report[name]}")
     for error in report["errors"][:SHOWN_ERRORS]:
         named = f" (id {printable(error['id'])})" if error.get("id") is not None else ""
-        place = f"{printable(error['file'])}, " if error.get("file") else ""
+        named_file = error.get("file") and len(report["uploads"]) > 1
+        place = f"{printable(error['file'])}, " if named_file else ""
         line = f"{place}row {error['row']}{named}: {error['code']}: {printable(error['message'])}"
         print(cut(line, terminal_width()))
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])

@@ -36,7 +36,7 @@ MAX_NAMES = 5
 
 @dataclass(frozen=True, slots=True)
 class JobPlace:
-    """Where a job's manifest is, and where its rows go.
+    """Place of a job's manifest, and of its rows.
 
     Attributes:
         folder: Folder of the manifest.
@@ -127,7 +127,7 @@ class IngestInput:
         selection: Columns and rows to read.
         read: Options for reading.
         format_name: The format that was asked for; None: that of each file.
-        verify_content: Hash all files, also those with the size and time of before.
+        verify_content: Hash all files, also those with the known size and time.
     """
 
     files: list[InputFile]
@@ -161,14 +161,14 @@ class SingleUpload:
 
     Attributes:
         source: The rows to send.
-        summary: The result, after `send`.
+        summary: The result, after `send_rows`.
     """
 
     def __init__(self, given: IngestInput) -> None:
         self.source: TextSource | None = given.source(given.files)
         self.summary: PutSummary
 
-    def send(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
+    def send_rows(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
         """Send the rows."""
         assert self.source is not None
         self.summary = client.ingest(self.source, options, on_ack=on_ack)
@@ -216,7 +216,7 @@ class IngestJob:
             )
             self.source = given.source(self._run.inputs(), known)
 
-    def send(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
+    def send_rows(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
         """Send what is not stored, and delete what was replaced.
 
         Raises:
@@ -230,7 +230,7 @@ class IngestJob:
         schema = base64.b64encode(self.source.plain_schema.serialize()).decode()
         if self._run.todo and schema != self._manifest.state.schema(self._columns):
             self._manifest.append(SchemaRecord(reading=self._columns, schema=schema))
-        self._run.send(client, self.source, options, on_ack)
+        self._run.send_fragments(client, self.source, options, on_ack)
         for one in self._run.failed:
             reason = printable(one.error.message)
             say(f"fletcher ingest: {printable(one.file)} is left out: {reason}")

@@ -33,7 +33,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A request to prepare the dataset, to replace it by a staged one, or to delete rows.
+    """A request to prepare the dataset, to replace it, or to delete rows of it.
 
     A caller that stops waiting cancels `ready`.
 

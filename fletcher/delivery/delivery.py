@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.core.owner import plain_id
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.completion import UploadCompletion
 from fletcher.delivery.dedupe.fingerprints import delta_kind
@@ -33,13 +32,7 @@ from fletcher.delivery.store_survey import StoreSurvey
 from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload, UploadKey, UploadTerms
 from fletcher.delivery.upload_registry import UploadRegistry
-from fletcher.errors import (
-    FletcherError,
-    InvalidCommandError,
-    StoreUnavailableError,
-    UnsupportedCallError,
-    UploadConflictError,
-)
+from fletcher.errors import FletcherError, InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import Store
 from fletcher.stores.staging import is_replaced_by, staged_name
 from fletcher.telemetry.tracing import Telemetry
@@ -89,7 +82,8 @@ class Delivery:
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
         self._surveys = {name: StoreSurvey(name, store) for name, store in stores.items()}
         telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
-        telemetry.queue_depth.observe(self._num_waiting_rows, stage="rows")
+        waiting = lambda: sum(one.committer.num_waiting_rows for one in self._all_sinks())  # noqa: E731
+        telemetry.queue_depth.observe(waiting, stage="rows")
         for name, breaker in self._breakers.items():
             telemetry.store_away.observe(breaker.unavailability, store=name)
             telemetry.store_append_share.observe(partial(self._append_share, name), store=name)
@@ -215,67 +209,20 @@ class Delivery:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.
         self._breakers[name].require_ready(options.dataset)
-        datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
-        for dataset in datasets:
-            if is_replaced_by(store.incarnation(dataset), options.upload_id):
-                settled = self._opener.settled(store, dataset, options.upload_id)
-                found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
-                return {**found.status(), "complete": True}
-        staged = [staged_name(one, options.upload_id) for one in datasets]
-        for dataset in [*datasets, *staged]:
-            settled = self._opener.settled(store, dataset, options.upload_id)
-            if any(settled):
-                found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
-                return found.status()
-        return {"rows_durable": 0, "ranges": [], "complete": False}
+        return self._opener.stored_status(store, options.dataset, options.upload_id)
 
     def delete_upload(self, options: EmbedCommand) -> int:
-        """Delete the rows of an upload from its store, and forget the upload.
-
-        Returns the number of deleted rows. Afterwards the same id names a new upload.
-
-        Raises:
-            UnsupportedCallError: The store cannot delete rows for good.
-            UploadConflictError: The upload has a connection.
-            StoreUnavailableError: The store does not answer, or rows of the upload wait for it.
-        """
+        """See `UploadOpener.delete_upload`."""
         name, store = self.store(options.store)
-        if options.upload_id is None or options.dataset is None:
-            missing = "upload_id" if options.upload_id is None else "dataset"
-            raise InvalidCommandError(f"`{missing}` is missing", field=missing)
-        key = (name, options.dataset, options.upload_id)
-        self._breakers[name].require_ready(options.dataset)
-        if not store.capabilities.deletes_uploads:
-            raise UnsupportedCallError(
-                f"store {name!r} cannot delete the rows of an upload for good", field="store"
-            )
+        key = (name, options.dataset or "", options.upload_id or "")
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
-            if self._incarnation(name, options.dataset) is None:
+            if self._incarnation(name, key[1]) is None:
                 return 0
             sink = self._enter_sink(key, store)
             try:
-                upload = self._uploads.find_upload(*key)
-                if upload is not None:
-                    self._check_settled(upload, sink)
-                ready = sink.committer.request_deletion(options.upload_id)
-                num_rows = int(self._opener.wait(ready))
-                self._uploads.forget_upload(key)
+                return self._opener.delete_upload(key, sink)
             finally:
                 self._leave_sink(sink)
-        return num_rows
-
-    def _check_settled(self, upload: Upload, sink: DatasetSink) -> None:
-        """Refuse to delete an upload that has a connection or waiting rows."""
-        if upload.connections:
-            raise UploadConflictError(
-                f"upload {plain_id(upload.upload_id)!r} has a connection; end it first",
-                field="upload_id",
-            )
-        timeout_s = self._timing.opening_timeout_s
-        if not sink.wait_written(timeout_s) or (upload.pending and not sink.wait_idle(timeout_s)):
-            raise StoreUnavailableError(
-                f"rows of upload {plain_id(upload.upload_id)!r} wait for the store; try again later"
-            )
 
     def _check_rows(self, store_name: str, upload: Upload) -> None:
         """Ask the store for an upload's dataset, unless the breaker holds it back."""
@@ -450,6 +397,3 @@ class Delivery:
         with self._lock:
             sinks = [sink for (store, _), sink in self._sinks.items() if store == name]
         return min((sink.committer.append_size.share for sink in sinks), default=1.0)
-
-    def _num_waiting_rows(self) -> int:
-        return sum(sink.committer.num_waiting_rows for sink in self._all_sinks())

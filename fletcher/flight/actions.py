@@ -115,8 +115,10 @@ def _delete_upload(service: Service, body: bytes, caller: Caller) -> dict[str, A
     fields = parse_json(body)
     refuse_unused("delete_upload", fields)
     command = EmbedCommand.from_mapping(fields)
-    if command.upload_id is not None:
-        command = command.owned_by(upload_owner(caller))
+    for name in ("dataset", "upload_id"):
+        if getattr(command, name) is None:
+            raise InvalidCommandError(f"`{name}` is missing", field=name)
+    command = command.owned_by(upload_owner(caller))
     return {"rows_deleted": service.delivery.delete_upload(command)}
 
 

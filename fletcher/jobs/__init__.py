@@ -1,3 +1,3 @@
-"""Jobs: files that are sent to a dataset, and the manifest that says which of them are stored."""
+"""Jobs: files that are sent to a dataset, and the manifest of what is stored."""
 
 from __future__ import annotations

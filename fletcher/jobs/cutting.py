@@ -33,7 +33,10 @@ class Piece:
 
 
 def hash_file(file: InputFile) -> str:
-    """SHA-256 in hex of a file's bytes. Raises InvalidCommandError if it cannot be read."""
+    """SHA-256 in hex of a file's bytes.
+
+    Raises InvalidCommandError if it cannot be read.
+    """
     with _opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -94,7 +97,10 @@ def cut_lines(
 
 
 class _LineCounter:
-    """Number of the line after the bytes counted so far. A line ends at CR, LF or CRLF."""
+    """Number of the line after the bytes counted so far.
+
+    A line ends at CR, LF or CRLF.
+    """
 
     def __init__(self, number: int = 1, *, after_cr: bool = False) -> None:
         self.number = number

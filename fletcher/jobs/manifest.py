@@ -1,4 +1,4 @@
-"""Manifest of a job: a file of JSON lines, to which each change is appended and synced."""
+"""Manifest of a job: JSON lines, to which each change is appended and synced."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def now() -> str:
 
 
 class JobState:
-    """What a manifest says: the job, its fragments and their states.
+    """Content of a manifest: the job, its fragments and their states.
 
     Attributes:
         job: The job; None before it was begun.
@@ -145,7 +145,7 @@ def _parsed(path: Path, content: bytes) -> tuple[JobState, int]:
 
 
 class Manifest(Closing):
-    """A job's manifest, open for writing. One process at a time has it. Not thread-safe.
+    """A job's manifest, open for writing by one process. Not thread-safe.
 
     Attributes:
         folder: Folder of the manifest.

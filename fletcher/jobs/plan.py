@@ -1,4 +1,4 @@
-"""Plan of a job: which fragments are known, which are new, and which ones they replace."""
+"""Plan of a job: fragments that are known, new, or replaced."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Planner:
         reading: Options that decide rows.
         holds_paths: The rows hold paths, so that a file of another name has other rows.
         cuts_lines: Files of lines may be cut.
-        verify_content: Hash all files, also those with the size and time of before.
+        verify_content: Hash all files, also those with the known size and time.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Planner:
     def plan(self, files: Sequence[InputFile]) -> Plan:
         """Plan the fragments of some files.
 
-        Files whose size and time are those of before are not read.
+        Files whose size and time are known are not read.
 
         Raises:
             InvalidCommandError: A file cannot be read.
@@ -149,7 +149,7 @@ class Planner:
         return Plan(_in_order([*kept, *cut], list(inputs)), replaced, lost)
 
     def _may_differ(self, fragment: Fragment, stamps: dict[str, FileRecord]) -> bool:
-        """Whether a file has another size or time. Files that are not in the input do not count."""
+        """Whether a file of the input has another size or time."""
         return self._verify_content or any(
             stamps.get(one.path, one) != one for one in fragment.files
         )

@@ -67,7 +67,9 @@ class JobRecord(msgspec.Struct, kw_only=True, tag="job", tag_field="type"):
 
 
 class Fragment(msgspec.Struct, kw_only=True, tag="fragment", tag_field="type", omit_defaults=True):
-    """Rows that are sent as one upload: a file, some lines of one, or several small files.
+    """Rows that are sent as one upload.
+
+    They are those of a file, of some lines of one, or of several small files.
 
     Attributes:
         id: Number of the fragment in the job, from 0.
@@ -100,6 +102,7 @@ class StateRecord(
         rows: Number of rows that were sent.
         rows_stored: Number of rows that are stored.
         rows_failed: Number of rows without a vector.
+        model: Model of the vectors, as the server tells it in a summary.
         error: Why it failed.
         at: Time of the change, ISO 8601 in UTC.
     """
@@ -109,6 +112,7 @@ class StateRecord(
     rows: int = 0
     rows_stored: int = 0
     rows_failed: int = 0
+    model: str = ""
     error: str | None = None
     at: str = ""
 

@@ -1,4 +1,4 @@
-"""One run of a job: sends the fragments that are not stored, and deletes former ones."""
+"""One run of a job: new fragments are sent, and former ones are deleted."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class JobRun:
         """The input files, or parts of them, that are to be sent."""
         return [part for one in self.todo for part in one.parts]
 
-    def send(
+    def send_fragments(
         self, client: Client, source: TextSource, options: EmbedCommand, on_ack: OnAck | None
     ) -> None:
         """Send the fragments of `todo`, the parts of `source`, in order.
@@ -225,6 +225,7 @@ class JobRun:
             rows=summary.rows_received,
             rows_stored=summary.rows_stored,
             rows_failed=summary.rows_failed,
+            model=summary.model,
         )
         return replace(summary, errors=_by_file(summary.errors, part))
 
@@ -301,6 +302,7 @@ class JobRun:
             rows_failed=counts.rows_failed,
             rows_durable=counts.rows,
             rows_skipped=counts.rows,
+            model=counts.model,
         )
 
     def _deletable(self) -> list[Fragment]:
@@ -323,7 +325,7 @@ def _upload_id(
 
 
 def _by_file(errors: Sequence[RowError], part: TextSource) -> tuple[RowError, ...]:
-    """Errors with the files of their rows; the numbers of rows count from each file's first."""
+    """Errors with the files of their rows, and the rows' numbers in these files."""
     names, firsts = list(part.first_rows), list(part.first_rows.values())
     found = []
     for error in errors:

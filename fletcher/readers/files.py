@@ -36,7 +36,7 @@ _COLUMN_NAME = re.compile(r"[^\W\d][\w .()/%-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class LineRange:
-    """Some lines of a file that is neither compressed nor an array: bytes `start` to `stop`.
+    """Some lines of a file that is neither compressed nor an array.
 
     Attributes:
         start: Offset of the first byte.

@@ -51,7 +51,7 @@ def merged_schema(schemas: Sequence[tuple[pa.Schema, str]], selection: Selection
 
 
 def widened(schema: pa.Schema, earlier: pa.Schema | None) -> pa.Schema:
-    """A schema with types that also hold the values of `earlier`, where such types exist."""
+    """A schema whose types also hold the values of `earlier`, where possible."""
     if earlier is None:
         return schema
     known = {field.name: field.type for field in earlier}

@@ -189,9 +189,9 @@ class TextSource:
         return self.split([[one] for one in self.files])
 
     def split(self, groups: Iterable[list[InputFile]]) -> list[TextSource]:
-        """A source for each group of files with the schema of this one. They replace this source.
+        """A source for each group of files with the schema of this one.
 
-        The groups have all files of this source.
+        The groups have all files of this source, which they replace.
         """
         if self._parts is None:
             self._parts = [TextSource(one, self._reader, self.plain_schema) for one in groups]
