@@ -28,7 +28,7 @@ from fletcher.util.closing import Closing
 DEFAULT_TIMEOUT_S = 20.0
 # Reading, compiling and warming up a large model takes minutes.
 LOAD_TIMEOUT_S = 300.0
-# The rows of a large dataset are read for the deletion.
+# The store may read all rows of a dataset to find those of the upload.
 DELETE_TIMEOUT_S = 300.0
 _EMBED_ROWS = 4096
 
@@ -259,7 +259,7 @@ class Client(Closing):
         The upload must have ended. Afterwards the same id names a new upload.
 
         Raises:
-            UnsupportedCallError: The store cannot delete rows for good.
+            InvalidCommandError: The store cannot delete rows for good.
             UploadConflictError: The upload has a connection.
         """
         body = {"upload_id": upload_id, "dataset": dataset}

@@ -17,7 +17,7 @@ from fletcher.client.files import UploadTotal, put_source
 from fletcher.client.messages import PutSummary, RowError
 from fletcher.client.put import OnAck
 from fletcher.core.command import EmbedCommand
-from fletcher.errors import ConfigError, FletcherError, UnsupportedCallError
+from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 from fletcher.jobs.manifest import Manifest, now
 from fletcher.jobs.plan import Plan, PlannedFragment
 from fletcher.jobs.records import Fragment, JobRecord, StampsRecord, StateRecord
@@ -181,15 +181,15 @@ class JobRun:
         """Refuse changed files if the store cannot delete rows, before anything is sent.
 
         Raises:
-            UnsupportedCallError: The message names a file.
+            InvalidCommandError: The message names a file.
         """
         if not self._plan.replaced:
             return
         assert options.dataset is not None
         try:  # no upload has this id
             client.delete_upload(uuid.uuid4().hex, options.dataset, options.store)
-        except UnsupportedCallError as error:
-            raise UnsupportedCallError(
+        except InvalidCommandError as error:
+            raise InvalidCommandError(
                 f"{self._plan.replaced[0].files[0].path} has changed since it was stored, and its "
                 f"former rows cannot be deleted: {error.message}; ingest into another dataset",
                 field="store",

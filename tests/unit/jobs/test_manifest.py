@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fletcher.errors import ConfigError
 from fletcher.jobs.manifest import MANIFEST, Manifest, read_manifest, running_process
-from fletcher.jobs.records import FileRecord, Fragment, JobRecord, StampsRecord, StateRecord
+from fletcher.jobs.records import (
+    FileRecord,
+    Fragment,
+    JobRecord,
+    Record,
+    StampsRecord,
+    StateRecord,
+)
+from tests.unit.code_shape import ROOT
 
 
 def fragment(number: int, **changes: object) -> Fragment:
@@ -101,6 +110,12 @@ def test_a_program_without_fletcher_reads_it(tmp_path: Path) -> None:
     files = {one["id"]: one["files"][0]["path"] for one in lines if one["type"] == "fragment"}
     assert lines[0]["version"] == 1
     assert {files[number]: state for number, state in states.items()} == {"/a": "done"}
+
+
+def test_the_documented_schema_is_that_of_the_records() -> None:
+    documented = json.loads((ROOT / "docs/jobs.schema.json").read_text())
+    assert documented.pop("title") == "A line of a job's manifest"
+    assert documented == json.loads(json.dumps(msgspec.json.schema(Record)))
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
