@@ -18,7 +18,7 @@ from fletcher.readers.files import InputFile, LineRange, format_of
 SMALL_BYTES = 64 << 10
 MIN_SMALL_FILES = 16
 SHARED_BYTES = 4 << 20
-SHARED_FILES = 1000
+SHARED_FILES = 5000
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from fletcher.errors import FletcherError, InvalidCommandError, InvalidUtf8Error
-from fletcher.readers.arrays import Batches
+from fletcher.readers.arrays import BATCH_BYTES, Batches
 from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line
 from fletcher.readers.columns import Selection
 from fletcher.readers.file_reader import FileReader, ReadOptions
@@ -255,11 +255,28 @@ class TextSource:
         return widened(merged_schema(schemas, self.selection), self._earlier)
 
     def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
+        batches = self._conformed_batches(found)
         try:
-            yield from self._conformed_batches(found)
+            # A pipe's rows may come slowly, so they do not wait for others.
+            yield from self._joined(batches) if self.reiterable else batches
         except FletcherError as error:
             self.failure = error
             raise
+
+    def _joined(self, batches: Batches) -> Batches:
+        """Batches of small files joined to batches of about `batch_rows` rows."""
+        waiting: list[pa.RecordBatch] = []
+        num_rows = num_bytes = 0
+        for batch in batches:
+            size = batch.nbytes
+            full = num_rows + batch.num_rows > self.selection.batch_rows
+            if waiting and (full or num_bytes + size > BATCH_BYTES):
+                yield pa.concat_batches(waiting) if waiting[1:] else waiting[0]
+                waiting, num_rows, num_bytes = [], 0, 0
+            waiting.append(batch)
+            num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + size
+        if waiting:
+            yield pa.concat_batches(waiting) if waiting[1:] else waiting[0]
 
     def _conformed_batches(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
         left = self.limit
