@@ -267,16 +267,26 @@ class TextSource:
         """Batches of small files joined to batches of about `batch_rows` rows."""
         waiting: list[pa.RecordBatch] = []
         num_rows = num_bytes = 0
-        for batch in batches:
-            size = batch.nbytes
-            full = num_rows + batch.num_rows > self.selection.batch_rows
-            if waiting and (full or num_bytes + size > BATCH_BYTES):
+        error = None
+        while error is None:
+            try:
+                batch = next(batches, None)
+            except FletcherError as caught:  # the rows before it are read all the same
+                batch, error = None, caught
+            size = 0 if batch is None else batch.nbytes
+            if waiting and (
+                batch is None
+                or num_rows + batch.num_rows > self.selection.batch_rows
+                or num_bytes + size > BATCH_BYTES
+            ):
                 yield pa.concat_batches(waiting) if waiting[1:] else waiting[0]
                 waiting, num_rows, num_bytes = [], 0, 0
+            if batch is None:
+                break
             waiting.append(batch)
             num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + size
-        if waiting:
-            yield pa.concat_batches(waiting) if waiting[1:] else waiting[0]
+        if error is not None:
+            raise error
 
     def _conformed_batches(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
         left = self.limit
