@@ -233,6 +233,12 @@ func appendVectors(vectors [][]float32, batch arrow.RecordBatch) ([][]float32, e
 	if at := batch.Schema().FieldIndices("scale"); len(at) == 1 {
 		scales, _ = batch.Column(at[0]).(*array.Float32)
 	}
+	var ranges *ranges
+	if raw, has := batch.Schema().Metadata().GetValue("fletcher.ranges"); has {
+		if err := json.Unmarshal([]byte(raw), &ranges); err != nil || len(ranges.Start) != width || len(ranges.Step) != width {
+			return nil, &Error{Code: "internal", Message: "the server sent ranges that cannot be read"}
+		}
+	}
 	for row := range lists.Len() {
 		if lists.IsNull(row) {
 			return nil, &Error{Code: "internal", Message: "the server sent a row without a vector and without an error"}
@@ -242,14 +248,22 @@ func appendVectors(vectors [][]float32, batch arrow.RecordBatch) ([][]float32, e
 		if err != nil {
 			return nil, err
 		}
-		if scales != nil {
-			for place := range vector {
+		for place := range vector {
+			if scales != nil {
 				vector[place] *= scales.Value(row)
+			} else if ranges != nil {
+				vector[place] = ranges.Start[place] + (vector[place]+128.5)*ranges.Step[place]
 			}
 		}
 		vectors = append(vectors, vector)
 	}
 	return vectors, nil
+}
+
+// ranges of int8 vectors: the least value and the step of each dimension.
+type ranges struct {
+	Start []float32 `json:"start"`
+	Step  []float32 `json:"step"`
 }
 
 func floats(values arrow.Array, first, width int) ([]float32, error) {

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import click
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.options import json_option
-from fletcher.cli.shutdown import leave_now
+from fletcher.cli.shutdown import Signals, end_within, leave_now
 from fletcher.cli.terminal import print_json
 from fletcher.config.network import is_loopback
 from fletcher.errors import ConfigError
 
 # Time limit for commits at shutdown. They take less than a second unless the disk is slow.
 SHUTDOWN_S = 10.0
+# Time limit for closing the ports after the commits. Then the process is ended.
+CLOSE_S = 5.0
 _PORT = click.IntRange(0, 65535)
+_log = logging.getLogger(__name__)
 
 
 @command(
@@ -56,18 +57,17 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
             field="host",
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    log, stop = logging.getLogger(__name__), threading.Event()
-    # Handlers are set before the server listens, so that no signal gets the default handling.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP ignored: there is nothing to reload"))
-    server = StoreServer(path, host=host, port=port, meta_port=meta_port)
-    if as_json:
-        print_json({"address": server.address, "meta_address": server.meta_address})
-    else:
-        print(f"listening on {server.address} (meta {server.meta_address})")
-    sys.stdout.flush()
-    stop.wait()
-    if not server.close(SHUTDOWN_S):
-        log.warning("left calls open that their clients do not end")
-    leave_now(0)
+    # Signals are handled before the server listens, so that none gets the default handling.
+    with Signals(_log) as signals:
+        server = StoreServer(path, host=host, port=port, meta_port=meta_port)
+        signals.mark_ready()
+        if as_json:
+            print_json({"address": server.address, "meta_address": server.meta_address})
+        else:
+            print(f"listening on {server.address} (meta {server.meta_address})")
+        sys.stdout.flush()
+        signals.stop.wait()
+        with end_within(SHUTDOWN_S + CLOSE_S, _log):
+            if not server.close(SHUTDOWN_S):
+                _log.warning("left calls open that their clients do not end")
+            leave_now(0)

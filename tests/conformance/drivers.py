@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Programs that build and run a client's driver.
-TOOLS = {"python": "python3", "go": "go"}
+TOOLS = {"python": "python3", "go": "go", "rust": "cargo"}
+# Cargo's own locks let several processes build in one folder.
+CARGO_TARGET = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fletcher-rust"
 
 
 class Driver:
@@ -67,16 +69,24 @@ class _Case(threading.Thread):
         self.outcome = self._driver.run(**self._case)
 
 
+def require_tool(language: str) -> None:
+    """Skip the test if the machine lacks the language's tools, or fail it with REQUIRE_CLIENTS."""
+    if shutil.which(TOOLS[language]) is None:
+        refuse = pytest.fail if os.environ.get("REQUIRE_CLIENTS") else pytest.skip
+        refuse(f"{language}: {TOOLS[language]} is not installed")
+
+
+def run_tool(language: str, argv: list[str]) -> None:
+    """Run a language's tool in the folder of its client."""
+    variables = {"CARGO_TARGET_DIR": str(CARGO_TARGET), "CARGO_PROFILE_DEV_DEBUG": "0"}
+    folder = ROOT / "clients" / language
+    subprocess.run(argv, cwd=folder, env={**os.environ, **variables}, check=True, timeout=1200)
+
+
 @contextmanager
 def running(language: str, folder: Path) -> Iterator[Driver]:
-    """Builds a client's driver in `folder` and runs it.
-
-    Skips the test if the machine lacks the language's tools.
-    """
-    if shutil.which(TOOLS[language]) is None:
-        if os.environ.get("REQUIRE_CLIENTS"):
-            pytest.fail(f"{language}: {TOOLS[language]} is not installed")
-        pytest.skip(f"{language}: {TOOLS[language]} is not installed")
+    """Builds a client's driver in `folder` and runs it."""
+    require_tool(language)
     driver = Driver(_build(language, folder))
     try:
         yield driver
@@ -86,11 +96,12 @@ def running(language: str, folder: Path) -> Iterator[Driver]:
 
 def _build(language: str, folder: Path) -> list[str]:
     """The command that runs a driver."""
+    program = folder / "conformance"
     if language == "python":
         return [sys.executable, "-m", "tests.conformance.python_driver"]
-    program = folder / "conformance"
-    subprocess.run(
-        ["go", "build", "-o", str(program), "./cmd/conformance"],
-        cwd=ROOT / "clients" / "go", check=True, timeout=600,
-    )  # fmt: skip
+    if language == "go":
+        run_tool("go", ["go", "build", "-o", str(program), "./cmd/conformance"])
+    else:
+        run_tool("rust", ["cargo", "build", "--locked", "--quiet", "--example", "conformance"])
+        shutil.copy2(CARGO_TARGET / "debug" / "examples" / "conformance", program)
     return [str(program)]

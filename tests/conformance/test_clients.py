@@ -16,13 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fletcher.cli import main
+from fletcher.config.server import ServeConfig
 from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
+from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 from tests.conformance.drivers import TOOLS, Driver, running
+from tests.conftest import GOLDEN
 from tests.faults.schedules import free_port
 from tests.integration.processes import Place, ServerProcess, eventually, serving
 
 CASES = json.loads((Path(__file__).parent / "cases.json").read_text())
+# A language's first test builds its driver. That takes minutes if the caches are empty.
+pytestmark = pytest.mark.timeout(1300)
 RETRIES = {"max_retries": 30}
 _numbers = itertools.count()
 
@@ -130,6 +137,33 @@ def test_case(driver: Driver, python: Driver, server: Server, case: dict[str, An
             lambda: server.ids(fields["dataset"]) == list(range(expect["stored"])),
             f"{expect['stored']} rows are stored",
         )
+
+
+def test_ranges_of_int8_vectors_are_applied(
+    driver: Driver, python: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLETCHER_HOME", str(tmp_path))
+    monkeypatch.setenv("FLETCHER_BACKEND", "null")
+    Registry(tmp_path / "models").add_model(str(GOLDEN / "tiny"), progress=print)
+    texts = [f"text {number}" for number in range(100)]
+    sample = tmp_path / "sample.txt"
+    sample.write_text("\n".join(texts))
+    assert main(["model", "calibrate", "tiny", str(sample)]) == 0
+    config = ServeConfig.from_options(home=tmp_path, model="tiny", port=0, int8="ranges")
+    with Runtime(config) as server:
+        case = {"call": "embed", "address": server.address, "texts": texts}
+        case["command"] = {"dtype": "int8"}
+        found, reference = driver.run(**case)["answer"], python.run(**case)["answer"]
+    np.testing.assert_allclose(found, reference, rtol=1e-6)
+
+
+def test_a_token_is_sent(driver: Driver, start_server: StartServer, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("right\n")
+    case = {"call": "embed", "address": start_server("--token-file", str(tokens)).address}
+    case |= {"texts": ["a"], "token": "right"}
+    assert len(driver.run(**case)["answer"]) == 1
+    assert driver.run(**{**case, "token": "wrong"})["error"]["code"] == "unauthenticated"
 
 
 def test_answers_larger_than_a_message(driver: Driver, python: Driver, server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -39,7 +40,7 @@ from tests.doubles.list_search import check_list_search
 from tests.integration.store_calls import DEADLINE, act, get, put
 
 MAIN = "import sys; from fletcher.cli import main; sys.exit(main())"
-COMMAND = [sys.executable, "-c", MAIN, "store"]
+COMMAND = [sys.executable, "-X", "faulthandler", "-c", MAIN, "store"]
 
 
 @contextmanager
@@ -600,11 +601,41 @@ def test_sigterm_keeps_what_came_and_ends_within_a_bound(tmp_path):
         writer.write_batch(rows.batch(10, 10))
         assert reader.read_chunk().app_metadata
         process.send_signal(signal.SIGTERM)  # with a call open that would go on
-        assert process.wait(timeout=20) == 0
-        assert process.stderr.read().count("Traceback") == 0
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # its threads' stacks are printed
+        errors = process.stderr.read()
+        assert process.wait() == 0, errors
+        assert "Traceback" not in errors
         with pytest.raises((flight.FlightError, pa.ArrowException)):
             writer.close()
     assert open_store(f"lance:{tmp_path}").dataset("d").num_rows == 20
+
+
+STUCK = """
+import sys, threading
+from fletcher.cli import main, store
+from fletcher.storeserver.server import StoreServer
+store.SHUTDOWN_S = store.CLOSE_S = 0.1
+StoreServer.close = lambda server, timeout_s: threading.Event().wait()
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("signals", "status"), [(1, 1), (2, 128 + signal.SIGTERM)])
+def test_a_store_that_cannot_close_ends_all_the_same(tmp_path, signals, status):
+    ports = ["--port", "0", "--meta-port", "0"]
+    command = [sys.executable, "-c", STUCK, "store", "--path", str(tmp_path), *ports]
+    if signals == 2:
+        command[2] = STUCK.replace("0.1", "60")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)  # two signals at once are one
+        assert process.wait(timeout=20) == status
 
 
 def test_a_folder_has_one_writer(tmp_path):

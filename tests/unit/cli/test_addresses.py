@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fletcher.cli import main
-from fletcher.cli.serve import _Signals
+from fletcher.cli.shutdown import Signals
 from fletcher.errors import ConfigError, InvalidCommandError
 from fletcher.readers import open_source
 from fletcher.stores.address import folder_of
@@ -73,7 +73,7 @@ def test_a_misspelt_variable_is_named(
 
 
 def test_sighup_is_logged_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), _Signals() as signals:
+    with caplog.at_level(logging.INFO), Signals(logging.getLogger("fletcher.serve")) as signals:
         # `os.kill` may signal another thread, and two such signals may become one.
         signal.raise_signal(signal.SIGHUP)  # before the start has ended, too
         signals.mark_ready()

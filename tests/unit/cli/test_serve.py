@@ -124,7 +124,7 @@ def test_a_drain_that_never_returns_ends_all_the_same() -> None:
         process.terminate()
         _, err = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "not drained in time" in err
+    assert "not ended in time" in err
 
 
 def test_a_signal_before_it_is_ready_ends_the_start() -> None:
