@@ -25,6 +25,8 @@ SECTIONS = {
         "search": "Find the rows nearest to a text.",
         "similar": "Compare texts, or find those most like them in a file.",
         "jobs": "List, show, resume and cancel jobs of fletcher ingest.",
+        "index": "Index a dataset, and measure the index.",
+        "optimize": "Compact a dataset and its index.",
         "datasets": "List, show and drop datasets, and print their first rows.",
     },
     "Server": {
