@@ -29,7 +29,7 @@ from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
 if TYPE_CHECKING:
-    from fletcher.cli.ingest_job import IngestJob, SingleUpload
+    from fletcher.cli.ingest_job import DryRun, IngestJob, JobPlace, SingleUpload
     from fletcher.client import Ack, Client, PutSummary
     from fletcher.config.server import ServeConfig
     from fletcher.readers import TextSource
@@ -65,6 +65,8 @@ _REPORTED = (
 @option("--limit N", heading=INPUT)
 @option("--on-bad-row", type=Choice(("fail", "skip")), default="fail", heading=INPUT)
 @option("--rejects FILE", heading=INPUT)
+@option("--dry-run", is_flag=True)
+@option("--price AMOUNT", type=float)
 @option("--dataset NAME", required=True, heading=OUTPUT)
 @option("--job FOLDER", heading=OUTPUT)
 @option("--verify-content", is_flag=True, heading=INPUT)
@@ -96,6 +98,8 @@ def cli(
     rejects: Path | None,
     job: Path | None,
     verify_content: bool,
+    dry_run: bool,
+    price: float | None,
     no_text: bool,
     as_json: bool,
     **fields: Any,
@@ -120,6 +124,9 @@ def cli(
         on_bad_row: End at a line of JSON lines or plain text that is not JSON or not UTF-8 (fail),
             or leave it out (skip). Other formats always fail.
         rejects: New file for the lines that --on-bad-row skip leaves out, as JSON lines.
+        dry_run: Store nothing. Read all files, embed a sample of their texts, and print the number
+            of rows and tokens, the time on this machine, and the space on disk.
+        price: Price of this machine for an hour, from which --dry-run computes the cost.
         dataset: Dataset to write to.
         job: Folder of the job's manifest, which says what is stored of which file. Default: beside
             the dataset if the store is a folder here, else in the home folder.
@@ -134,7 +141,7 @@ def cli(
         no_text: Store ids and vectors without the texts. This saves space, but searches then show
             no text.
     """
-    from fletcher.cli.ingest_job import IngestInput, JobPlace, open_ingest
+    from fletcher.cli.ingest_job import DryRun, IngestInput, JobPlace, open_ingest
     from fletcher.client.files import source_options
     from fletcher.readers.bad_rows import RejectedLines, fail_on_bad_line
     from fletcher.readers.columns import Selection
@@ -177,6 +184,10 @@ def cli(
     given = IngestInput(files, selection, read, format_name, verify_content)
     options = source_options(options, selection)
     place = JobPlace.of(job, target, config, options)
+    if price is not None and not dry_run:
+        raise ConfigError("`price` needs --dry-run", field="price")
+    if dry_run:
+        return _estimate(DryRun(given, place), place, price, as_json=as_json)
     with open_ingest(given, job, place) as work:
         started_s = time.monotonic()
         if work.source is not None:
@@ -193,14 +204,31 @@ def cli(
     return 0 if report["complete"] else 1
 
 
+def _estimate(work: DryRun, place: JobPlace, price: float | None, *, as_json: bool) -> int:
+    from fletcher.cli.dry_run import print_estimate
+
+    with place.target.open_client(place.config) as client:
+        report = work.estimate(client, _with_prompt(client, place.options), price)
+    if as_json:
+        print_json(report)
+    else:
+        print_estimate(report)
+    return 0
+
+
+def _with_prompt(client: Client, options: EmbedCommand) -> EmbedCommand:
+    """The options with the model's prompt for documents, unless they name a prompt."""
+    if options.prompt is not None:
+        return options
+    return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
+
+
 def _send(
     work: SingleUpload | IngestJob, client: Client, options: EmbedCommand, meter: _Meter
 ) -> None:
     source = work.source
     assert source is not None
-    if options.prompt is None:
-        prompt = client.prompt_for("document", options.model)
-        options = dataclasses.replace(options, prompt=prompt)
+    options = _with_prompt(client, options)
     try:
         with Progress(meter.sample, Total(source.limit, source.total_bytes)):
             work.send_rows(client, options, meter.on_ack)

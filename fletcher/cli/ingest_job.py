@@ -18,8 +18,8 @@ from fletcher.cli.terminal import printable, say
 from fletcher.config.server import ServeConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import ConfigError, UnknownDatasetError
-from fletcher.jobs.manifest import Manifest
-from fletcher.jobs.plan import Planner
+from fletcher.jobs.manifest import MANIFEST, JobState, Manifest, read_manifest
+from fletcher.jobs.plan import Plan, Planner
 from fletcher.jobs.records import JobRecord, SchemaRecord
 from fletcher.jobs.run import JobRun, begin, check_asked, forget_stored, vector_options
 from fletcher.readers.columns import Selection
@@ -151,8 +151,29 @@ class IngestInput:
         }
         return {name: value for name, value in values.items() if value is not None}
 
-    def source(self, files: list[InputFile], earlier: pa.Schema | None = None) -> TextSource:
-        """The rows of some files."""
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Options that decide rows and columns, as in the manifest."""
+        return {**self.reading, "columns": list(self.selection.carried)}
+
+    def plan(self, state: JobState) -> Plan:
+        """The fragments of the files, compared with what a manifest says."""
+        holds_paths = self.selection.source or self.selection.whole_files
+        planner = Planner(
+            state,
+            self.reading,
+            holds_paths=holds_paths,
+            cuts_lines=not holds_paths and self.read.encoding is None,
+            verify_content=self.verify_content,
+        )
+        return planner.plan(self.files)
+
+    def source(self, files: list[InputFile], state: JobState | None = None) -> TextSource:
+        """The rows of some files. `state` has the types of earlier files of the job."""
+        known = None if state is None else state.schema(self.columns)
+        earlier = None
+        if known is not None:
+            earlier = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(known)))
         return TextSource(files, FileReader(self.selection, self.read), earlier=earlier)
 
 
@@ -188,33 +209,18 @@ class IngestJob:
     def __init__(self, manifest: Manifest, place: JobPlace, given: IngestInput) -> None:
         self._manifest = manifest
         self._place = place
-        selection, reading = given.selection, given.reading
-        holds_paths = selection.source or selection.whole_files
-        planner = Planner(
-            manifest.state,
-            reading,
-            holds_paths=holds_paths,
-            cuts_lines=not holds_paths and given.read.encoding is None,
-            verify_content=given.verify_content,
-        )
-        plan = planner.plan(given.files)
+        plan = given.plan(manifest.state)
         if plan.lost:
             more = " and others" if plan.lost[MAX_NAMES:] else ""
             say(
                 f"fletcher ingest: {', '.join(plan.lost[:MAX_NAMES])}{more} no longer exist, and "
                 "were sent together with a file that has changed; their rows are deleted"
             )
-        self._run = JobRun(manifest, plan, reading, selection.limit)
-        self._columns = {**reading, "columns": list(selection.carried)}
+        self._run = JobRun(manifest, plan, given.reading, given.selection.limit)
+        self._columns = given.columns
         self.source: TextSource | None = None
         if self._run.todo or self._run.has_former:
-            earlier = manifest.state.schema(self._columns)
-            known = (
-                None
-                if earlier is None
-                else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(earlier)))
-            )
-            self.source = given.source(self._run.inputs(), known)
+            self.source = given.source(self._run.inputs(), manifest.state)
 
     def send_rows(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
         """Send what is not stored, and delete what was replaced.
@@ -261,6 +267,68 @@ class IngestJob:
         }
 
 
+class DryRun:
+    """The plan of an ingest, of which nothing is stored or written.
+
+    Attributes:
+        source: The rows that are not stored.
+    """
+
+    def __init__(self, given: IngestInput, place: JobPlace) -> None:
+        state = JobState()
+        is_job = _not_a_job(given, place.options) is None
+        if is_job and (place.folder / MANIFEST).exists():
+            state = read_manifest(place.folder)
+            check_asked(state.job, vector_options(place.options), place.options.model)
+        files = given.files
+        self._known = (0, 0, 0)
+        if is_job:
+            plan = given.plan(state)
+            todo = plan.unfinished(state, given.selection.limit)
+            files = [part for one in todo for part in one.parts]
+            done = [one for one in plan.fragments if one.rows_done(state) is not None]
+            self._known = (
+                sum(len(one.files) for one in done),
+                sum(one.rows_done(state) or 0 for one in done),
+                sum(state.states[one.id].rows_stored for one in plan.replaced),
+            )
+        self._num_files = len({file.name for file in files})
+        self.source = given.source(files, state)
+
+    def estimate(
+        self, client: Client, options: EmbedCommand, price: float | None
+    ) -> dict[str, Any]:
+        """The estimate as a JSON object. `price` is that of this machine for an hour."""
+        from fletcher.cli.dry_run import drifts, estimate
+
+        found = estimate(client, self.source, options)
+        num_files, num_rows, num_former = self._known
+        return {
+            "dry_run": True,
+            "dataset": options.dataset,
+            "files": self._num_files,
+            "files_known": num_files,
+            **found,
+            "rows_known": num_rows,
+            "rows_to_delete": num_former,
+            "columns": {one.name: str(one.type) for one in self.source.schema},
+            "drifts": drifts(self.source),
+            "cost": None if price is None else round(found["seconds"] / 3600 * price, 4),
+        }
+
+
+def _not_a_job(given: IngestInput, options: EmbedCommand) -> str | None:
+    """Why an ingest cannot be continued file by file; None if it can."""
+    reasons = {
+        "standard input and pipes can be read only once": any(
+            one.size is None for one in given.files
+        ),
+        f"`mode` is {options.mode}": options.mode != "append",
+        "`upload_id` names one upload for all files": options.upload_id is not None,
+    }
+    return next((text for text, holds in reasons.items() if holds), None)
+
+
 @contextlib.contextmanager
 def open_ingest(
     given: IngestInput, job: Path | None, place: JobPlace
@@ -273,14 +341,7 @@ def open_ingest(
         FletcherError: A file or the store cannot be read.
     """
     options = place.options
-    reasons = {
-        "standard input and pipes can be read only once": any(
-            one.size is None for one in given.files
-        ),
-        f"`mode` is {options.mode}": options.mode != "append",
-        "`upload_id` names one upload for all files": options.upload_id is not None,
-    }
-    reason = next((text for text, holds in reasons.items() if holds), None)
+    reason = _not_a_job(given, options)
     if reason is not None:
         if job is not None:
             raise ConfigError(f"`job` cannot be used: {reason}", field="job")

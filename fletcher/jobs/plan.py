@@ -48,6 +48,12 @@ class PlannedFragment:
         first = self.lines.first_line if self.lines else 1
         return f"{self.files[0].name}{more}{f' from line {first:,}' if first > 1 else ''}"
 
+    def rows_done(self, state: JobState) -> int | None:
+        """Number of rows that are stored; None: the fragment is not done."""
+        if self.known is None or state.state(self.known) != "done":
+            return None
+        return state.states[self.known.id].rows
+
     @property
     def parts(self) -> list[InputFile]:
         """The files to read, with the lines to read."""
@@ -70,6 +76,20 @@ class Plan:
     fragments: list[PlannedFragment] = field(default_factory=list)
     replaced: list[Fragment] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+
+    def unfinished(self, state: JobState, limit: int | None = None) -> list[PlannedFragment]:
+        """Fragments that are not done, among those with the first `limit` rows."""
+        left = limit
+        found = []
+        for one in self.fragments:
+            if left is not None and left <= 0:
+                break
+            rows = one.rows_done(state)
+            if rows is None:
+                found.append(one)
+            elif left is not None:
+                left -= rows
+        return found
 
 
 class Planner:

@@ -126,10 +126,10 @@ class JobRun:
         self._limit = limit
         self.failed: list[FailedFile] = []
         self.num_deleted = 0
-        self.todo = self._not_done()
+        self.todo = plan.unfinished(manifest.state, limit)
         self.total = UploadTotal()
         for one in plan.fragments:
-            if self._is_done(one):
+            if one.rows_done(manifest.state) is not None:
                 assert one.known is not None
                 self.total.add(one.name, self._known_summary(one.known))
 
@@ -264,33 +264,13 @@ class JobRun:
             self._manifest.append(*records)
         return [one.known for one in self.todo if one.known is not None]
 
-    def _not_done(self) -> list[PlannedFragment]:
-        left = self._limit
-        todo = []
-        for one in self._plan.fragments:
-            if left is not None and left <= 0:
-                break
-            if self._is_done(one):
-                if left is not None:
-                    left -= self._rows(one)
-                continue
-            todo.append(one)
-        return todo
-
     def _left(self) -> int | None:
         """Rows that may be sent, of the limit."""
         if self._limit is None:
             return None
         first = self._plan.fragments.index(self.todo[0]) if self.todo else None
         before = self._plan.fragments[:first]
-        return self._limit - sum(self._rows(one) for one in before if self._is_done(one))
-
-    def _is_done(self, planned: PlannedFragment) -> bool:
-        return planned.known is not None and self._manifest.state.state(planned.known) == "done"
-
-    def _rows(self, planned: PlannedFragment) -> int:
-        assert planned.known is not None
-        return self._manifest.state.states[planned.known.id].rows
+        return self._limit - sum(one.rows_done(self._manifest.state) or 0 for one in before)
 
     def _known_summary(self, fragment: Fragment) -> PutSummary:
         counts = self._manifest.state.states[fragment.id]

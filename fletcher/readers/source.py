@@ -173,6 +173,11 @@ class TextSource:
         self.schema = self.selection.sent_schema(plain_schema)
 
     @property
+    def schemas(self) -> list[tuple[pa.Schema, str]]:
+        """Schema and name of each file that has rows, if all are regular files."""
+        return self._reader.schemas()
+
+    @property
     def reiterable(self) -> bool:
         """Whether `batches` can be called repeatedly, as all inputs are regular files."""
         return self.total_bytes is not None
