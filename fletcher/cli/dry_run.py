@@ -1,4 +1,4 @@
-"""`fletcher ingest --dry-run`: what an ingest would store, and how long it would take."""
+"""`fletcher ingest --dry-run`: estimate of an ingest of which nothing is stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ROW_BYTES = 40
 
 
 @dataclass(slots=True)
-class Counted:
+class CountedInput:
     """Rows of an input, and a random sample of their texts.
 
     Attributes:
@@ -71,7 +71,7 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class EmbeddedSample:
     """A sample that was embedded.
 
     Attributes:
@@ -102,7 +102,7 @@ def estimate(client: Client, source: TextSource, options: EmbedCommand) -> dict[
     from fletcher.client.prompts import served_model
 
     max_length = int(served_model(client, options.model)["max_length"])
-    counted = Counted(max_length * _BYTES_PER_TOKEN)
+    counted = CountedInput(max_length * _BYTES_PER_TOKEN)
     for batch in source.batches():
         counted.take(batch, source.selection.text_column)
     counted._chance.shuffle(counted.texts)
@@ -122,7 +122,7 @@ def estimate(client: Client, source: TextSource, options: EmbedCommand) -> dict[
     }
 
 
-def _embed(client: Client, counted: Counted, options: EmbedCommand) -> Embedded:
+def _embed(client: Client, counted: CountedInput, options: EmbedCommand) -> EmbeddedSample:
     """Embed texts of the sample for some seconds."""
     options = replace(
         EmbedCommand(),
@@ -137,14 +137,14 @@ def _embed(client: Client, counted: Counted, options: EmbedCommand) -> Embedded:
     )
     texts = counted.texts
     if not texts:
-        return Embedded(0, 0, 0, 0, 0.0, 0)
+        return EmbeddedSample(0, 0, 0, 0, 0.0, 0)
     _run(client, texts[:_BATCH_ROWS], options)  # warms up
     started = time.monotonic()
     found = _run(client, texts, options, until=started + SAMPLE_S)
     seconds = time.monotonic() - started
     num_rows = sum(one.num_rows for one in found)
     sizes = pc.min_element_wise(pc.binary_length(pa.array(texts[:num_rows])), counted.max_bytes)
-    return Embedded(
+    return EmbeddedSample(
         num_rows,
         pc.sum(sizes).as_py(),
         sum(pc.sum(one.column("token_count")).as_py() or 0 for one in found),
@@ -157,7 +157,7 @@ def _embed(client: Client, counted: Counted, options: EmbedCommand) -> Embedded:
 def _run(
     client: Client, texts: Sequence[str], options: EmbedCommand, until: float | None = None
 ) -> list[pa.RecordBatch]:
-    """Embed texts until a time (`time.monotonic`); one batch of answers for each of texts."""
+    """Embed texts until a time (`time.monotonic`), and return their vectors."""
     room = threading.Semaphore(_MAX_WAITING // _BATCH_ROWS)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -178,7 +178,7 @@ def _run(
 
 
 def drifts(source: TextSource) -> list[str]:
-    """Columns whose types differ between files, and the types in which they are stored."""
+    """Columns whose types differ between files, with the types that are stored."""
     found = []
     for field_ in source.plain_schema:
         kinds: dict[str, str] = {}

@@ -25,6 +25,7 @@ from fletcher.cli.options import (
 )
 from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
+from fletcher.config.delivery import NO_STORE
 from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
@@ -207,7 +208,8 @@ def cli(
 def _estimate(work: DryRun, place: JobPlace, price: float | None, *, as_json: bool) -> int:
     from fletcher.cli.dry_run import print_estimate
 
-    with place.target.open_client(place.config) as client:
+    config = place.config.with_options(store=(NO_STORE,))
+    with place.target.open_client(config) as client:
         report = work.estimate(client, _with_prompt(client, place.options), price)
     if as_json:
         print_json(report)

@@ -318,7 +318,7 @@ class DryRun:
 
 
 def _not_a_job(given: IngestInput, options: EmbedCommand) -> str | None:
-    """Why an ingest cannot be continued file by file; None if it can."""
+    """Reason for which an ingest cannot be continued file by file; None if it can."""
     reasons = {
         "standard input and pipes can be read only once": any(
             one.size is None for one in given.files

@@ -195,6 +195,43 @@ def test_the_manifest_says_what_is_stored(job: Job, capsys: pytest.CaptureFixtur
     assert main(["jobs", "cancel", str(job.folder)]) == 1
 
 
+def test_a_dry_run_counts_all_rows_and_stores_none(
+    job: Job,
+    served: Runtime,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fletcher.cli.dry_run.SAMPLE_ROWS", 300)
+    job.write("a.csv", [f"a text of {n} words" for n in range(700)])
+    job.write("b.jsonl", [f"b {n}" for n in range(500)])
+    report = run(job, capsys, "--dry-run", "--price", "3.6")
+    assert (report["files"], report["rows"], report["rows_without_text"]) == (2, 1200, 0)
+    assert (report["files_known"], report["rows_known"]) == (0, 0)
+    assert report["cost"] == pytest.approx(report["seconds"] / 1000, abs=1e-3)
+    assert report["columns"] == {"id": "string", "text": "string"}
+    assert not job.folder.exists()
+    assert run(job, capsys)["rows_stored"] == 1200
+    tokens = sum(scan(served, job.dataset)["token_count"].to_pylist())
+    assert report["tokens"] == pytest.approx(tokens, rel=0.05)
+    job.write("a.csv", ["new"])
+    again = run(job, capsys, "--dry-run")
+    assert (again["rows"], again["rows_known"], again["rows_to_delete"]) == (1, 500, 700)
+    assert len(job.rows()) == 1200
+    assert main(job.command("--price", "1")) == 2
+    assert "`price` needs --dry-run" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_types_that_differ(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kind in (("a", pa.int32()), ("b", pa.float64())):
+        table = pa.table({"text": ["one"], "n": pa.array([1], kind)})
+        pq.write_table(table, job.input / f"{name}.parquet")
+    report = run(job, capsys, "--dry-run", "--columns", "n")
+    places = [
+        f"{kind} in {job.input}/{name}.parquet" for kind, name in (("int32", "a"), ("double", "b"))
+    ]
+    assert report["drifts"] == [f"column `n` is {', '.join(places)}; it is stored as double"]
+
+
 class Killed(BaseException):
     """The end of a run at some point, as by a signal that cannot be handled."""
 
