@@ -24,6 +24,8 @@ SECTIONS = {
         "embed": "Print the vectors of texts.",
         "search": "Find the rows nearest to a text.",
         "similar": "Compare texts, or find those most like them in a file.",
+        "index": "Index a dataset, and measure the index.",
+        "optimize": "Compact a dataset and its index.",
         "datasets": "List, show and drop datasets, and print their first rows.",
     },
     "Server": {

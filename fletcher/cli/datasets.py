@@ -11,9 +11,15 @@ from fletcher.cli.command_line import CommandGroup, option
 from fletcher.cli.options import ConfigFlags, config_options, json_option, split_names
 from fletcher.cli.progress import human
 from fletcher.cli.search import complete_dataset, to_rows
-from fletcher.cli.store_commands import open_dataset_store, open_stores, removing_journal
+from fletcher.cli.store_commands import (
+    foreign_refusal,
+    is_foreign,
+    open_dataset_store,
+    open_stores,
+    removing_journal,
+)
 from fletcher.cli.terminal import counted, index_share, print_json, print_table, printable, say
-from fletcher.errors import ConfigError, RequestError, UnknownColumnError
+from fletcher.errors import ConfigError, UnknownColumnError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -182,11 +188,7 @@ def drop_dataset(flags: ConfigFlags, name: str, yes: bool, foreign: bool) -> int
     with open_dataset_store(config, name) as (address, store):
         info = existing_dataset(store, name)
         if is_foreign(info.schema) and not foreign:
-            raise RequestError(
-                f"`{name}` in {address} was written by another program than Fletcher; to delete "
-                "it all the same, give --foreign",
-                field="foreign",
-            )
+            raise foreign_refusal(name, address, "delete")
         what = f"{name}, {counted(info.num_rows, 'rows')}, from {address}"
         if not store.capabilities.overwrite:
             say("note: this store brings deleted rows back when it restarts")
@@ -200,11 +202,6 @@ def drop_dataset(flags: ConfigFlags, name: str, yes: bool, foreign: bool) -> int
             store.delete_dataset(name)
     print(f"deleted {what}")
     return 0
-
-
-def is_foreign(schema: pa.Schema) -> bool:
-    """Whether another program wrote a dataset of this schema."""
-    return not any(key.startswith(b"fletcher.") for key in schema.metadata or ())
 
 
 def _plain_columns(schema: pa.Schema) -> list[str]:

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from fletcher.config.option import nearest
 from fletcher.config.server import ServeConfig
-from fletcher.errors import ConfigError, UnknownDatasetError
+from fletcher.errors import ConfigError, RequestError, UnknownDatasetError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from fletcher.stores.base import Store
+    from fletcher.stores.lance.store import LanceStore
 
 
 def open_stores(config: ServeConfig) -> Iterator[tuple[str, Store]]:
@@ -66,6 +69,44 @@ def open_dataset_store(config: ServeConfig, name: str) -> Iterator[tuple[str, St
         if address == found[0]:
             yield address, store
             return
+
+
+@contextlib.contextmanager
+def open_maintained(config: ServeConfig, name: str, *, foreign: bool) -> Iterator[LanceStore]:
+    """The LanceDB store of a dataset that is to be indexed or compacted.
+
+    Raises:
+        RequestError: The dataset is in a store of another kind, or another program wrote it and
+            `foreign` is off.
+        UnknownDatasetError, ConfigError: As `open_dataset_store`.
+    """
+    from fletcher.stores.lance.store import LanceStore
+
+    with open_dataset_store(config, name) as (address, store):
+        if not isinstance(store, LanceStore):
+            raise RequestError(
+                f"{address} cannot be indexed or compacted by Fletcher, only a `lance:` store can; "
+                "for a `fletcher store`, stop it and name its folder as lance:PATH",
+                field="store",
+            )
+        schema = store.read_schema(name)
+        if schema is not None and is_foreign(schema) and not foreign:
+            raise foreign_refusal(name, address, "change")
+        yield store
+
+
+def is_foreign(schema: pa.Schema) -> bool:
+    """Whether another program wrote a dataset of this schema."""
+    return not any(key.startswith(b"fletcher.") for key in schema.metadata or ())
+
+
+def foreign_refusal(name: str, address: str, verb: str) -> RequestError:
+    """The error for a table of another program."""
+    return RequestError(
+        f"`{name}` in {address} was written by another program than Fletcher; to {verb} it all "
+        "the same, give --foreign",
+        field="foreign",
+    )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import APPROXIMATE, check_query, nearest, unknown_dataset
 from fletcher.stores.lance.earlier import EarlierVersions
-from fletcher.stores.lance.indexes import find_index, num_indexed
+from fletcher.stores.lance.indexes import CANDIDATES, find_index, num_candidates
 from fletcher.stores.lance.library import import_lancedb
 from fletcher.stores.lance.new_columns import check_new_columns
 from fletcher.stores.lance.pinned import PinnedTable
@@ -34,6 +34,7 @@ from fletcher.stores.lance.repair import (
     set_torn_versions_aside,
     written_at,
 )
+from fletcher.stores.lance.scanning import in_batches, scan_rows
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
@@ -51,28 +52,16 @@ _log = logging.getLogger(__name__)
 # `--max-memory` allows.
 CACHE_BYTES = 32 << 20
 
-# Approximate size of a scanned batch; a column may be as wide as 64 Ki numbers.
-SCAN_BATCH_BYTES = 2 << 20
-# Rows of a scanned batch if rows have several vectors and take 1 to 100 KiB each.
-LIST_SCAN_ROWS = 256
-
-# Search of binary vectors, or with an index: number of candidates per requested row, by LanceDB's
-# approximate distance. The exact similarity then ranks the candidates. Share of float32's first 10
-# rows among 40 returned rows of binary vectors (all-MiniLM-L6-v2, 6,000 texts, 1,000 queries):
-# 0.882 by Hamming distance alone, 0.944 with 2 candidates per row, 0.963 with 4, 0.967 with 8,
-# 0.968 with all rows.
-CANDIDATES = 8
-MAX_CANDIDATES = 10_000
 # LanceDB's names of the metrics that it can search by.
-_METRICS = {"cosine": "cosine", "dot": "dot", "euclidean": "l2", "hamming": "hamming"}
+METRICS = {"cosine": "cosine", "dot": "dot", "euclidean": "l2", "hamming": "hamming"}
 
 
 class LanceStore(EmbeddedStore):
     """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
-    Search compares every vector, and is exact. If the table has an index made with LanceDB's own
-    tools, or vectors of bits, LanceDB finds candidates and the exact similarity ranks them. A
-    search of a million rows of 384 float16 takes about a second on two cores.
+    Search compares every vector, and is exact. If the table has an index, or vectors of bits,
+    LanceDB finds candidates and the exact similarity ranks them. A search of a million rows of 384
+    float16 without an index takes about a second on two cores.
 
     Raises:
         StoreError: LanceDB is not installed, or the folder cannot be created or written.
@@ -138,6 +127,24 @@ class LanceStore(EmbeddedStore):
             undo.pop_all()
         return writer
 
+    def open_maintainer(self, dataset: str) -> LanceWriter:
+        """Open an existing dataset for an index or a compaction, as its only writer.
+
+        Raises:
+            UnknownDatasetError: The dataset does not exist.
+            StoreUnavailableError: The dataset has another writer, or is damaged.
+        """
+        self._table(dataset)
+        with ExitStack() as undo, lance_errors(dataset):
+            lock = undo.enter_context(self.lock_dataset(dataset))
+            self._repair(dataset)
+            self._table(dataset)
+            pinned = PinnedTable(self.dataset_folder(dataset), self._connect)
+            undo.callback(pinned.close)
+            writer = LanceWriter(self, dataset, lock, pinned, "append")
+            undo.pop_all()
+        return writer
+
     def dataset_folder(self, name: str) -> Path:
         return self.folder / f"{name}.lance"
 
@@ -151,10 +158,10 @@ class LanceStore(EmbeddedStore):
             if table is None:
                 return None
             size, rows = int(table.stats()["total_bytes"]), int(table.count_rows())
-            index = find_index(table)
+            index = find_index(table, self.dataset_folder(name))
             return DatasetInfo(
                 *(name, table.schema, rows, size),
-                num_indexed=None if index is None else num_indexed(table, index),
+                num_indexed=None if index is None else index.num_rows,
                 index=None if index is None else index.kind,
                 written_at=written_at(self.dataset_folder(name)),
             )
@@ -188,7 +195,7 @@ class LanceStore(EmbeddedStore):
                 sync_path(self.folder)
                 return
             if old is None or old != incarnation_of(new.schema):
-                rows = new.search().to_batches(_scan_rows(new.schema))
+                rows = new.search().to_batches(scan_rows(new.schema))
                 mode = "overwrite" if any((folder / "_versions").glob("*.manifest")) else "create"
                 if mode == "create":
                     prepare_table(folder)
@@ -224,7 +231,7 @@ class LanceStore(EmbeddedStore):
             query = _filtered(name, table, table.search(), filters).select(wanted)
             if limit is not None:
                 query = query.limit(limit)
-            rows = query.to_batches(_scan_rows(table.schema))
+            rows = query.to_batches(scan_rows(table.schema))
         return pa.RecordBatchReader.from_batches(rows.schema, _read_batches(name, rows))
 
     def search(
@@ -250,23 +257,31 @@ class LanceStore(EmbeddedStore):
             distance = None  # LanceDB's metric; None if LanceDB cannot search such vectors
             if similarity.output == "dense" and similarity.reader is not None:
                 dtype = similarity.reader.dtype
-                distance = _METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
+                distance = METRICS.get("hamming" if dtype == "ubinary" else similarity.metric)
                 distance = None if dtype == "int8" else distance
             if distance is None:
                 rows = self.scan(dataset, columns=read, filters=filters)
                 return nearest(rows, scores, k=k, columns=wanted)
             query = pack_signs(scores.query) if distance == "hamming" else scores.query
             search = table.search(query, vector_column_name="vector").distance_type(distance)
-            has_index = find_index(table) is not None
-            if has_index and metric is not None:  # the index ranks by the dataset's similarity
-                search, has_index = search.bypass_vector_index(), False
-            is_exact = distance != "hamming" and not has_index
-            limit = k if is_exact else max(k, min(k * CANDIDATES, MAX_CANDIDATES))
             found = _filtered(dataset, table, search, filters).select([*read, "_distance"])
-            rows = found.limit(limit).to_batches(_scan_rows(table.schema))
-            best = nearest(rows, scores, k=k, columns=wanted)
-        metadata = {**(best.schema.metadata or {}), APPROXIMATE: b"true"}
-        return best if is_exact else best.replace_schema_metadata(metadata)
+            # An index ranks by the dataset's similarity.
+            index = find_index(table, self.dataset_folder(dataset)) if metric is None else None
+            best = None
+            if index is not None:
+                rows = index.applied_to(found).limit(index.limit(k))
+                try:
+                    best = nearest(in_batches(rows, table.schema), scores, k=k, columns=wanted)
+                except (ValueError, RuntimeError, OSError) as error:
+                    _log.warning("dataset %s is searched without its index: %s", dataset, error)
+                    index = None
+            if best is None:
+                limit = k if distance != "hamming" else num_candidates(k, CANDIDATES)
+                rows = found.bypass_vector_index().limit(limit)
+                best = nearest(in_batches(rows, table.schema), scores, k=k, columns=wanted)
+        if distance != "hamming" and index is None:
+            return best
+        return best.replace_schema_metadata({**(best.schema.metadata or {}), APPROXIMATE: b"true"})
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
@@ -372,13 +387,3 @@ def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:
             field="filter",
         ) from error
     return query.where(condition)
-
-
-def _scan_rows(schema: pa.Schema) -> int:
-    kind = schema.field("vector").type if "vector" in schema.names else pa.null()
-    if pa.types.is_list(kind):
-        return LIST_SCAN_ROWS
-    if not pa.types.is_fixed_size_list(kind):
-        return 8192
-    row_bytes = kind.list_size * kind.value_type.bit_width // 8 + 512
-    return int(min(max(SCAN_BATCH_BYTES // row_bytes, 64), 8192))

@@ -71,6 +71,7 @@ class LanceWriter(EmbeddedWriter):
             same `id`.
 
     Attributes:
+        table: The open LanceDB table.
         old_versions_left: The table's rows were replaced, and `close` frees the disk space of its
             old rows.
     """
@@ -84,7 +85,7 @@ class LanceWriter(EmbeddedWriter):
         mode: WriteMode,
     ) -> None:
         self._pinned = pinned
-        self._table = table = pinned.table
+        self.table = table = pinned.table
         self.schema: pa.Schema = table.schema
         self._mode = mode
         self.old_versions_left = False
@@ -140,14 +141,14 @@ class LanceWriter(EmbeddedWriter):
         if "batch_key" not in self.schema.names or not batch_keys:
             return list(batch_keys)
         condition = f"batch_key IN ({', '.join(quoted(key) for key in set(batch_keys))})"
-        stored = distinct_keys(self.dataset, self._table, condition)
+        stored = distinct_keys(self.dataset, self.table, condition)
         return [key for key in batch_keys if key not in stored]
 
     def stored_keys(self) -> set[str]:
         """All batch keys of the table."""
         if "batch_key" not in self.schema.names:
             return set()
-        return distinct_keys(self.dataset, self._table)
+        return distinct_keys(self.dataset, self.table)
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
         """Add columns, null in the stored rows. Raises as `check_new_columns`."""
@@ -155,17 +156,17 @@ class LanceWriter(EmbeddedWriter):
         check_new_columns(added)
         self._join_compaction()
         with lance_errors(self.dataset):
-            self._table.add_columns(added)
+            self.table.add_columns(added)
             self._files.sync_new_files(settled=True)
-        self.schema = self._table.schema
+        self.schema = self.table.schema
 
     def delete_rows(self, condition: str) -> int:
         """Delete the rows that meet an SQL condition; return their number."""
         self._join_compaction()
         with lance_errors(self.dataset):
-            count = int(self._table.count_rows(condition))
+            count = int(self.table.count_rows(condition))
             if count:
-                self._table.delete(condition)
+                self.table.delete(condition)
                 self._files.sync_new_files(settled=True)
         self._rows -= count
         return count
@@ -206,7 +207,7 @@ class LanceWriter(EmbeddedWriter):
 
     def _merge(self, table: pa.Table, key: str) -> None:
         chunks = key == "id" and has_chunks(table.schema)
-        merge = self._table.merge_insert([key, "chunk_index"] if chunks else key)
+        merge = self.table.merge_insert([key, "chunk_index"] if chunks else key)
         if key == "id":
             merge = merge.when_matched_update_all()
         if chunks:  # a text may have fewer chunks than before
@@ -219,7 +220,7 @@ class LanceWriter(EmbeddedWriter):
     def _add(self, table: pa.Table) -> None:
         try:
             # One file per commit: parallel writers took more memory and were slower.
-            self._table.add(table, write_parallelism=1)
+            self.table.add(table, write_parallelism=1)
         except (ValueError, RuntimeError) as error:
             if "contains NaN" not in str(error) or _holds_nan(table, "vector"):
                 raise
@@ -272,12 +273,33 @@ class LanceWriter(EmbeddedWriter):
             self._compaction.join()
             self._compaction = None
 
+    def optimize_table(self, keep: dt.timedelta) -> None:
+        """Join small fragments, add new rows to the indexes, and delete old versions.
+
+        Args:
+            keep: Age up to which old versions are kept for readers.
+
+        Raises:
+            StoreUnavailableError: LanceDB failed. No row is lost.
+        """
+        self._join_compaction()
+        with lance_errors(self.dataset):
+            self._rewrite(keep)
+        self._small_fragments = self._rows_since = 0
+
+    def sync_files(self) -> None:
+        """Sync what was written to `table` by other means than this writer's methods."""
+        self._files.sync_new_files(settled=True)
+
+    def _rewrite(self, keep: dt.timedelta) -> None:
+        self.table.optimize(cleanup_older_than=KEEP_FOREVER)
+        self._files.sync_new_files(settled=False)
+        # The old version may be deleted only once the new one is on disk.
+        self.table.optimize(cleanup_older_than=keep)
+
     def _compact(self) -> None:
         try:
-            self._table.optimize(cleanup_older_than=KEEP_FOREVER)
-            self._files.sync_new_files(settled=False)
-            # The old version may be deleted only once the new one is on disk.
-            self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
+            self._rewrite(KEEP_VERSIONS)
         except (ValueError, RuntimeError, OSError, StoreUnavailableError) as error:
             # No row is lost; a later compaction tries again.
             _log.warning("dataset %s was not compacted: %s", self.dataset, _cause(error))
