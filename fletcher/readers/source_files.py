@@ -1,4 +1,4 @@
-"""Files that can be read: their names, sizes and versions, and streams of their bytes."""
+"""Input files: their names, sizes and versions, and streams of their bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SourceFile(ABC):
         return None
 
     def open(self, offset: int = 0, length: int | None = None) -> BinaryIO:
-        """Open the bytes from `offset` on, at most `length` of them, as an unbuffered stream.
+        """Open at most `length` bytes from `offset` on, as an unbuffered stream.
 
         Raises:
             OSError, InvalidCommandError: The file cannot be read.
