@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
+from fletcher.readers.source_files import SourceFile
 
 BUFFER_BYTES = 1 << 20
 SNIFF_BYTES = 64
@@ -49,8 +49,8 @@ class OpenFile:
     Attributes:
         stream: Stream of the decompressed bytes.
         compression: Compression of the input: `gzip`, `zstd`, `bz2`, `xz` or None.
-        position: Function that returns the number of bytes of the file on disk that were read so
-            far; 0 for standard input and pipes.
+        position: Function that returns the number of bytes of the file that were read so far; 0 for
+            standard input and pipes.
     """
 
     stream: io.BufferedReader
@@ -59,21 +59,21 @@ class OpenFile:
 
 
 @contextmanager
-def open_stream(path: Path | None, *, pipe: bool, stdin: BinaryIO | None) -> Iterator[OpenFile]:
+def open_stream(file: SourceFile | None, *, stdin: BinaryIO | None) -> Iterator[OpenFile]:
     """Open an input and detect its compression by the first bytes.
 
-    `path` is None for standard input. `pipe` tells that the path is a named pipe.
+    `file` is None for standard input.
     """
-    if path is None:
+    if file is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
-    with path.open("rb", buffering=0) as raw:
-        yield _opened(_Pipe(raw) if pipe else raw)
+    with file.open() as raw:
+        yield _opened(_Pipe(raw) if file.size is None else raw)
 
 
-def _opened(raw: io.FileIO | _Pipe) -> OpenFile:
-    position = raw.tell if isinstance(raw, io.FileIO) else lambda: 0
-    stream = cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
+def _opened(raw: BinaryIO | _Pipe) -> OpenFile:
+    position = (lambda: 0) if isinstance(raw, _Pipe) else raw.tell
+    stream = cast("io.BufferedReader", io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES))
     start = stream.peek(7)
     for magic, compression in _MAGIC:
         if magic.match(start):
@@ -99,7 +99,7 @@ class _Pipe(io.RawIOBase):
     among the bytes, or FIRST_LINE_BYTES without one.
     """
 
-    def __init__(self, source: BinaryIO | io.FileIO) -> None:
+    def __init__(self, source: BinaryIO) -> None:
         self.read_some = getattr(source, "read1", source.read)
         self.begun = False
 
