@@ -25,7 +25,7 @@ LEAST_RECALL = 0.99
 @option(
     "--type",
     "kind",
-    type=Choice(("auto", "ivf_pq", "ivf_rq", "ivf_hnsw_sq", "none")),
+    type=Choice(("auto", "ivf_pq", "ivf_rq", "ivf_sq", "ivf_hnsw_sq", "none")),
     default="auto",
 )
 @option("--foreign", is_flag=True)
@@ -42,8 +42,9 @@ def cli(flags: ConfigFlags, name: str, kind: str, foreign: bool, as_json: bool) 
     Args:
         name: Name of the dataset.
         kind: Index of the vectors. auto: none below 10,000 rows, else ivf_rq, which is made
-            fastest; ivf_hnsw_sq takes longer to make and more space, ivf_pq takes least space. none
-            removes the index.
+            fastest, or ivf_sq if the recall of ivf_rq is low; ivf_sq takes more space and searches
+            more slowly, ivf_hnsw_sq takes longest to make, ivf_pq takes least space. none removes
+            the index.
         foreign: Index a table even if another program wrote it.
     """
     from fletcher.stores.lance.indexing import build_indexes

@@ -165,7 +165,7 @@ def json_option(text: str = "Print JSON, for programs.") -> Decorator:
 
 def paths_argument() -> Decorator:
     """Add the argument for the files to read, passed to the command as `paths`."""
-    text = "Files, folders of them, or - for standard input."
+    text = "Files, folders of them, patterns such as '*.csv' in quotes, or - for standard input."
     return click.argument(
         "paths", nargs=-1, required=True, metavar="PATH...", type=LocalPath(), help=text
     )

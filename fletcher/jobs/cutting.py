@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from fletcher.errors import InvalidCommandError
 from fletcher.readers.files import InputFile
@@ -128,8 +129,9 @@ def _chunks(stream: io.BufferedReader, num_bytes: int) -> Iterator[bytes]:
 
 
 def _opened(file: InputFile) -> io.BufferedReader:
-    assert file.path is not None
+    assert file.file is not None
     try:
-        return file.path.open("rb")
+        raw = cast("io.RawIOBase", file.file.open())
+        return cast("io.BufferedReader", io.BufferedReader(raw, _CHUNK_BYTES))
     except OSError as error:
-        raise InvalidCommandError(f"cannot read {file.name}: {error.strerror}") from None
+        raise InvalidCommandError(f"cannot read {file.name}: {error.strerror or error}") from None

@@ -23,6 +23,7 @@ from fletcher.jobs.records import (
     State,
     StateRecord,
 )
+from fletcher.readers.files import InputFile
 from fletcher.util.closing import Closing
 from fletcher.util.durable import sync_path, write_atomically
 from fletcher.util.locks import FileLock
@@ -220,9 +221,14 @@ class Manifest(Closing):
         self.state.num_lines = len(lines)
 
 
-def file_record(path: Path, stamp: tuple[int, int]) -> FileRecord:
-    """The record of a file with the stamp of `InputFile.stamp`."""
-    return FileRecord(os.path.abspath(path), *stamp)  # noqa: PTH100 - links stay links
+def file_record(file: InputFile) -> FileRecord:
+    """The record of a file as it is now. Raises InvalidCommandError if it is gone."""
+    stamp = file.stamp()
+    assert stamp is not None
+    size, version = stamp
+    path = file.path
+    name = file.name if path is None else os.path.abspath(path)  # noqa: PTH100 - links stay links
+    return FileRecord(name, size, version)
 
 
 def _unusable(folder: Path, error: OSError) -> ConfigError:

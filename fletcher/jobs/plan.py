@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from fletcher.errors import InvalidCommandError
 from fletcher.jobs.cutting import Piece, cut_lines, has_lines, hash_file
 from fletcher.jobs.manifest import JobState, file_record
 from fletcher.jobs.records import FileRecord, Fragment, LinesRecord
-from fletcher.readers.files import InputFile, LineRange, format_of
+from fletcher.readers.files import InputFile, LineRange
+from fletcher.readers.sources import find_files
 
 # If there are at least MIN_SMALL_FILES new files of at most SMALL_BYTES, they share fragments. So
 # thousands of small files do not take one commit each.
@@ -112,6 +113,7 @@ class Planner:
         cuts_lines: bool = True,
         verify_content: bool = False,
     ) -> None:
+        self._state = state
         self._known = [one for one in state.current() if one.reading == reading]
         self._format = reading.get("format")
         self._holds_paths = holds_paths
@@ -126,8 +128,8 @@ class Planner:
         Raises:
             InvalidCommandError: A file cannot be read.
         """
-        inputs = {_record(file).path: file for file in files}
-        stamps = {path: _record(file) for path, file in inputs.items()}
+        inputs = {file_record(file).path: file for file in files}
+        stamps = {path: file_record(file) for path, file in inputs.items()}
         here = [one for one in self._known if any(file.path in inputs for file in one.files)]
         suspect = [one for one in here if self._may_differ(one, stamps)]
         changed = _paths(suspect)
@@ -135,11 +137,10 @@ class Planner:
         suspect = [one for one in here if changed & _paths([one])]
         lost = []
         for path in sorted(changed - inputs.keys()):  # small files beside a changed one
-            if Path(path).exists():
-                inputs[path] = self._named(path)
-                stamps[path] = _record(inputs[path])
-            else:
+            if (file := self._named(path)) is None:
                 lost.append(path)
+            else:
+                inputs[path], stamps[path] = file, file_record(file)
         suspect_ids = {one.id for one in suspect}
         same = [one for one in here if one.id not in suspect_ids]
         rest = inputs.keys() - _paths(same)
@@ -150,15 +151,15 @@ class Planner:
         replaced = [one for one in suspect if one.id not in matched]
         former: dict[str, list[int]] = {}
         for one in replaced:
-            for file in one.files:
-                former.setdefault(file.path, []).append(one.id)
+            for stamp in one.files:
+                former.setdefault(stamp.path, []).append(one.id)
         for planned in cut:
             if planned.known is None:
                 numbers = [old for stamp in planned.stamps for old in former.get(stamp.path, ())]
                 planned.replaces = tuple(dict.fromkeys(numbers))
         kept = [
             PlannedFragment(
-                [inputs.get(file.path) or self._named(file.path) for file in one.files],
+                [inputs[file.path] for file in one.files if file.path in inputs],
                 one.files,
                 one.lines,
                 one.content,
@@ -169,16 +170,21 @@ class Planner:
         return Plan(_in_order([*kept, *cut], list(inputs)), replaced, lost)
 
     def _may_differ(self, fragment: Fragment, stamps: dict[str, FileRecord]) -> bool:
-        """Whether a file of the input has another size or time."""
+        """Whether a file of the input has another size or time.
+
+        A fragment that has not been sent needs all its files.
+        """
+        is_done = self._state.state(fragment) == "done"
         return self._verify_content or any(
-            stamps.get(one.path, one) != one for one in fragment.files
+            stamps.get(one.path, one if is_done else None) != one for one in fragment.files
         )
 
-    def _named(self, path: str) -> InputFile:
-        """A file of the job that is not in the input, and may be gone."""
-        place = Path(path)
-        size = place.stat().st_size if place.exists() else 0
-        return InputFile(place, path, size, self._format or format_of(place))
+    def _named(self, path: str) -> InputFile | None:
+        """A file of the job that is not in the input; None: it is gone."""
+        try:
+            return find_files([path], self._format)[0]
+        except InvalidCommandError:
+            return None
 
     def _cut(
         self, files: dict[str, tuple[InputFile, FileRecord]], before: Sequence[Fragment]
@@ -190,7 +196,7 @@ class Planner:
                 piece = Piece(old.lines.start, old.lines.stop, old.lines.first_line, old.content)
                 pieces.setdefault(old.files[0].path, []).append(piece)
         is_small = {
-            path: record.size <= SMALL_BYTES and path not in pieces
+            path: record.size is not None and record.size <= SMALL_BYTES and path not in pieces
             for path, (_, record) in files.items()
         }
         shares = sum(is_small.values()) >= MIN_SMALL_FILES
@@ -198,11 +204,13 @@ class Planner:
         size = 0
         for path, (file, record) in files.items():
             if shares and is_small[path]:
-                if group and (size + record.size > SHARED_BYTES or len(group) >= SHARED_FILES):
+                if group and (
+                    size + (record.size or 0) > SHARED_BYTES or len(group) >= SHARED_FILES
+                ):
                     yield _shared(group)
                     group, size = [], 0
                 group.append((file, record))
-                size += record.size
+                size += record.size or 0
             elif self._cuts_lines and has_lines(file):
                 for piece in cut_lines(file, sorted(pieces.get(path, []), key=_start)):
                     lines = LinesRecord(piece.start, piece.stop, piece.first_line)
@@ -217,17 +225,19 @@ class Planner:
     ) -> None:
         """Find the known fragments of files that have not changed, or have another name."""
         here = {_identity(one.files, one.lines, one.content): one for one in suspect}
-        gone: dict[Any, Fragment] = {}
-        if not self._holds_paths:
-            for one in self._known:
-                paths = [file.path for file in one.files]
-                if len(paths) == 1 and paths[0] not in inputs and not Path(paths[0]).exists():
-                    gone.setdefault((one.lines, one.content), one)
+        elsewhere: dict[Any, list[Fragment]] = {}
+        for one in () if self._holds_paths else self._known:
+            if len(one.files) == 1 and one.files[0].path not in inputs:
+                elsewhere.setdefault((one.lines, one.content), []).append(one)
         for planned in cut:
             identity = _identity(planned.stamps, planned.lines, planned.content)
             planned.known = here.pop(identity, None)
             if planned.known is None and len(planned.files) == 1:
-                planned.known = gone.pop((planned.lines, planned.content), None)
+                like = elsewhere.get((planned.lines, planned.content), [])
+                renamed = [one for one in like if self._named(one.files[0].path) is None]
+                if renamed:
+                    planned.known = renamed[0]
+                    like.remove(renamed[0])
 
 
 def _in_order(fragments: list[PlannedFragment], paths: list[str]) -> list[PlannedFragment]:
@@ -252,13 +262,6 @@ def _identity(files: Sequence[FileRecord], lines: LinesRecord | None, content: s
 
 def _start(piece: Piece) -> int:
     return piece.start
-
-
-def _record(file: InputFile) -> FileRecord:
-    stamp = file.stamp()
-    assert file.path is not None
-    assert stamp is not None
-    return file_record(file.path, stamp)
 
 
 def _shared(group: Sequence[tuple[InputFile, FileRecord]]) -> PlannedFragment:

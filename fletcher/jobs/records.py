@@ -14,14 +14,15 @@ class FileRecord(msgspec.Struct, frozen=True):
     """A file as it was when it was read.
 
     Attributes:
-        path: Absolute path.
+        path: Absolute path, or URI.
         size: Size in bytes.
-        mtime_ns: Time of the last change, in nanoseconds since 1970.
+        version: Time of the last change of a file on this machine, in nanoseconds since 1970. Of
+            another file, a text that changes with the content, such as an ETag.
     """
 
     path: str
-    size: int
-    mtime_ns: int
+    size: int | None
+    version: int | str | None
 
 
 class LinesRecord(msgspec.Struct, frozen=True):

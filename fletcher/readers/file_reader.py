@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from fletcher.readers.files import Format, InputFile, guess_notice, sniff
 from fletcher.readers.json_rows import JsonGroup, read_groups
 from fletcher.readers.json_types import JsonTypes
 from fletcher.readers.lines import read_text, read_whole_file
+from fletcher.readers.source_files import SourceFile
 from fletcher.readers.streams import OpenFile, check_encoding, open_stream, utf8_stream
 from fletcher.readers.tables import (
     arrow_schema,
@@ -135,9 +135,9 @@ class FileReader:
         if not _is_seekable(opened, kind):
             schema = stream_schema(opened.stream, file.name, self.selection)
         else:
-            path = _seekable_path(file, opened, kind)
+            table = _table_file(file, opened, kind)
             read = parquet_schema if kind == "parquet" else arrow_schema
-            schema = read(path, file.name, self.selection)
+            schema = read(table, file.name, self.selection)
         self._schemas.append((lambda: schema, file.name))
 
     def _survey_csv(self, csv: CsvFile) -> None:
@@ -165,7 +165,7 @@ class FileReader:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
         with named_errors(file.name), self._open(file) as (opened, kind):
-            if file.path is None and file.format is None:
+            if file.file is None and file.format is None:
                 self.options.notice(guess_notice(file, kind))
             if kind in ("parquet", "arrow"):
                 if _is_seekable(opened, kind):
@@ -213,16 +213,15 @@ class FileReader:
     def _read_seekable(
         self, file: InputFile, opened: OpenFile, kind: Format
     ) -> BatchesWithPosition:
-        path = _seekable_path(file, opened, kind)
+        table = _table_file(file, opened, kind)
         read = read_parquet if kind == "parquet" else read_arrow_file
-        for batch, share in read(path, file.name, self.selection):
+        for batch, share in read(table, file.name, self.selection):
             yield batch, int(share * (file.size or 0))
 
     @contextmanager
     def _open(self, file: InputFile) -> Iterator[tuple[OpenFile, Format]]:
-        pipe = file.size is None
         part = None if file.lines is None else (file.lines.start, file.lines.stop)
-        with open_stream(file.path, pipe=pipe, stdin=self.options.stdin, part=part) as opened:
+        with open_stream(file.file, stdin=self.options.stdin, part=part) as opened:
             if self.options.encoding is not None and file.format not in ("parquet", "arrow"):
                 stream = utf8_stream(opened.stream, self.options.encoding, file.name)
                 opened = OpenFile(stream, opened.compression, opened.position)  # noqa: PLW2901
@@ -246,16 +245,16 @@ def _is_seekable(opened: OpenFile, kind: Format) -> bool:
     return kind == "parquet" or opened.stream.peek(6).startswith(b"ARROW1")
 
 
-def _seekable_path(file: InputFile, opened: OpenFile, kind: Format) -> Path:
-    """The path of a file with an index. Raises InvalidCommandError for a stream."""
-    if file.path is None or file.size is None or opened.compression is not None:
+def _table_file(file: InputFile, opened: OpenFile, kind: Format) -> SourceFile:
+    """A file with an index. Raises InvalidCommandError for a stream."""
+    if file.file is None or file.size is None or opened.compression is not None:
         form = "a Parquet file" if kind == "parquet" else "an Arrow file"
         remedy = "give it as a file, not through a pipe"
         raise InvalidCommandError(
             f"{file.name} is {form}, whose index is at its end: "
             f"{'decompress it first' if opened.compression else remedy}"
         )
-    return file.path
+    return file.file
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from fletcher.errors import InvalidCommandError
+from fletcher.readers.source_files import SourceFile, Version
 from fletcher.readers.streams import FIRST_LINE_BYTES, OpenFile
 
 Format = Literal["parquet", "csv", "tsv", "jsonl", "arrow", "text"]
@@ -54,18 +55,24 @@ class InputFile:
     """One input file, or standard input.
 
     Attributes:
-        path: Path of the file; None for standard input.
-        name: Name of the input in messages.
-        size: Size on disk in bytes; None unless the input is a regular file.
+        file: The file; None for standard input.
         format: Format of the input; None: detected from its first bytes.
         lines: The only lines to read; None: all.
     """
 
-    path: Path | None
-    name: str
-    size: int | None
+    file: SourceFile | None
     format: Format | None
     lines: LineRange | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the input in messages."""
+        return "standard input" if self.file is None else self.file.name
+
+    @property
+    def size(self) -> int | None:
+        """Size in bytes; None for standard input, pipes and files of unknown size."""
+        return None if self.file is None else self.file.size
 
     @property
     def key(self) -> str:
@@ -76,33 +83,32 @@ class InputFile:
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of what is read; None unless the input is a regular file."""
+        """Size of what is read; None as for `size`."""
         return self.size if self.lines is None else self.lines.stop - self.lines.start
 
     def part(self, lines: LineRange) -> InputFile:
         """Some lines of this file."""
         return replace(self, lines=lines)
 
-    def stamp(self) -> tuple[int, int] | None:
-        """Size and time of the last change of a regular file; None for other inputs.
+    @property
+    def path(self) -> Path | None:
+        """Path of a file on this machine; None for other inputs."""
+        return None if self.file is None else self.file.path
+
+    def stamp(self) -> tuple[int | None, Version] | None:
+        """Size and version of the file at this moment; None if it can be read only once.
 
         Raises InvalidCommandError if the file is gone.
         """
-        if self.path is None or self.size is None:
-            return None
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise InvalidCommandError(f"cannot read {self.name}: {error.strerror}") from None
-        return status.st_size, status.st_mtime_ns
+        return None if self.file is None or self.size is None else self.file.stamp()
 
 
-def format_of(path: Path) -> Format | None:
+def format_of(name: str) -> Format | None:
     """Format for the suffix of a file's name; None if unknown.
 
     A suffix of a compression, such as `.gz` or `.zst`, is ignored.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
@@ -133,7 +139,7 @@ def sniff(file: InputFile, opened: OpenFile, text_columns: tuple[str, ...]) -> F
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"{") or re.match(rb"\[\s*\{", text):
         return "jsonl"
-    if file.path is None:
+    if file.file is None:
         return _by_header(re.split(rb"[\r\n]", text, maxsplit=1)[0], file.name, text_columns)
     raise InvalidCommandError(
         f"{file.name}: neither its name nor its first bytes tell its `format`; name one",

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 from fletcher.errors import InvalidCommandError
-from fletcher.readers.files import COMPRESSED, FORMATS, SUFFIXES, Format, InputFile, format_of
-from fletcher.util.paths import check_local
+from fletcher.readers.files import COMPRESSED, SUFFIXES, format_of
+from fletcher.readers.source_files import LocalFile
 
-log = logging.getLogger(__name__)
-
-STDIN = "-"
 MAX_KINDS = 5  # maximum number of suffixes or paths that a notice lists
 
 # Folders with files that are not all current: a table format keeps deleted rows for a while.
@@ -28,80 +22,44 @@ _HUGGING_FACE = ("dataset_info.json", "state.json", "dataset_dict.json")
 Notice = Callable[[str], None]
 
 
-def find_files(
-    paths: Iterable[str | Path],
-    format_name: str | None = None,
-    notice: Notice = log.info,
-    *,
-    whole_files: bool = False,
-    excluded: Sequence[Path] = (),
-) -> list[InputFile]:
-    """List the input files at some paths.
+def files_below(
+    folder: Path, notice: Notice, excluded: Sequence[Path] = (), *, every: bool = False
+) -> list[LocalFile]:
+    """The input files in a folder and its subfolders, sorted by path.
 
-    The files in a folder and its subfolders are sorted by path. Hidden files and the contents of
-    hidden folders are left out. Links to files are followed, links to folders are not.
+    Hidden files and the contents of hidden folders are left out. Links to files are followed, links
+    to folders are not.
 
     Args:
-        paths: Files, folders, or `-` for standard input (at most once).
-        format_name: One of FORMATS, for all files. None: the file name decides the format, or the
-            first bytes if the name does not.
-        notice: Called with a message about what is left out of a folder.
-        whole_files: Whether each file is one text, so that files of every kind are taken.
-        excluded: Folders inside the given ones to leave out, such as that of a store.
+        folder: The folder.
+        notice: Called with a message about what is left out.
+        excluded: Folders inside to leave out, such as that of a store.
+        every: Take files of unknown formats, too.
 
     Raises:
-        InvalidCommandError: A path or a folder cannot be read, a folder has no file to read, no
-            path is given, `-` is given twice, or the format is unknown.
+        InvalidCommandError: A folder cannot be read, or has no file to read.
     """
-    if format_name is not None and format_name not in FORMATS:
-        raise InvalidCommandError(
-            f"`format` is {format_name!r}, expected one of {', '.join(FORMATS)}",
-            field="format",
-            allowed=FORMATS,
-        )
-    chosen = cast("Format | None", "text" if whole_files else format_name)
-    files: list[InputFile] = []
-    for path in paths:
-        if str(path) == STDIN:
-            files.append(InputFile(None, "standard input", None, chosen))
-        else:
-            check_local(str(path), "paths")
-            files += _files_at(Path(path), chosen, notice, excluded, every=whole_files)
-    if not files:
-        raise InvalidCommandError("no file to read was given; name a file, a folder or `-`")
-    if sum(file.path is None for file in files) > 1:
-        raise InvalidCommandError("standard input (`-`) was given twice; it can be read once")
-    return files
-
-
-def _files_at(
-    path: Path, chosen: Format | None, notice: Notice, excluded: Sequence[Path], *, every: bool
-) -> list[InputFile]:
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidCommandError(f"cannot read {path}: {reason}") from None
-    if not path.is_dir():
-        size = status.st_size if stat.S_ISREG(status.st_mode) else None
-        return [InputFile(path, str(path), size, chosen or format_of(path))]
-    walk = _Walk(path, [one.resolve() for one in excluded])
-    walk.search(path)
+    walk = _Walk(folder, [one.resolve() for one in excluded])
+    walk.search(folder)
     found = []
     for file in sorted(walk.files):
-        known = format_of(file)
-        if every or known:
-            found.append(InputFile(file, str(file), file.stat().st_size, chosen or known))
+        if every or format_of(file.name):
+            found.append(LocalFile.at_path(file))
         else:
             walk.unknown[file.suffix.lower()] += 1
     for line in walk.notices():
         notice(line)
     if not found:
-        raise InvalidCommandError(
-            f"the folder {path} holds no file to read; expected names that end in "
-            f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSED)}"
-        )
+        raise no_files(f"the folder {folder}")
     return found
+
+
+def no_files(where: str) -> InvalidCommandError:
+    """The error of a place without input files."""
+    return InvalidCommandError(
+        f"{where} holds no file to read; expected names that end in {', '.join(SUFFIXES)}, each "
+        f"also with {', '.join(COMPRESSED)}"
+    )
 
 
 class _Walk:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.readers.source_files import SourceFile
 from fletcher.readers.streams import PieceStream
 
 # Most bytes of a compressed record batch after decompression.
@@ -130,19 +131,19 @@ class CheckedStream(PieceStream):
         return message.serialize()
 
 
-def check_file(path: Path, name: str) -> None:
+def check_file(table: SourceFile, name: str) -> None:
     """Check the messages of an Arrow IPC file, without their bodies.
 
     Raises the errors of `check_message`, and OSError if the file cannot be read.
     """
-    with path.open("rb") as file:
+    with io.BufferedReader(cast("io.RawIOBase", table.open())) as file:
 
         def read(offset: int, length: int) -> bytes:
             file.seek(offset)
             return file.read(length)
 
         # Only the index tells where messages begin: Polars leaves other bytes between them.
-        for number, (offset, length, _, _) in enumerate(_index(read, path.stat().st_size), 1):
+        for number, (offset, length, _, _) in enumerate(_index(read, table.size or 0), 1):
             header = read(offset, length)
             check_message(
                 header[8 if header.startswith(_MARKER) else 4 :],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -18,8 +19,9 @@ from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line
 from fletcher.readers.columns import Selection
 from fletcher.readers.file_reader import FileReader, ReadOptions
 from fletcher.readers.files import InputFile
-from fletcher.readers.folders import Notice, find_files
 from fletcher.readers.merging import merged_schema, widened
+from fletcher.readers.source_files import Version
+from fletcher.readers.sources import Notice, find_files
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +157,7 @@ class TextSource:
         self._parts: list[TextSource] | None = None
         self.failure: FletcherError | None = None
         # Stamps of files when they were hashed or first read.
-        self._stamps: dict[str, tuple[int, int] | None] = {}
+        self._stamps: dict[str, tuple[int | None, Version] | None] = {}
         sizes = [file.num_bytes for file in files if file.num_bytes is not None]
         self.total_bytes: int | None = sum(sizes) if len(sizes) == len(files) else None
         self._first_pass: Iterable[tuple[pa.RecordBatch, str]] | None = None
@@ -235,13 +237,15 @@ class TextSource:
             read.append([file.name for file in self.files])
         digest.update(json.dumps(read).encode())
         for file in self.files:
-            assert file.path is not None
+            assert file.file is not None
             self._stamps[file.key] = file.stamp()
             try:
-                with file.path.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+                with file.file.open() as stream:
+                    content = hashlib.file_digest(cast("io.RawIOBase", stream), "sha256")
+                    digest.update(content.digest())
             except OSError as error:
-                raise InvalidCommandError(f"cannot read {file.name}: {error.strerror}") from None
+                reason = error.strerror or error
+                raise InvalidCommandError(f"cannot read {file.name}: {reason}") from None
         return digest.hexdigest()
 
     def _survey(self) -> pa.Schema:
@@ -329,7 +333,7 @@ class TextSource:
             self._bytes_read = before
 
 
-def _check_unchanged(file: InputFile, stamp: tuple[int, int] | None) -> None:
+def _check_unchanged(file: InputFile, stamp: tuple[int | None, Version] | None) -> None:
     if file.stamp() != stamp:
         raise InvalidCommandError(
             f"{file.name} changed while it was read; give a copy that does not change"

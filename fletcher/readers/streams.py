@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
+from fletcher.readers.source_files import SourceFile
 
 BUFFER_BYTES = 1 << 20
 SNIFF_BYTES = 64
@@ -49,8 +49,8 @@ class OpenFile:
     Attributes:
         stream: Stream of the decompressed bytes.
         compression: Compression of the input: `gzip`, `zstd`, `bz2`, `xz` or None.
-        position: Function that returns the number of bytes of the file on disk that were read so
-            far; 0 for standard input and pipes.
+        position: Function that returns the number of bytes of the file that were read so far; 0 for
+            standard input and pipes.
     """
 
     stream: io.BufferedReader
@@ -60,33 +60,28 @@ class OpenFile:
 
 @contextmanager
 def open_stream(
-    path: Path | None,
-    *,
-    pipe: bool,
-    stdin: BinaryIO | None,
-    part: tuple[int, int] | None = None,
+    file: SourceFile | None, *, stdin: BinaryIO | None, part: tuple[int, int] | None = None
 ) -> Iterator[OpenFile]:
     """Open an input and detect its compression by the first bytes.
 
-    `path` is None for standard input. `pipe` tells that the path is a named pipe. `part` has the
-    first byte to read of a file without compression, and the byte after the last one.
+    `file` is None for standard input. `part` has the first byte to read of a file without
+    compression, and the byte after the last one.
     """
-    if path is not None and part is not None:
-        with path.open("rb", buffering=0) as raw:
-            raw.seek(part[0])
-            inner = io.BufferedReader(_Part(raw, part[1] - part[0]), BUFFER_BYTES)
-            yield OpenFile(cast("io.BufferedReader", inner), None, lambda: raw.tell() - part[0])
+    if file is not None and part is not None:
+        with file.open(part[0], part[1] - part[0]) as raw:
+            stream = io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES)
+            yield OpenFile(cast("io.BufferedReader", stream), None, stream.tell)
         return
-    if path is None:
+    if file is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
-    with path.open("rb", buffering=0) as raw:
-        yield _opened(_Pipe(raw) if pipe else raw)
+    with file.open() as raw:
+        yield _opened(_Pipe(raw) if file.size is None else raw)
 
 
-def _opened(raw: io.FileIO | _Pipe) -> OpenFile:
-    position = raw.tell if isinstance(raw, io.FileIO) else lambda: 0
-    stream = cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
+def _opened(raw: BinaryIO | _Pipe) -> OpenFile:
+    position = (lambda: 0) if isinstance(raw, _Pipe) else raw.tell
+    stream = cast("io.BufferedReader", io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES))
     start = stream.peek(7)
     for magic, compression in _MAGIC:
         if magic.match(start):
@@ -105,22 +100,6 @@ def _decompressed(stream: io.BufferedReader, compression: str) -> Any:
     return _Members(stream, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))
 
 
-class _Part(io.RawIOBase):
-    """The next bytes of a file."""
-
-    def __init__(self, raw: io.FileIO, num_bytes: int) -> None:
-        self._raw = raw
-        self._left = num_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        num_bytes = self._raw.readinto(memoryview(buffer)[: self._left]) or 0
-        self._left -= num_bytes
-        return num_bytes
-
-
 class _Pipe(io.RawIOBase):
     """Standard input or a named pipe.
 
@@ -128,7 +107,7 @@ class _Pipe(io.RawIOBase):
     among the bytes, or FIRST_LINE_BYTES without one.
     """
 
-    def __init__(self, source: BinaryIO | io.FileIO) -> None:
+    def __init__(self, source: BinaryIO) -> None:
         self.read_some = getattr(source, "read1", source.read)
         self.begun = False
 

@@ -15,6 +15,7 @@ from fletcher.errors import ColumnTypeError, InvalidCommandError
 from fletcher.readers.arrays import BATCH_BYTES, Batches, check_arrays, cut
 from fletcher.readers.columns import Selection, arrow_paths, take_paths
 from fletcher.readers.ipc_sizes import CheckedStream, check_file
+from fletcher.readers.source_files import SourceFile
 
 # A row group's encoded columns may stand for far more bytes. A batch of nested columns is made so
 # small that its rows could each hold the largest value of the group.
@@ -23,16 +24,22 @@ _BUFFER_BYTES = 1 << 20
 BatchesWithShare = Iterator[tuple[pa.RecordBatch, float]]
 
 
-def parquet_schema(path: Path, name: str, selection: Selection) -> pa.Schema:
+def parquet_schema(table: SourceFile, name: str, selection: Selection) -> pa.Schema:
     """Types of the selected columns of a Parquet file; empty without rows."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(table.open_table()) as file:
         return _selected(file.schema_arrow, name, selection)
 
 
-def arrow_schema(path: Path, name: str, selection: Selection) -> pa.Schema:
+def arrow_schema(table: SourceFile, name: str, selection: Selection) -> pa.Schema:
     """Types of the selected columns of an Arrow IPC file."""
-    with pa.OSFile(str(path)) as opened, pa.ipc.open_file(opened) as file:
+    with _open_native(table) as opened, pa.ipc.open_file(opened) as file:
         return _selected(file.schema, name, selection)
+
+
+def _open_native(table: SourceFile) -> pa.NativeFile:
+    """A file that Arrow can read any part of."""
+    opened = table.open_table()
+    return pa.OSFile(str(opened)) if isinstance(opened, Path) else opened
 
 
 def stream_schema(stream: io.BufferedReader, name: str, selection: Selection) -> pa.Schema:
@@ -51,14 +58,14 @@ def _selected(schema: pa.Schema, name: str, selection: Selection) -> pa.Schema:
     return pa.schema(kinds)
 
 
-def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShare:
+def read_parquet(table: SourceFile, name: str, selection: Selection) -> BatchesWithShare:
     """Batches of a Parquet file, each with the share of the rows read so far, 0 to 1.
 
     Raises:
         InvalidCommandError: A column is encrypted.
         ColumnTypeError: A time of the type INT96 is beyond timestamp[ns].
     """
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(table.open_table()) as file:
         paths = arrow_paths(selection, file.schema_arrow, name)
         tops = list(dict.fromkeys(path[0] for path in paths.values()))
         _check_keys(file, name, tops)
@@ -70,8 +77,10 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
     # Reads are buffered because pyarrow would otherwise load each column chunk completely.
     options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
     with (
-        pq.ParquetFile(path, read_dictionary=texts, **options) as file,
-        pq.ParquetFile(path, coerce_int96_timestamp_unit="ms", **options) as wide_file,
+        pq.ParquetFile(table.open_table(), read_dictionary=texts, **options) as file,
+        pq.ParquetFile(
+            table.open_table(), coerce_int96_timestamp_unit="ms", **options
+        ) as wide_file,
     ):
         batches = _batches(file, rows, tops)
         wide = _batches(wide_file, rows, int96, like=tops)
@@ -205,14 +214,14 @@ def _is_castable(column: pa.Array, kind: pa.DataType) -> bool:
     return True
 
 
-def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithShare:
+def read_arrow_file(table: SourceFile, name: str, selection: Selection) -> BatchesWithShare:
     """Batches of an Arrow IPC file, with the share read so far, 0 to 1.
 
     The file is not memory-mapped: if somebody cuts it meanwhile, a signal would end the process.
     Only the selected columns are read.
     """
-    check_file(path, name)
-    with pa.OSFile(str(path)) as opened:
+    check_file(table, name)
+    with _open_native(table) as opened:
         schema = pa.ipc.open_file(opened).schema
         paths = arrow_paths(selection, schema, name)
         tops = sorted({schema.get_field_index(top) for top, *_ in paths.values()})

@@ -33,7 +33,7 @@ from fletcher.stores.lance.writer import LanceWriter, lance_errors
 
 _log = logging.getLogger(__name__)
 
-TYPES = ("auto", "ivf_pq", "ivf_rq", "ivf_hnsw_sq", "none")
+TYPES = ("auto", "ivf_pq", "ivf_rq", "ivf_sq", "ivf_hnsw_sq", "none")
 # Below this number of rows, a search without an index takes some milliseconds.
 MIN_ROWS = 10_000
 GOAL = 0.995  # recall@10 of the sample, so that other queries reach 0.99
@@ -103,7 +103,8 @@ def build_indexes(
 
     Args:
         kind: One of TYPES. `auto` takes no index below MIN_ROWS, else IVF_RQ, or IVF_HNSW_SQ if the
-            number of dimensions is not a multiple of 8. `none` removes the index of the vectors.
+            number of dimensions is not a multiple of 8. If their recall is below GOAL, `auto` takes
+            IVF_SQ. `none` removes the index of the vectors.
         progress: Called with what is done now.
 
     Raises:
@@ -187,35 +188,49 @@ def _build(
         progress("indexing ids")
         table.create_index("id", config=_library().BTree(), replace=True)
         writer.sync_files()
-    chosen = kind if similarity is not None else "none"
-    if similarity is not None and chosen == "auto":
-        wide = "ivf_rq" if similarity.dims % 8 == 0 else "ivf_hnsw_sq"
-        chosen = wide if num_rows >= MIN_ROWS else "none"
-    before = [one.name for one in table.list_indices() if "vector" in one.columns]
     index = measured = None
-    if chosen != "none" and similarity is not None:
-        progress(f"indexing {num_rows:,} vectors ({chosen.upper()})")
-        name = f"vector-{secrets.token_hex(4)}"
-        table.create_index("vector", config=_config(chosen, similarity), name=name)
-        writer.sync_files()
-        progress("measuring the index")
-        made = next(one for one in table.list_indices() if one.name == name)
-        rows = int(made.num_indexed_rows or 0)
-        index = VectorIndex(name, kind_name(made.index_type), rows)
-        for old in before:  # a search may use any index of the column
-            table.drop_index(old)
-        index, measured = _measure(table, index, similarity)
-        settings = SearchSettings(
-            index.name, index.nprobes or _NPROBES[-1], index.candidates, measured.recall
-        )
-        write_settings(folder, settings)
-    elif kind == "none":
-        for old in before:
-            table.drop_index(old)
-    else:  # too few rows for a new index
+    if similarity is None:
+        _drop_indexes(table)
+    elif kind == "auto" and num_rows < MIN_ROWS:
         index = find_index(table, folder)
+    else:
+        for one in _kinds(kind, similarity):
+            progress(f"indexing {num_rows:,} vectors ({one.upper()})")
+            index, measured = _index_vectors(writer, folder, one, similarity)
+            if measured.recall >= GOAL:
+                break
     writer.sync_files()
     return IndexReport(num_rows, id_index, index, measured)
+
+
+def _kinds(kind: str, similarity: Similarity) -> tuple[str, ...]:
+    """The indexes to make until one reaches GOAL."""
+    if kind != "auto":
+        return (kind,)
+    return ("ivf_rq" if similarity.dims % 8 == 0 else "ivf_hnsw_sq", "ivf_sq")
+
+
+def _index_vectors(
+    writer: LanceWriter, folder: Path, kind: str, similarity: Similarity
+) -> tuple[VectorIndex, Measurement]:
+    """Replace the index of the vectors, measure the new one and store its settings."""
+    table, name = writer.table, f"vector-{secrets.token_hex(4)}"
+    table.create_index("vector", config=_config(kind, similarity), name=name)
+    writer.sync_files()
+    _drop_indexes(table, but=name)
+    made = next(one for one in table.list_indices() if one.name == name)
+    index = VectorIndex(name, kind_name(made.index_type), int(made.num_indexed_rows or 0))
+    index, measured = _measure(table, index, similarity)
+    nprobes = index.nprobes or _NPROBES[-1]
+    write_settings(folder, SearchSettings(name, nprobes, index.candidates, measured.recall))
+    return index, measured
+
+
+def _drop_indexes(table: Any, but: str | None = None) -> None:
+    """Drop indexes of the vectors. A search may use any that there is."""
+    for one in table.list_indices():
+        if "vector" in one.columns and one.name != but:
+            table.drop_index(one.name)
 
 
 def _library() -> Any:
@@ -227,7 +242,12 @@ def _library() -> Any:
 
 def _config(kind: str, similarity: Similarity) -> Any:
     index = _library()
-    classes = {"ivf_pq": index.IvfPq, "ivf_rq": index.IvfRq, "ivf_hnsw_sq": index.HnswSq}
+    classes = {
+        "ivf_pq": index.IvfPq,
+        "ivf_rq": index.IvfRq,
+        "ivf_sq": index.IvfSq,
+        "ivf_hnsw_sq": index.HnswSq,
+    }
     return classes[kind](distance_type=METRICS[similarity.metric])
 
 

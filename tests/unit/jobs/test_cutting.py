@@ -11,11 +11,12 @@ import pytest
 from fletcher.errors import InvalidCommandError
 from fletcher.jobs.cutting import cut_lines, has_lines
 from fletcher.readers.files import InputFile
+from fletcher.readers.source_files import LocalFile
 
 
 def input_file(path: Path, data: bytes, kind: str = "jsonl") -> InputFile:
     path.write_bytes(data)
-    return InputFile(path, path.name, len(data), kind)  # type: ignore[arg-type]
+    return InputFile(LocalFile.at_path(path), kind)  # type: ignore[arg-type]
 
 
 def test_pieces_are_the_file(tmp_path: Path) -> None:
@@ -95,5 +96,5 @@ def test_only_files_of_lines_are_cut(tmp_path: Path, start: bytes, kind: str, cu
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     file = input_file(tmp_path / "a", b"x\n")
     (tmp_path / "a").unlink()
-    with pytest.raises(InvalidCommandError, match="cannot read a: No such file"):
+    with pytest.raises(InvalidCommandError, match=r"cannot read .*a: No such file"):
         cut_lines(file)

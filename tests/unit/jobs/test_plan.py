@@ -12,7 +12,7 @@ from fletcher.jobs import cutting, plan
 from fletcher.jobs.manifest import JobState
 from fletcher.jobs.plan import Plan, Planner
 from fletcher.jobs.records import Fragment, StampsRecord, StateRecord
-from fletcher.readers.folders import find_files
+from fletcher.readers.sources import find_files
 
 READING = {"text": "text"}
 

@@ -17,7 +17,7 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.readers import open_source
-from fletcher.readers.folders import find_files
+from fletcher.readers.sources import find_files
 
 TABLE = pa.table(
     {

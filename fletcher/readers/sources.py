@@ -1,0 +1,101 @@
+"""Input files at paths, patterns and URIs."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import cast
+
+from fletcher.errors import InvalidCommandError
+from fletcher.readers.files import FORMATS, Format, InputFile, format_of
+from fletcher.readers.folders import Notice, files_below
+from fletcher.readers.source_files import LocalFile, SourceFile
+from fletcher.util.paths import check_local
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Notice", "find_files", "list_files"]
+
+STDIN = "-"
+
+
+def list_files(
+    spec: str | Path,
+    *,
+    notice: Notice = log.info,
+    excluded: Sequence[Path] = (),
+    every: bool = False,
+) -> list[SourceFile]:
+    """List the input files at a path or a pattern.
+
+    A pattern may have `*`, `?`, `[...]`, and `**` for folders of any depth. It matches files alone,
+    not folders. A path that exists is no pattern. The files of a folder or pattern are sorted by
+    path, and hidden ones are left out.
+
+    Args:
+        spec: File, folder or pattern.
+        notice: Called with a message about what is left out of a folder.
+        excluded: Folders to leave out of a folder, such as that of a store.
+        every: Take a folder's files of unknown formats, too.
+
+    Raises:
+        InvalidCommandError: A path or a folder cannot be read, or there is no file to read.
+    """
+    text = str(spec)
+    check_local(text, "paths")
+    path = Path(spec)
+    if glob.has_magic(text) and "\0" not in text and not path.exists():
+        # `Path.glob` takes no absolute pattern.
+        found = [Path(one) for one in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+        files = [LocalFile.at_path(one) for one in found if not one.is_dir()]
+        if not files:
+            raise InvalidCommandError(f"no file matches {text!r}; a pattern matches files alone")
+        return list(files)
+    if path.is_dir():
+        return list(files_below(path, notice, excluded, every=every))
+    return [LocalFile.at_path(path)]
+
+
+def find_files(
+    paths: Iterable[str | Path],
+    format_name: str | None = None,
+    notice: Notice = log.info,
+    *,
+    whole_files: bool = False,
+    excluded: Sequence[Path] = (),
+) -> list[InputFile]:
+    """List the inputs at some paths, with their formats.
+
+    Args:
+        paths: As of `list_files`, or `-` for standard input (at most once).
+        format_name: One of FORMATS, for all files. None: the file name decides the format, or the
+            first bytes if the name does not.
+        notice: Called with a message about what is left out of a folder.
+        whole_files: Whether each file is one text, so that files of every kind are taken.
+        excluded: Folders inside the given ones to leave out, such as that of a store.
+
+    Raises:
+        InvalidCommandError: As `list_files`, or no path is given, `-` is given twice, or the format
+            is unknown.
+    """
+    if format_name is not None and format_name not in FORMATS:
+        raise InvalidCommandError(
+            f"`format` is {format_name!r}, expected one of {', '.join(FORMATS)}",
+            field="format",
+            allowed=FORMATS,
+        )
+    chosen = cast("Format | None", "text" if whole_files else format_name)
+    inputs: list[InputFile] = []
+    for path in paths:
+        if str(path) == STDIN:
+            inputs.append(InputFile(None, chosen))
+            continue
+        files = list_files(path, notice=notice, excluded=excluded, every=whole_files)
+        inputs += [InputFile(file, chosen or format_of(file.name)) for file in files]
+    if not inputs:
+        raise InvalidCommandError("no file to read was given; name a file, a folder or `-`")
+    if sum(one.file is None for one in inputs) > 1:
+        raise InvalidCommandError("standard input (`-`) was given twice; it can be read once")
+    return inputs
