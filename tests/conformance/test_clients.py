@@ -194,6 +194,16 @@ def test_an_upload_survives_kills_of_its_server(
     eventually(lambda: server.ids("d") == list(range(3000)), "each row is stored once")
 
 
+def test_a_cancelled_upload_continues_with_other_batches(driver: Driver, server: Server) -> None:
+    # The server has rows up to the middle of a batch of the second call.
+    case = {"call": "put", "address": server.address, "dataset": new_dataset("d")}
+    case |= {"rows": 200, "batch_rows": 9, "command": {"upload_id": "u"}}
+    cancelled = driver.run(**case, pause_ms=40, cancel_ms=500)
+    assert cancelled["error"]["code"] == "cancelled"
+    assert driver.run(**{**case, "batch_rows": 70})["answer"]["complete"]
+    eventually(lambda: server.ids(case["dataset"]) == list(range(200)), "each row is stored once")
+
+
 def test_an_upload_survives_the_restart_of_its_server(
     driver: Driver, start_server: StartServer
 ) -> None:
