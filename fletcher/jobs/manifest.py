@@ -14,7 +14,6 @@ import msgspec
 from fletcher.errors import ConfigError
 from fletcher.jobs.records import (
     VERSION,
-    FileRecord,
     Fragment,
     JobRecord,
     Record,
@@ -23,7 +22,6 @@ from fletcher.jobs.records import (
     State,
     StateRecord,
 )
-from fletcher.readers.files import InputFile
 from fletcher.util.closing import Closing
 from fletcher.util.durable import sync_path, write_atomically
 from fletcher.util.locks import FileLock
@@ -219,16 +217,6 @@ class Manifest(Closing):
         lines = [msgspec.json.encode(record) + b"\n" for record in self.state.records()]
         write_atomically(path, b"".join(lines))
         self.state.num_lines = len(lines)
-
-
-def file_record(file: InputFile) -> FileRecord:
-    """The record of a file as it is now. Raises InvalidCommandError if it is gone."""
-    stamp = file.stamp()
-    assert stamp is not None
-    size, version = stamp
-    path = file.path
-    name = file.name if path is None else os.path.abspath(path)  # noqa: PTH100 - links stay links
-    return FileRecord(name, size, version)
 
 
 def _unusable(folder: Path, error: OSError) -> ConfigError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from fletcher.errors import InvalidCommandError
 from fletcher.jobs.cutting import Piece, cut_lines, has_lines, hash_file
-from fletcher.jobs.manifest import JobState, file_record
+from fletcher.jobs.manifest import JobState
 from fletcher.jobs.records import FileRecord, Fragment, LinesRecord
 from fletcher.readers.files import InputFile, LineRange
 from fletcher.readers.sources import find_files
@@ -262,6 +263,16 @@ def _identity(files: Sequence[FileRecord], lines: LinesRecord | None, content: s
 
 def _start(piece: Piece) -> int:
     return piece.start
+
+
+def file_record(file: InputFile) -> FileRecord:
+    """The record of a file as it is now. Raises InvalidCommandError if it is gone."""
+    stamp = file.stamp()
+    assert stamp is not None
+    size, version = stamp
+    path = file.path
+    name = file.name if path is None else os.path.abspath(path)  # noqa: PTH100 - links stay links
+    return FileRecord(name, size, version)
 
 
 def _shared(group: Sequence[tuple[InputFile, FileRecord]]) -> PlannedFragment:
