@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Programs that build and run a client's driver.
-TOOLS = {"python": "python3", "go": "go", "rust": "cargo", "js": "npm"}
+TOOLS = {"python": "python3", "go": "go", "rust": "cargo", "js": "npm", "java": "mvn"}
 # Cargo's own locks let several processes build in one folder.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 CARGO_TARGET = CACHE / "fletcher-rust"
@@ -104,12 +105,35 @@ def _build(language: str, folder: Path) -> list[str]:
         return ["node", str(install_js(folder) / "conformance.js")]
     if language == "python":
         return [sys.executable, "-m", "tests.conformance.python_driver"]
+    if language == "java":
+        return _build_java(folder)
     if language == "go":
         run_tool("go", ["go", "build", "-o", str(program), "./cmd/conformance"])
     else:
         run_tool("rust", ["cargo", "build", "--locked", "--quiet", "--example", "conformance"])
         shutil.copy2(CARGO_TARGET / "debug" / "examples" / "conformance", program)
     return [str(program)]
+
+
+def _build_java(folder: Path) -> list[str]:
+    run_maven(
+        folder,
+        "test-compile",
+        "dependency:build-classpath",
+        f"-Dmdep.outputFile={folder / 'classpath'}",
+    )
+    jars = (folder / "classpath").read_text().strip()
+    classes = f"{folder / 'classes'}:{folder / 'test-classes'}:{jars}"
+    opens = "--add-opens=java.base/java.nio=ALL-UNNAMED"
+    return ["java", opens, "-cp", classes, "longbowfletcher.Conformance"]
+
+
+def run_maven(folder: Path, *arguments: str) -> None:
+    """Run Maven, which builds in `folder`. Its repository takes one process at a time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "fletcher-maven.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_tool("java", ["mvn", "-q", "-B", f"-DbuildDirectory={folder}", *arguments])
 
 
 def install_js(folder: Path) -> Path:

@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from fletcher.models.bundle.bundle import ModelBundle
-from tests.conformance.drivers import ROOT, install_js, require_tool, run_tool
+from tests.conformance.drivers import ROOT, install_js, require_tool, run_maven, run_tool
 from tests.integration.processes import Place, serving
 
 pytestmark = pytest.mark.timeout(1300)
@@ -24,8 +25,17 @@ def versions() -> dict[str, str]:
     return {
         "go": go.group(1),
         "rust": _toml(CLIENTS / "rust" / "Cargo.toml")["package"]["version"],
+        "java": _java_version(),
         "js": json.loads((CLIENTS / "js" / "package.json").read_text())["version"],
     }
+
+
+def _java_version() -> str:
+    pom = (CLIENTS / "java" / "pom.xml").read_text()
+    (version,) = re.findall(r"^  <version>(.*)</version>", pom, re.MULTILINE)
+    source = CLIENTS / "java" / "src/main/java/longbowfletcher/FletcherClient.java"
+    assert f'VERSION = "{version}"' in source.read_text()
+    return str(version)
 
 
 def _toml(path: Path) -> dict[str, dict[str, str]]:
@@ -45,6 +55,16 @@ def test_clients_have_the_version_of_fletcher(language: str) -> None:
 def test_the_crate_and_the_examples_of_its_page(argv: tuple[str, ...]) -> None:
     require_tool("rust")
     run_tool("rust", ["cargo", *argv, "--locked", "--quiet"])
+
+
+def test_the_archive_of_maven_has_the_classes(tmp_path: Path) -> None:
+    require_tool("java")
+    run_maven(tmp_path, "package")
+    (archive,) = tmp_path.glob("*.jar")
+    with zipfile.ZipFile(archive) as files:
+        names = files.namelist()
+    assert "longbowfletcher/FletcherClient.class" in names
+    assert not any("Conformance" in name for name in names)
 
 
 def test_the_package_of_npm_has_all_files(tmp_path: Path) -> None:
