@@ -50,7 +50,10 @@ class SourceFile(ABC):
 
     def open_table(self) -> Path | pa.NativeFile:
         """The file for Arrow's readers, which need any part of it."""
-        return self.path or pa.PythonFile(self._open_raw(), "r")
+        if self.path is not None:
+            return self.path
+        raw = self._open_raw()
+        return raw if isinstance(raw, pa.NativeFile) else pa.PythonFile(raw, "r")
 
     @abstractmethod
     def stamp(self) -> tuple[int | None, Version]:

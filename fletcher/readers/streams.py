@@ -20,6 +20,8 @@ from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.source_files import SourceFile
 
 BUFFER_BYTES = 1 << 20
+# A read of an object store is a request.
+_REMOTE_BUFFER_BYTES = 4 << 20
 SNIFF_BYTES = 64
 # A first line longer than this is not treated as a header.
 FIRST_LINE_BYTES = 64 << 10
@@ -68,12 +70,13 @@ def open_stream(file: SourceFile | None, *, stdin: BinaryIO | None) -> Iterator[
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
     with file.open() as raw:
-        yield _opened(_Pipe(raw) if file.size is None else raw)
+        size = BUFFER_BYTES if file.path is not None else _REMOTE_BUFFER_BYTES
+        yield _opened(_Pipe(raw) if file.size is None else raw, size)
 
 
-def _opened(raw: BinaryIO | _Pipe) -> OpenFile:
+def _opened(raw: BinaryIO | _Pipe, size: int = BUFFER_BYTES) -> OpenFile:
     position = (lambda: 0) if isinstance(raw, _Pipe) else raw.tell
-    stream = cast("io.BufferedReader", io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES))
+    stream = cast("io.BufferedReader", io.BufferedReader(cast("io.RawIOBase", raw), size))
     start = stream.peek(7)
     for magic, compression in _MAGIC:
         if magic.match(start):
