@@ -24,6 +24,7 @@ SECTIONS = {
         "embed": "Print the vectors of texts.",
         "search": "Find the rows nearest to a text.",
         "similar": "Compare texts, or find those most like them in a file.",
+        "jobs": "List, show, resume and cancel jobs of fletcher ingest.",
         "index": "Index a dataset, and measure the index.",
         "optimize": "Compact a dataset and its index.",
         "datasets": "List, show and drop datasets, and print their first rows.",
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _complete("fletcher", root)
         if code is None:
             colour = wants_colour(sys.stdout)
-            with root.make_context("fletcher", argv, color=colour) as context:
+            given = tuple(argv)
+            with root.make_context("fletcher", argv, color=colour, obj=given) as context:
                 code = int(root.invoke(context) or 0)
         sys.stdout.flush()
     except click.UsageError as error:

@@ -25,10 +25,12 @@ from fletcher.cli.options import (
 )
 from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
+from fletcher.config.delivery import NO_STORE
 from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
 if TYPE_CHECKING:
+    from fletcher.cli.ingest_job import DryRun, IngestJob, JobPlace, SingleUpload
     from fletcher.client import Ack, Client, PutSummary
     from fletcher.config.server import ServeConfig
     from fletcher.readers import TextSource
@@ -64,7 +66,11 @@ _REPORTED = (
 @option("--limit N", heading=INPUT)
 @option("--on-bad-row", type=Choice(("fail", "skip")), default="fail", heading=INPUT)
 @option("--rejects FILE", heading=INPUT)
+@option("--dry-run", is_flag=True)
+@option("--price AMOUNT", type=float)
 @option("--dataset NAME", required=True, heading=OUTPUT)
+@option("--job FOLDER", heading=OUTPUT)
+@option("--verify-content", is_flag=True, heading=INPUT)
 @option("--upload-id NAME", heading=OUTPUT)
 @option("--mode", type=Choice(CHOICES["mode"]), default="append", heading=OUTPUT)
 @option("--dedupe", type=Choice(CHOICES["dedupe"]), default="off", heading=OUTPUT)
@@ -91,15 +97,19 @@ def cli(
     encoding: str | None,
     on_bad_row: str,
     rejects: Path | None,
+    job: Path | None,
+    verify_content: bool,
+    dry_run: bool,
+    price: float | None,
     no_text: bool,
     as_json: bool,
     **fields: Any,
 ) -> int:
     """Embed files, folders of them or standard input into a dataset of a store.
 
-    Each file is an upload named after its content. Run the same command again to resume after a
-    stop, or after a file was repaired or added: no row is stored twice. The exit status is 0 if all
-    uploads are complete, even if single rows could not be embedded or were skipped.
+    Run the same command again to continue after a stop, or after a file was changed or added. No
+    row is stored twice, and the rows of a changed file replace its former rows. The exit status is
+    0 if all files are stored, even if single rows could not be embedded or were skipped.
 
     Args:
         id_column: Column of row ids. Default: id if it exists, else ids are generated.
@@ -115,11 +125,16 @@ def cli(
         on_bad_row: End at a line of JSON lines or plain text that is not JSON or not UTF-8 (fail),
             or leave it out (skip). Other formats always fail.
         rejects: New file for the lines that --on-bad-row skip leaves out, as JSON lines.
+        dry_run: Store nothing. Read all files, embed a sample of their texts, and print the number
+            of rows and tokens, the time on this machine, and the space on disk.
+        price: Price of this machine for an hour, from which --dry-run computes the cost.
         dataset: Dataset to write to.
+        job: Folder of the job's manifest, which says what is stored of which file. Default: beside
+            the dataset if the store is a folder here, else in the home folder.
+        verify_content: Read all files again, also those with the known size and time.
         upload_id: Name of one upload for all files. Run the command again with the same name and
             input to resume. Warning: other input under the same name counts as already uploaded.
-            Default: a name for each file, derived from its content, or a random name for - and for
-            --mode delta.
+            Default: names that the job chooses, or a random name for - and for --mode delta.
         mode: append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed
             only new and changed rows (delta).
         dedupe: Drop rows whose id or text was uploaded or stored before. The server reads the id or
@@ -127,8 +142,12 @@ def cli(
         no_text: Store ids and vectors without the texts. This saves space, but searches then show
             no text.
     """
-    from fletcher.readers import open_source
+    from fletcher.cli.ingest_job import DryRun, IngestInput, JobPlace, open_ingest
+    from fletcher.client.files import source_options
     from fletcher.readers.bad_rows import RejectedLines, fail_on_bad_line
+    from fletcher.readers.columns import Selection
+    from fletcher.readers.file_reader import ReadOptions
+    from fletcher.readers.source import find_inputs
 
     options = EmbedCommand(
         **{**fields, "id_column": fields["id_column"] or "id"},
@@ -147,44 +166,79 @@ def cli(
     rejected = RejectedLines(rejects) if on_bad_row == "skip" else None
     if rejects is not None and rejected is None:
         raise ConfigError("`rejects` needs --on-bad-row skip", field="rejects")
-    texts = open_source(
-        paths,
-        text_column=fields["text_column"],
-        id_column=fields["id_column"],
-        columns=fields["columns"],
-        format_name=format_name,
+    selection = Selection(
+        fields["text_column"],
+        fields["id_column"],
+        fields["columns"],
         limit=limit,
         source=source,
         whole_files=whole_files,
-        delimiter=delimiter,
-        encoding=encoding,
-        excluded=[] if target.server else _store_folders(config, fields["dataset"]),
+    )
+    read = ReadOptions(
+        delimiter,
+        encoding,
         notice=lambda line: say(f"fletcher ingest: {line}"),
         on_bad_line=rejected.add_line if rejected else fail_on_bad_line,
     )
-    with target.open_client(config, max_retries=MAX_RETRIES) as client:
+    excluded = () if target.server else tuple(_store_folders(config, fields["dataset"]))
+    files = find_inputs(paths, selection, read, format_name, excluded)
+    given = IngestInput(files, selection, read, format_name, verify_content)
+    options = source_options(options, selection)
+    place = JobPlace.of(job, target, config, options)
+    if price is not None and not dry_run:
+        raise ConfigError("`price` needs --dry-run", field="price")
+    if dry_run:
+        return _estimate(DryRun(given, place), place, price, as_json=as_json)
+    with open_ingest(given, job, place) as work:
         started_s = time.monotonic()
-        if options.prompt is None:
-            prompt = client.prompt_for("document", options.model)
-            options = dataclasses.replace(options, prompt=prompt)
-        meter = _Meter(client, texts, local=not target.server)
-        try:
-            with Progress(meter.sample, Total(rows=limit, num_bytes=texts.total_bytes)):
-                summary = client.ingest(texts, options, on_ack=meter.on_ack)
-        except KeyboardInterrupt:
-            # Printed before the workers are stopped, which takes seconds.
-            resumable = texts.reiterable or options.upload_id
-            again = "; the same command resumes the upload" if resumable else ""
-            print(f"stopping{again}", file=sys.stderr)
-            raise
-    store = target.server.uri if target.server else next(iter(config.store_addresses.values()))
-    report = _report(summary, fields["dataset"], store, time.monotonic() - started_s)
+        if work.source is not None:
+            with target.open_client(config, max_retries=MAX_RETRIES) as client:
+                started_s = time.monotonic()
+                _send(work, client, options, _Meter(client, work.source, local=not target.server))
+        seconds = time.monotonic() - started_s
+        report = _report(work.summary, fields["dataset"], place.address, seconds) | work.report()
     report["rows_rejected"] = rejected.num_lines if rejected else 0
     if as_json:
         print_json(report)
     else:
         _print(report)
-    return 0 if summary.complete else 1
+    return 0 if report["complete"] else 1
+
+
+def _estimate(work: DryRun, place: JobPlace, price: float | None, *, as_json: bool) -> int:
+    from fletcher.cli.dry_run import print_estimate
+
+    config = place.config.with_options(store=(NO_STORE,))
+    with place.target.open_client(config) as client:
+        report = work.estimate(client, _with_prompt(client, place.options), price)
+    if as_json:
+        print_json(report)
+    else:
+        print_estimate(report)
+    return 0
+
+
+def _with_prompt(client: Client, options: EmbedCommand) -> EmbedCommand:
+    """The options with the model's prompt for documents, unless they name a prompt."""
+    if options.prompt is not None:
+        return options
+    return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
+
+
+def _send(
+    work: SingleUpload | IngestJob, client: Client, options: EmbedCommand, meter: _Meter
+) -> None:
+    source = work.source
+    assert source is not None
+    options = _with_prompt(client, options)
+    try:
+        with Progress(meter.sample, Total(source.limit, source.total_bytes)):
+            work.send_rows(client, options, meter.on_ack)
+    except KeyboardInterrupt:
+        # Printed before the workers are stopped, which takes seconds.
+        again = "; the same command continues" if source.reiterable or options.upload_id else ""
+        print(f"stopping{again}", file=sys.stderr)
+        raise
 
 
 def _check_store(config: ServeConfig) -> None:
@@ -287,12 +341,15 @@ def _print(report: Mapping[str, Any]) -> None:
     if report["rows_rejected"]:
         print(f"{report['rows_rejected']:,} lines left out, which could not be read")
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
-    for name in ("dataset", "store", "model", "upload_id"):
-        shown = report[name] or f"one for each of {len(report['uploads']):,} files"
-        print(f"{name.removesuffix('_id'):<8} {shown}")
+    if report.get("rows_deleted"):
+        print(f"{report['rows_deleted']:,} former rows of changed files deleted")
+    for name in ("dataset", "store", "model", "job", "upload_id"):
+        if report[name]:
+            print(f"{name.removesuffix('_id'):<8} {report[name]}")
     for error in report["errors"][:SHOWN_ERRORS]:
         named = f" (id {printable(error['id'])})" if error.get("id") is not None else ""
-        place = f"{printable(error['file'])}, " if error.get("file") else ""
+        named_file = error.get("file") and len(report["uploads"]) > 1
+        place = f"{printable(error['file'])}, " if named_file else ""
         line = f"{place}row {error['row']}{named}: {error['code']}: {printable(error['message'])}"
         print(cut(line, terminal_width()))
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
-from fletcher.client.files import ingest_files
+from fletcher.client.files import ingest_files, source_options
 from fletcher.client.messages import PutSummary, as_batches, messages
 from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.client.put import OnAck, UploadSession
@@ -28,6 +28,8 @@ from fletcher.util.closing import Closing
 DEFAULT_TIMEOUT_S = 20.0
 # Reading, compiling and warming up a large model takes minutes.
 LOAD_TIMEOUT_S = 300.0
+# The store may read all rows of a dataset to find those of the upload.
+DELETE_TIMEOUT_S = 300.0
 _EMBED_ROWS = 4096
 
 
@@ -153,14 +155,7 @@ class Client(Closing):
                 id_column=id_column,
                 columns=options.columns,
             )
-        chosen = source.selection
-        options = replace(
-            options,
-            text_column=chosen.text_column,
-            id_column=chosen.id or "id",
-            columns=chosen.carried_columns,
-        )
-        return ingest_files(self.put, source, options, on_ack)
+        return ingest_files(self.put, source, source_options(options, source.selection), on_ack)
 
     def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
         """Embed text and return an iterator over batches with vectors.
@@ -257,6 +252,19 @@ class Client(Closing):
         """Progress of an upload: `rows_durable`, `ranges` (inclusive) and `complete`."""
         body = {"upload_id": upload_id} | ({} if dataset is None else {"dataset": dataset})
         return self._connection.action("upload_status", body)
+
+    def delete_upload(self, upload_id: str, dataset: str, store: str | None = None) -> int:
+        """Delete the rows of an upload from its store, and return their number.
+
+        The upload must have ended. Afterwards the same id names a new upload.
+
+        Raises:
+            InvalidCommandError: The store cannot delete rows for good.
+            UploadConflictError: The upload has a connection.
+        """
+        body = {"upload_id": upload_id, "dataset": dataset}
+        body |= {} if store is None else {"store": store}
+        return int(self._connection.action("delete_upload", body, DELETE_TIMEOUT_S)["rows_deleted"])
 
     def stats(self) -> dict[str, Any]:
         """The server's counters, durations, queues and workers."""

@@ -14,6 +14,7 @@ from fletcher.client.put import OnAck
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import FletcherError
 from fletcher.readers import TextSource
+from fletcher.readers.columns import Selection
 
 # Uploads in which the order of files does not matter, so that each file can be one.
 _UNORDERED_MODES = ("append",)
@@ -51,6 +52,16 @@ def ingest_id(source: TextSource, options: EmbedCommand, occurrence: int = 0) ->
     return digest.hexdigest()[:40]
 
 
+def source_options(options: EmbedCommand, selection: Selection) -> EmbedCommand:
+    """Options of uploads of the columns that are read from files."""
+    return replace(
+        options,
+        text_column=selection.text_column,
+        id_column=selection.id or "id",
+        columns=selection.carried_columns,
+    )
+
+
 def ingest_files(
     put: Callable[..., PutSummary],
     source: TextSource,
@@ -66,18 +77,18 @@ def ingest_files(
     single = options.upload_id is not None or not source.reiterable or len(source.files) == 1
     if single or options.mode not in _UNORDERED_MODES:
         given = options.upload_id or ingest_id(source, options)
-        summary = _put(put, source, replace(options, upload_id=given), on_ack)
+        summary = put_source(put, source, replace(options, upload_id=given), on_ack)
         again = options.mode == "overwrite" and source.reiterable and options.upload_id is None
         if again and summary.complete and summary.rows_skipped == summary.rows_received:
             # The dataset had these rows once, and perhaps other rows since.
-            return _put(put, source, replace(options, upload_id=uuid.uuid4().hex), on_ack)
+            return put_source(put, source, replace(options, upload_id=uuid.uuid4().hex), on_ack)
         return summary
-    total = _Total(on_ack)
+    total = UploadTotal(on_ack)
     left = source.limit
     for name, part, upload_id in _named_parts(source, options):
         part.limit = left
         try:
-            summary = _put(put, part, replace(options, upload_id=upload_id), total.on_ack)
+            summary = put_source(put, part, replace(options, upload_id=upload_id), total.take_ack)
         except FletcherError as error:
             error.add_note(f"while sending {name}")
             raise
@@ -89,7 +100,7 @@ def ingest_files(
     return total.summary
 
 
-def _put(
+def put_source(
     put: Callable[..., PutSummary], source: TextSource, options: EmbedCommand, on_ack: OnAck | None
 ) -> PutSummary:
     """Send a source as one upload.
@@ -116,18 +127,19 @@ def _named_parts(
         seen[content] += 1
 
 
-class _Total:
+class UploadTotal:
     """Results of several uploads as one."""
 
-    def __init__(self, on_ack: OnAck | None) -> None:
-        self._on_ack = on_ack
+    def __init__(self, on_ack: OnAck | None = None) -> None:
+        self.on_ack = on_ack
         self.summary = PutSummary("", True, 0, 0, 0, 0)
 
-    def on_ack(self, ack: Ack) -> None:
-        if self._on_ack is None:
+    def take_ack(self, ack: Ack) -> None:
+        """Call `on_ack` with the counts of all uploads."""
+        if self.on_ack is None:
             return
         before = self.summary
-        self._on_ack(
+        self.on_ack(
             replace(
                 ack,
                 rows_received=before.rows_received + ack.rows_received,
@@ -138,6 +150,7 @@ class _Total:
         )
 
     def add(self, name: str, one: PutSummary) -> None:
+        """Add the result of the upload of a file."""
         before = self.summary
         self.summary = PutSummary(
             upload_id="",
@@ -148,7 +161,8 @@ class _Total:
             rows_durable=before.rows_durable + one.rows_durable,
             rows_deduplicated=before.rows_deduplicated + one.rows_deduplicated,
             model=one.model or before.model,
-            errors=before.errors + tuple(replace(error, file=name) for error in one.errors),
+            errors=before.errors
+            + tuple(replace(error, file=error.file or name) for error in one.errors),
             errors_truncated=before.errors_truncated or one.errors_truncated,
             rows_skipped=before.rows_skipped + one.rows_skipped,
             uploads=(*before.uploads, (name, one.upload_id)),

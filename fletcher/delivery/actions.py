@@ -10,6 +10,7 @@ import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -32,15 +33,24 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A request to prepare the dataset, or to replace it by a staged one.
+    """A request to prepare the dataset, to replace it, or to delete rows of it.
 
     A caller that stops waiting cancels `ready`.
+
+    Attributes:
+        schema: Schema of the rows for which the dataset is prepared.
+        mode: How they will be written.
+        staged: The staged dataset that replaces the dataset.
+        former: Upload whose rows are deleted.
+        ready: Ends with the number of deleted rows, or with None.
+        requested: Time of the request (`time.monotonic`).
     """
 
     schema: pa.Schema | None = None
     mode: WriteMode = "append"
     staged: Staged | None = None
-    ready: Future[None] = field(default_factory=Future)
+    former: str | None = None
+    ready: Future[Any] = field(default_factory=Future)
     requested: float = field(default_factory=time.monotonic)
 
 

@@ -242,15 +242,15 @@ class CommitQueue:
     def _can_open(self) -> bool:
         """Whether the first opening may be carried out now.
 
-        Rows that arrived before an overwrite was requested are stored first, so that the overwrite
-        removes them. The overwrite does not wait for later rows, because the wait might never end.
-        Later rows may be stored before or after it.
+        Rows that arrived before an overwrite or a deletion was requested are stored first, so that
+        it removes them. It does not wait for later rows, because the wait might never end. Later
+        rows may be stored before or after it.
         """
         if not self._openings:
             return False
         first = self._openings[0]
         return (
-            first.staged is None
+            (first.staged is None and first.former is None)
             or first.ready.cancelled()
             or not (
                 any(one.sent is not None for one in self._settling)

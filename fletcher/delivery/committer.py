@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import pyarrow as pa
 
@@ -112,7 +113,14 @@ class Committer:
         """
         return self._request(actions.Opening(staged=staged))
 
-    def _request(self, opening: actions.Opening) -> Future[None]:
+    def request_deletion(self, upload_id: str) -> Future[int]:
+        """Request that the rows of an upload are deleted.
+
+        The returned future ends with the number of deleted rows, or with the error.
+        """
+        return self._request(actions.Opening(former=upload_id))
+
+    def _request(self, opening: actions.Opening) -> Future[Any]:
         with self._changed:
             if self._queue.stopped:
                 opening.ready.set_exception(actions.shutting_down())
@@ -270,8 +278,11 @@ class Committer:
             return
         try:
             breaker.require_ready(dataset)
+            num_rows = None
             with breaker.guard_call(dataset, proof=False):
-                if opening.staged is not None:
+                if opening.former is not None:
+                    num_rows = self._sender.delete_upload(opening.former)
+                elif opening.staged is not None:
                     self._sender.replace_dataset(opening.staged)
                 elif opening.schema is not None:
                     self._sender.open_writer(opening.schema, opening.mode)
@@ -281,7 +292,7 @@ class Committer:
             log.exception("cannot open `%s`", dataset)
             ready.set_exception(actions.unexpected_failure())
         else:
-            ready.set_result(None)
+            ready.set_result(num_rows)
 
     def _append(self, groups: Sequence[Group]) -> Outcome:
         """Mark duplicates in uploads with `dedupe`, and send the groups that may be sent."""

@@ -82,7 +82,8 @@ class Delivery:
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
         self._surveys = {name: StoreSurvey(name, store) for name, store in stores.items()}
         telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
-        telemetry.queue_depth.observe(self._num_waiting_rows, stage="rows")
+        waiting = lambda: sum(one.committer.num_waiting_rows for one in self._all_sinks())  # noqa: E731
+        telemetry.queue_depth.observe(waiting, stage="rows")
         for name, breaker in self._breakers.items():
             telemetry.store_away.observe(breaker.unavailability, store=name)
             telemetry.store_append_share.observe(partial(self._append_share, name), store=name)
@@ -208,19 +209,20 @@ class Delivery:
                 return upload.status()
         # Fail now if the store is unavailable; else the caller would wait for a deadline.
         self._breakers[name].require_ready(options.dataset)
-        datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
-        for dataset in datasets:
-            if is_replaced_by(store.incarnation(dataset), options.upload_id):
-                settled = self._opener.settled(store, dataset, options.upload_id)
-                found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
-                return {**found.status(), "complete": True}
-        staged = [staged_name(one, options.upload_id) for one in datasets]
-        for dataset in [*datasets, *staged]:
-            settled = self._opener.settled(store, dataset, options.upload_id)
-            if any(settled):
-                found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
-                return found.status()
-        return {"rows_durable": 0, "ranges": [], "complete": False}
+        return self._opener.stored_status(store, options.dataset, options.upload_id)
+
+    def delete_upload(self, options: EmbedCommand) -> int:
+        """See `UploadOpener.delete_upload`."""
+        name, store = self.store(options.store)
+        key = (name, options.dataset or "", options.upload_id or "")
+        with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
+            if self._incarnation(name, key[1]) is None:
+                return 0
+            sink = self._enter_sink(key, store)
+            try:
+                return self._opener.delete_upload(key, sink)
+            finally:
+                self._leave_sink(sink)
 
     def _check_rows(self, store_name: str, upload: Upload) -> None:
         """Ask the store for an upload's dataset, unless the breaker holds it back."""
@@ -395,6 +397,3 @@ class Delivery:
         with self._lock:
             sinks = [sink for (store, _), sink in self._sinks.items() if store == name]
         return min((sink.committer.append_size.share for sink in sinks), default=1.0)
-
-    def _num_waiting_rows(self) -> int:
-        return sum(sink.committer.num_waiting_rows for sink in self._all_sinks())

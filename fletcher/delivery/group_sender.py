@@ -74,6 +74,24 @@ class GroupSender:
         destination.store.replace_dataset(destination.dataset, staged.name)
         self._note_incarnation(staged.incarnation)
 
+    def delete_upload(self, upload_id: str) -> int:
+        """Delete the rows of an upload, and return their number.
+
+        Raises:
+            FletcherError: As in `Store.delete_upload`, or because the journal's disk fails.
+        """
+        self.close_writer()
+        if self._journal is not None:
+            with _journal_errors():  # groups of the upload must not be sent again after a crash
+                self._journal.prepare_replacement()
+        self._dedupe_index.invalidate()
+        destination = self._destination
+        num_rows = destination.store.delete_upload(destination.dataset, upload_id)
+        if self._journal is not None:
+            with _journal_errors():
+                self._journal.settled_groups.forget_upload(upload_id)
+        return num_rows
+
     def _note_incarnation(self, incarnation: str | None) -> None:
         if self._incarnation not in (None, incarnation):
             self._dedupe_index.invalidate()

@@ -1,19 +1,23 @@
-"""Begin of an upload, and its continuation on another connection."""
+"""Begin of an upload, its continuation on another connection, and its deletion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from fletcher.core.owner import plain_id
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadTerms
 from fletcher.delivery.upload_registry import UploadRegistry
-from fletcher.errors import StoreUnavailableError
+from fletcher.errors import StoreUnavailableError, UnsupportedCallError, UploadConflictError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.schemas import check_one_row_each
+from fletcher.stores.staging import is_replaced_by, staged_name
 
 
 class UploadOpener:
@@ -84,17 +88,68 @@ class UploadOpener:
         return self._uploads.join_upload(key, terms, new) or new
 
     def _open_dataset(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
-        ready = sink.committer.request_opening(schema, mode)
-        try:
-            ready.result(self._timeout_s)
-        except TimeoutError:
-            ready.cancel()
-            raise StoreUnavailableError("the store does not answer; try again later") from None
+        self._wait(sink.committer.request_opening(schema, mode))
         destination = sink.committer.destination
         dataset = destination.dataset
         stored = destination.store.read_schema(dataset) if mode == "upsert" else None
         if stored is not None:
             check_one_row_each(dataset, stored, schema)
+
+    def stored_status(self, store: Store, dataset: str | None, upload_id: str) -> dict[str, Any]:
+        """The state of an upload, as the store knows it.
+
+        `dataset`: None means all datasets.
+        """
+        datasets = [dataset] if dataset else [one.name for one in store.datasets()]
+        for name in datasets:
+            if is_replaced_by(store.incarnation(name), upload_id):
+                settled = self.settled(store, name, upload_id)
+                found = Upload(name, upload_id, UploadTerms("store"), settled)
+                return {**found.status(), "complete": True}
+        staged = [staged_name(one, upload_id) for one in datasets]
+        for name in [*datasets, *staged]:
+            settled = self.settled(store, name, upload_id)
+            if any(settled):
+                return Upload(name, upload_id, UploadTerms("store"), settled).status()
+        return {"rows_durable": 0, "ranges": [], "complete": False}
+
+    def delete_upload(self, key: UploadKey, sink: DatasetSink) -> int:
+        """Delete the rows of an upload from its store, and forget the upload.
+
+        Returns the number of deleted rows. Afterwards the same id names a new upload.
+
+        Raises:
+            UnsupportedCallError: The store cannot delete rows for good.
+            UploadConflictError: The upload has a connection.
+            StoreUnavailableError: The store does not answer, or rows of the upload wait for it.
+        """
+        store, _, upload_id = key
+        if not sink.committer.destination.store.capabilities.deletes_uploads:
+            raise UnsupportedCallError(
+                f"the store {store!r} cannot delete the rows of an upload for good", field="store"
+            )
+        upload = self._uploads.find_upload(*key)
+        if upload is not None and upload.connections:
+            raise UploadConflictError(
+                f"upload {plain_id(upload_id)!r} has a connection; end it first", field="upload_id"
+            )
+        if upload is not None:
+            written = sink.wait_written(self._timeout_s)
+            if not written or (upload.pending and not sink.wait_idle(self._timeout_s)):
+                raise StoreUnavailableError(
+                    f"rows of upload {plain_id(upload_id)!r} wait for the store; try again later"
+                )
+        num_rows = int(self._wait(sink.committer.request_deletion(upload_id)))
+        self._uploads.forget_upload(key)
+        return num_rows
+
+    def _wait(self, ready: Future[Any]) -> Any:
+        """The result of a request to a committer."""
+        try:
+            return ready.result(self._timeout_s)
+        except TimeoutError:
+            ready.cancel()
+            raise StoreUnavailableError("the store does not answer; try again later") from None
 
     def settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
         """Rows of an upload that need not be sent again, by the store and the journal."""

@@ -96,6 +96,11 @@ class UploadRegistry:
                     return one
         return None
 
+    def forget_upload(self, key: UploadKey) -> None:
+        """Forget an upload, whose rows were deleted from the store."""
+        with self._lock:
+            self._all.pop(key, None)
+
     def recover_upload(self, store: str, dataset: str, upload_id: str, *, upsert: bool) -> Upload:
         """The upload of a group found in the journal; created if it is not known yet."""
         staged_dataset = staged_for(dataset)

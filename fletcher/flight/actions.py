@@ -111,6 +111,17 @@ def _upload_status(service: Service, body: bytes, caller: Caller) -> dict[str, A
     return service.delivery.upload_status(command)
 
 
+def _delete_upload(service: Service, body: bytes, caller: Caller) -> dict[str, Any]:
+    fields = parse_json(body)
+    refuse_unused("delete_upload", fields)
+    command = EmbedCommand.from_mapping(fields)
+    for name in ("dataset", "upload_id"):
+        if getattr(command, name) is None:
+            raise InvalidCommandError(f"`{name}` is missing", field=name)
+    command = command.owned_by(upload_owner(caller))
+    return {"rows_deleted": service.delivery.delete_upload(command)}
+
+
 def _list_models(service: Service, body: bytes, _caller: Caller) -> bytes:
     request, models = parse_list_models(body), service.models
     bundles = models.bundles()
@@ -180,6 +191,11 @@ ACTIONS = {
         'Gives the durable rows of an upload. Body: {"upload_id", "dataset"?, "store"?}. '
         "Result: JSON",
         _upload_status,
+    ),
+    "delete_upload": ActionHandler(
+        'Deletes the rows of an upload from its store. Body: {"upload_id", "dataset", "store"?}. '
+        "Result: JSON",
+        _delete_upload,
     ),
     "load_model": ActionHandler(
         'Loads an installed model; answers when it is ready. Body: {"model"}', _load_model

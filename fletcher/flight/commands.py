@@ -28,8 +28,9 @@ UNUSED_FIELDS = {
     "DoPut": _ANSWERS,
     "DoExchange": _DELIVERY,
     "embed": (*_DELIVERY, *_INPUT, *_ANSWERS),
-    "upload_status": tuple(
-        name for name in FIELD_NAMES if name not in ("upload_id", "dataset", "store")
+    **dict.fromkeys(
+        ("upload_status", "delete_upload"),
+        tuple(name for name in FIELD_NAMES if name not in ("upload_id", "dataset", "store")),
     ),
 }
 
@@ -74,7 +75,7 @@ def refuse_unused(call: str, given: Iterable[str]) -> None:
     """
     for name in given:
         if name in UNUSED_FIELDS[call]:
-            storing = name in _DELIVERY and call != "upload_status"
+            storing = name in _DELIVERY and call not in ("upload_status", "delete_upload")
             why = ", which stores no rows; use DoPut, or leave it out" if storing else ""
             raise InvalidCommandError(
                 f"`{name}` has no meaning in {call}{why or '; leave it out'}", field=name

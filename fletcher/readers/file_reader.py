@@ -15,14 +15,14 @@ import pyarrow as pa
 from fletcher.errors import FletcherError, InvalidCommandError
 from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line, ignore_bad_line
 from fletcher.readers.columns import Selection
-from fletcher.readers.csv_rows import CsvFile, Dialect
+from fletcher.readers.csv_rows import CsvFile, Dialect, check_delimiter
 from fletcher.readers.csv_types import CsvTypes
 from fletcher.readers.files import Format, InputFile, guess_notice, sniff
 from fletcher.readers.json_rows import JsonGroup, read_groups
 from fletcher.readers.json_types import JsonTypes
 from fletcher.readers.lines import read_text, read_whole_file
 from fletcher.readers.source_files import SourceFile
-from fletcher.readers.streams import OpenFile, open_stream, utf8_stream
+from fletcher.readers.streams import OpenFile, check_encoding, open_stream, utf8_stream
 from fletcher.readers.tables import (
     arrow_schema,
     parquet_schema,
@@ -55,6 +55,12 @@ class ReadOptions:
     stdin: BinaryIO | None = None
     notice: Callable[[str], None] = log.info
     on_bad_line: OnBadLine = fail_on_bad_line
+
+    def __post_init__(self) -> None:
+        """Raise InvalidCommandError for an unknown encoding or a wrong delimiter."""
+        object.__setattr__(self, "delimiter", check_delimiter(self.delimiter))
+        if self.encoding is not None:
+            check_encoding(self.encoding)
 
 
 class FileReader:
@@ -95,7 +101,7 @@ class FileReader:
         Raises:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
-        self._surveyed.add(file.name)
+        self._surveyed.add(file.key)
         # Lines are reported when they are read, not twice.
         fails = self.options.on_bad_line is fail_on_bad_line
         on_bad_line = fail_on_bad_line if fails else ignore_bad_line
@@ -108,12 +114,17 @@ class FileReader:
                 fixed = pa.schema({"id": pa.utf8(), self.selection.text_column: pa.utf8()})
                 self._schemas.append((lambda: fixed, file.name))
             elif kind == "text":
-                for batch in read_text(stream, file.name, self.selection, on_bad_line):
+                for batch in read_text(
+                    stream, file.name, self.selection, on_bad_line, _first_line(file)
+                ):
                     self._schemas.append((lambda: batch.schema, file.name))  # noqa: B023
                     break
             elif kind == "jsonl":
                 rows = self.selection.batch_rows
-                groups = self._counted(read_groups(stream, file.name, rows, on_bad_line))
+                first_line = _first_line(file)
+                groups = self._counted(
+                    read_groups(stream, file.name, rows, on_bad_line, first_line)
+                )
                 names = self._json.observe_file(groups, file.name)
                 if names is not None:
                     self._schemas.append((lambda: self._json.schema(names), file.name))
@@ -173,18 +184,19 @@ class FileReader:
         if self.selection.whole_files:
             return read_whole_file(stream, name, self.selection)
         if kind == "text":
-            return read_text(stream, name, self.selection, on_bad_line)
+            return read_text(stream, name, self.selection, on_bad_line, _first_line(file))
         if kind == "jsonl":
             rows = self.selection.batch_rows
-            return self._read_json(read_groups(stream, name, rows, on_bad_line), name)
+            groups = read_groups(stream, name, rows, on_bad_line, _first_line(file))
+            return self._read_json(groups, file)
         return self._read_csv(CsvFile(stream, name, self.selection, self._dialect(kind)))
 
-    def _read_json(self, groups: Iterator[JsonGroup], name: str) -> Iterator[pa.RecordBatch]:
-        if name not in self._surveyed and (first := next(groups, None)) is not None:
-            self._json.observe_file(iter([first]), name)
+    def _read_json(self, groups: Iterator[JsonGroup], file: InputFile) -> Iterator[pa.RecordBatch]:
+        if file.key not in self._surveyed and (first := next(groups, None)) is not None:
+            self._json.observe_file(iter([first]), file.name)
             groups = chain([first], groups)
         for group in groups:
-            yield self._json.convert(group, name)
+            yield self._json.convert(group, file.name)
 
     def _read_csv(self, csv: CsvFile) -> Iterator[pa.RecordBatch]:
         observed = csv.name in self._surveyed
@@ -208,7 +220,8 @@ class FileReader:
 
     @contextmanager
     def _open(self, file: InputFile) -> Iterator[tuple[OpenFile, Format]]:
-        with open_stream(file.file, stdin=self.options.stdin) as opened:
+        part = None if file.lines is None else (file.lines.start, file.lines.stop)
+        with open_stream(file.file, stdin=self.options.stdin, part=part) as opened:
             if self.options.encoding is not None and file.format not in ("parquet", "arrow"):
                 stream = utf8_stream(opened.stream, self.options.encoding, file.name)
                 opened = OpenFile(stream, opened.compression, opened.position)  # noqa: PLW2901
@@ -221,6 +234,10 @@ class FileReader:
 
     def _dialect(self, kind: Format) -> Dialect:
         return Dialect.of(self.options.delimiter, is_tsv=kind == "tsv")
+
+
+def _first_line(file: InputFile) -> int:
+    return 1 if file.lines is None else file.lines.first_line
 
 
 def _is_seekable(opened: OpenFile, kind: Format) -> bool:

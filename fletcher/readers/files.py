@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
@@ -36,16 +36,33 @@ _COLUMN_NAME = re.compile(r"[^\W\d][\w .()/%-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
+class LineRange:
+    """Some lines of a file that is neither compressed nor an array.
+
+    Attributes:
+        start: Offset of the first byte.
+        stop: Offset after the last byte.
+        first_line: Number of the first line, from 1.
+    """
+
+    start: int
+    stop: int
+    first_line: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """One input file, or standard input.
 
     Attributes:
         file: The file; None for standard input.
         format: Format of the input; None: detected from its first bytes.
+        lines: The only lines to read; None: all.
     """
 
     file: SourceFile | None
     format: Format | None
+    lines: LineRange | None = None
 
     @property
     def name(self) -> str:
@@ -56,6 +73,22 @@ class InputFile:
     def size(self) -> int | None:
         """Size in bytes; None for standard input, pipes and files of unknown size."""
         return None if self.file is None else self.file.size
+
+    @property
+    def key(self) -> str:
+        """Name of the input, and of its lines if only some are read."""
+        if self.lines is None or self.lines.first_line == 1:
+            return self.name
+        return f"{self.name} from line {self.lines.first_line:,}"
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of what is read; None as for `size`."""
+        return self.size if self.lines is None else self.lines.stop - self.lines.start
+
+    def part(self, lines: LineRange) -> InputFile:
+        """Some lines of this file."""
+        return replace(self, lines=lines)
 
     @property
     def path(self) -> Path | None:

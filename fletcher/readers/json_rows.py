@@ -7,6 +7,7 @@ of its blocks. These readers hold at most one batch in memory.
 from __future__ import annotations
 
 import codecs
+import functools
 import io
 import itertools
 import json
@@ -60,19 +61,24 @@ def _value(row: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def read_groups(
-    stream: io.BufferedReader, name: str, batch_rows: int, on_bad_line: OnBadLine
+    stream: io.BufferedReader,
+    name: str,
+    batch_rows: int,
+    on_bad_line: OnBadLine,
+    first_line: int = 1,
 ) -> Iterator[JsonGroup]:
     """The rows of a file in groups of a batch each.
 
-    Lines that are no JSON object go to `on_bad_line`.
+    Lines that are no JSON object go to `on_bad_line`. The first line has the number `first_line`.
 
     Raises:
         InvalidCommandError: An element of an array is no JSON object.
         InvalidUtf8Error: An array is not UTF-8.
     """
     start = stream.peek(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
-    is_array = start.startswith(b"[")
-    rows = _elements(stream, name) if is_array else _lines(stream, name, on_bad_line)
+    is_array = start.startswith(b"[") and first_line == 1
+    lines = functools.partial(_lines, on_bad_line=on_bad_line, first_line=first_line)
+    rows = (_elements if is_array else lines)(stream, name)
     group: list[Row] = []
     size = 0
     for place, row, num_chars in rows:
@@ -86,9 +92,9 @@ def read_groups(
 
 
 def _lines(
-    stream: io.BufferedReader, name: str, on_bad_line: OnBadLine
+    stream: io.BufferedReader, name: str, on_bad_line: OnBadLine, first_line: int
 ) -> Iterator[tuple[str, dict[str, Any], int]]:
-    for number, text in numbered_lines(stream, name, on_bad_line):
+    for number, text in numbered_lines(stream, name, on_bad_line, first_line):
         place = f"line {number}"
         try:
             row = _object(_decoded(text, place, name), place, name)

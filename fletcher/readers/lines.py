@@ -17,9 +17,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 def numbered_lines(
-    stream: io.BufferedReader, name: str, on_bad_line: OnBadLine
+    stream: io.BufferedReader, name: str, on_bad_line: OnBadLine, first_line: int = 1
 ) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, as (line number from 1, text without line end).
+    """Lines that are not blank, as (line number, text without line end).
 
     A line ends at CR, LF or CRLF.
 
@@ -28,7 +28,7 @@ def numbered_lines(
     Raises:
         InvalidCommandError: A line is longer than MAX_LINE_BYTES.
     """
-    for number, line in enumerate(raw_lines(stream, name), 1):
+    for number, line in enumerate(raw_lines(stream, name, first_line), first_line):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -44,13 +44,13 @@ def numbered_lines(
             yield number, text
 
 
-def raw_lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
+def raw_lines(stream: io.BufferedReader, name: str, first_line: int = 1) -> Iterator[bytes]:
     """Lines without their ends, which are CR, LF or CRLF.
 
     Raises InvalidCommandError for a line longer than MAX_LINE_BYTES.
     """
     pending: list[bytes] = []  # pieces of a line that has not ended yet
-    size, number, after_cr = 0, 0, False
+    size, number, after_cr = 0, first_line - 1, False
     while chunk := stream.read1(_CHUNK_BYTES):
         if after_cr and chunk.startswith(b"\n"):  # a CRLF across two chunks
             chunk = chunk[1:]
@@ -76,13 +76,17 @@ def raw_lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
 
 
 def read_text(
-    stream: io.BufferedReader, name: str, selection: Selection, on_bad_line: OnBadLine
+    stream: io.BufferedReader,
+    name: str,
+    selection: Selection,
+    on_bad_line: OnBadLine,
+    first_line: int = 1,
 ) -> Batches:
     """Batches of plain text: one column with a row for each line that is not blank."""
     names = _only_text(name, selection)
     texts: list[str] = []
     size = 0
-    for _, text in numbered_lines(stream, name, on_bad_line):
+    for _, text in numbered_lines(stream, name, on_bad_line, first_line):
         texts.append(text)
         size += len(text)
         if len(texts) >= selection.batch_rows or size >= BATCH_BYTES:

@@ -50,6 +50,15 @@ def merged_schema(schemas: Sequence[tuple[pa.Schema, str]], selection: Selection
     return pa.schema({name: kind for name, (kind, _) in known.items()})
 
 
+def widened(schema: pa.Schema, earlier: pa.Schema | None) -> pa.Schema:
+    """A schema whose types also hold the values of `earlier`, where possible."""
+    if earlier is None:
+        return schema
+    known = {field.name: field.type for field in earlier}
+    kinds = {one.name: common_type(known.get(one.name, one.type), one.type) for one in schema}
+    return pa.schema({one.name: kinds[one.name] or one.type for one in schema})
+
+
 def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The type that holds all values of two plain types; None if there is none.
 

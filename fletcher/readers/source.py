@@ -13,17 +13,15 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from fletcher.errors import InvalidCommandError, InvalidUtf8Error
-from fletcher.readers.arrays import Batches
+from fletcher.errors import FletcherError, InvalidCommandError, InvalidUtf8Error
+from fletcher.readers.arrays import BATCH_BYTES, Batches
 from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line
 from fletcher.readers.columns import Selection
-from fletcher.readers.csv_rows import check_delimiter
 from fletcher.readers.file_reader import FileReader, ReadOptions
 from fletcher.readers.files import InputFile
-from fletcher.readers.merging import merged_schema
+from fletcher.readers.merging import merged_schema, widened
 from fletcher.readers.source_files import Version
 from fletcher.readers.sources import Notice, find_files
-from fletcher.readers.streams import check_encoding
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +88,35 @@ def open_source(
         raise InvalidCommandError(f"`limit` is {limit}, expected 0 or more", field="limit")
     if batch_rows < 1:
         raise InvalidCommandError(f"`batch_rows` is {batch_rows}, expected at least 1")
-    if encoding is not None:
-        check_encoding(encoding)
-    listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
     selection = Selection(
         text_column, id_column, tuple(columns), batch_rows, limit, source, whole_files
     )
-    files = find_files(
-        listed, format_name, notice, whole_files=whole_files, excluded=tuple(excluded)
-    )
-    if source or whole_files:
-        _check_names(files)
-    options = ReadOptions(check_delimiter(delimiter), encoding, stdin, notice, on_bad_line)
+    options = ReadOptions(delimiter, encoding, stdin, notice, on_bad_line)
+    files = find_inputs(paths, selection, options, format_name, tuple(excluded))
     return TextSource(files, FileReader(selection, options))
+
+
+def find_inputs(
+    paths: str | Path | Iterable[str | Path],
+    selection: Selection,
+    options: ReadOptions,
+    format_name: str | None = None,
+    excluded: tuple[Path, ...] = (),
+) -> list[InputFile]:
+    """List the input files at some paths, see `open_source`. No file is opened.
+
+    Raises:
+        InvalidCommandError: A path cannot be read, or there is no file.
+        InvalidUtf8Error: The rows would hold the name of a file that is not UTF-8.
+    """
+    listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    whole_files = selection.whole_files
+    files = find_files(
+        listed, format_name, options.notice, whole_files=whole_files, excluded=excluded
+    )
+    if selection.source or whole_files:
+        _check_names(files)
+    return files
 
 
 class TextSource:
@@ -115,22 +129,36 @@ class TextSource:
         total_bytes: Size of all files; None unless all are regular files.
         limit: Maximum number of rows of the next iteration; None: no limit.
         rows_read: Rows of the latest iteration so far.
+        failure: The error that ended the latest iteration.
+        first_rows: Number of the first row of each file in the latest iteration.
     """
 
     def __init__(
-        self, files: list[InputFile], reader: FileReader, plain_schema: pa.Schema | None = None
+        self,
+        files: list[InputFile],
+        reader: FileReader,
+        plain_schema: pa.Schema | None = None,
+        *,
+        earlier: pa.Schema | None = None,
     ) -> None:
-        """Open the files; `plain_schema` is the schema before composition, if it is known."""
+        """Open the files.
+
+        `plain_schema` is the schema before composition, if it is known. `earlier` is that of files
+        that were read before. Columns have a type that holds the values of both, if there is one.
+        """
         self.files = files
         self.selection = reader.selection
         self._reader = reader
         self.limit = reader.selection.limit
         self.rows_read = 0
+        self.first_rows: dict[str, int] = {}
+        self._earlier = earlier
         self._bytes_read = 0
         self._parts: list[TextSource] | None = None
+        self.failure: FletcherError | None = None
         # Stamps of files when they were hashed or first read.
         self._stamps: dict[str, tuple[int | None, Version] | None] = {}
-        sizes = [file.size for file in files if file.size is not None]
+        sizes = [file.num_bytes for file in files if file.num_bytes is not None]
         self.total_bytes: int | None = sum(sizes) if len(sizes) == len(files) else None
         self._first_pass: Iterable[tuple[pa.RecordBatch, str]] | None = None
         if plain_schema is None and self.reiterable:
@@ -143,8 +171,13 @@ class TextSource:
             batch, where = first or (reader.no_rows(), "no input")
             plain_schema = self.selection.plain_schema(batch.schema, where)
             self._first_pass = chain([first] if first else [], found)
-        self._plain_schema = plain_schema
+        self.plain_schema = plain_schema
         self.schema = self.selection.sent_schema(plain_schema)
+
+    @property
+    def schemas(self) -> list[tuple[pa.Schema, str]]:
+        """Schema and name of each file that has rows, if all are regular files."""
+        return self._reader.schemas()
 
     @property
     def reiterable(self) -> bool:
@@ -160,10 +193,15 @@ class TextSource:
 
     def by_file(self) -> list[TextSource]:
         """A source for each file with the schema of this one. They replace this source."""
+        return self.split([[one] for one in self.files])
+
+    def split(self, groups: Iterable[list[InputFile]]) -> list[TextSource]:
+        """A source for each group of files with the schema of this one.
+
+        The groups have all files of this source, which they replace.
+        """
         if self._parts is None:
-            self._parts = [
-                TextSource([one], self._reader, self._plain_schema) for one in self.files
-            ]
+            self._parts = [TextSource(one, self._reader, self.plain_schema) for one in groups]
         return self._parts
 
     def batches(self) -> Batches:
@@ -200,7 +238,7 @@ class TextSource:
         digest.update(json.dumps(read).encode())
         for file in self.files:
             assert file.file is not None
-            self._stamps[file.name] = file.stamp()
+            self._stamps[file.key] = file.stamp()
             try:
                 with file.file.open() as stream:
                     content = hashlib.file_digest(cast("io.RawIOBase", stream), "sha256")
@@ -223,17 +261,53 @@ class TextSource:
         schemas = self._reader.schemas()
         if not schemas:
             return self._reader.no_rows().schema
-        return merged_schema(schemas, self.selection)
+        return widened(merged_schema(schemas, self.selection), self._earlier)
 
     def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
+        batches = self._conformed_batches(found)
+        try:
+            # A pipe's rows may come slowly, so they do not wait for others.
+            yield from self._joined(batches) if self.reiterable else batches
+        except FletcherError as error:
+            self.failure = error
+            raise
+
+    def _joined(self, batches: Batches) -> Batches:
+        """Batches of small files joined to batches of about `batch_rows` rows."""
+        waiting: list[pa.RecordBatch] = []
+        num_rows = num_bytes = 0
+        error = None
+        while error is None:
+            try:
+                batch = next(batches, None)
+            except FletcherError as caught:  # the rows before it are read all the same
+                batch, error = None, caught
+            size = 0 if batch is None else batch.nbytes
+            if waiting and (
+                batch is None
+                or num_rows + batch.num_rows > self.selection.batch_rows
+                or num_bytes + size > BATCH_BYTES
+            ):
+                yield pa.concat_batches(waiting) if waiting[1:] else waiting[0]
+                waiting, num_rows, num_bytes = [], 0, 0
+            if batch is None:
+                break
+            waiting.append(batch)
+            num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + size
+        if error is not None:
+            raise error
+
+    def _conformed_batches(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
         left = self.limit
         self.rows_read = 0
+        self.first_rows, self.failure = {}, None
         rows, last = 0, ""
         for batch, where in found:
             rows, last = (rows if where == last else 0), where
             part = batch.slice(0, left)
             if part.num_rows:
-                yield self.selection.conform(part, self._plain_schema, where, rows)
+                self.first_rows.setdefault(where, self.rows_read)
+                yield self.selection.conform(part, self.plain_schema, where, rows)
                 rows += part.num_rows
                 self.rows_read += part.num_rows
             if left is not None:
@@ -249,13 +323,13 @@ class TextSource:
         """
         before = 0
         for file in self.files:
-            stamp = self._stamps.setdefault(file.name, file.stamp())
+            stamp = self._stamps.setdefault(file.key, file.stamp())
             _check_unchanged(file, stamp)
             for batch, position in self._reader.read(file):
                 self._bytes_read = before + position
-                yield batch, file.name
+                yield batch, file.name if self.selection.source else file.key
             _check_unchanged(file, stamp)
-            before += file.size or 0
+            before += file.num_bytes or 0
             self._bytes_read = before
 
 

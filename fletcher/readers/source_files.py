@@ -101,6 +101,7 @@ class _Part(io.RawIOBase):
 
     def __init__(self, raw: BinaryIO, length: int) -> None:
         self._raw, self._left = raw, length
+        self._read = 0
 
     def readable(self) -> bool:
         return True
@@ -109,7 +110,11 @@ class _Part(io.RawIOBase):
         data = self._raw.read(min(len(buffer), self._left))
         buffer[: len(data)] = data
         self._left -= len(data)
+        self._read += len(data)
         return len(data)
+
+    def tell(self) -> int:
+        return self._read
 
     def close(self) -> None:
         self._raw.close()

@@ -61,11 +61,19 @@ class OpenFile:
 
 
 @contextmanager
-def open_stream(file: SourceFile | None, *, stdin: BinaryIO | None) -> Iterator[OpenFile]:
+def open_stream(
+    file: SourceFile | None, *, stdin: BinaryIO | None, part: tuple[int, int] | None = None
+) -> Iterator[OpenFile]:
     """Open an input and detect its compression by the first bytes.
 
-    `file` is None for standard input.
+    `file` is None for standard input. `part` has the first byte to read of a file without
+    compression, and the byte after the last one.
     """
+    if file is not None and part is not None:
+        with file.open(part[0], part[1] - part[0]) as raw:
+            stream = io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES)
+            yield OpenFile(cast("io.BufferedReader", stream), None, stream.tell)
+        return
     if file is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return

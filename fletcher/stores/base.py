@@ -39,6 +39,7 @@ class StoreCapabilities:
         outputs: Kinds of `vector` that are stored and searched, as in VectorSpec.
         overwrite: A dataset can be replaced for good.
         nanosecond_times: All times are kept in nanoseconds, so only those from 1677 to 2262.
+        deletes_uploads: The rows of one upload can be deleted for good.
         index_lags: The store's own searches find rows only some time after they were stored.
     """
 
@@ -52,6 +53,7 @@ class StoreCapabilities:
     overwrite: bool = True
     nanosecond_times: bool = False
     index_lags: bool = False
+    deletes_uploads: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,17 @@ class Store(Protocol):
         Raises:
             UnknownDatasetError: The staged dataset does not exist.
             StoreUnavailableError: The store does not answer, or a dataset has a writer.
+        """
+
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        """Delete the rows of an upload, and return their number; 0 if there are none.
+
+        After an error, a part may be deleted, and the call may be repeated. The dataset has no
+        writer.
+
+        Raises:
+            UnsupportedCallError: The store cannot delete rows for good.
+            StoreUnavailableError: The store does not answer, or the dataset has a writer.
         """
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:

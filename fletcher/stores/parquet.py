@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from fletcher.core.schema import parse_batch_key
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import Appended, DatasetInfo, Filters, Names, Vector, WriteMode
@@ -181,6 +182,18 @@ class ParquetStore(EmbeddedStore):
         rows = self.scan(dataset, columns=read, filters=filters)
         return nearest(rows, scores, k=k, columns=wanted)
 
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        check_stored(dataset)
+        with self.lock_dataset(dataset), _disk_errors(dataset):
+            self._finish_replacement(dataset)
+            files = [one for one in self._files(dataset) if _is_of(_key_of(one), upload_id)]
+            num_rows: int = sum(pq.read_metadata(path).num_rows for path in files)
+            for path in files:
+                path.unlink()
+            if files:
+                sync_path(self.folder / dataset)
+        return num_rows
+
     def delete_dataset(self, name: str) -> None:
         check_stored(name)
         with self.locked_to_its_end(name), _disk_errors(name):
@@ -299,6 +312,11 @@ class ParquetWriter(EmbeddedWriter):
 def _key_of(path: Path) -> str:
     """The batch key that a file is named after."""
     return path.stem.replace("~", ":")
+
+
+def _is_of(key: str, upload_id: str) -> bool:
+    parsed = parse_batch_key(key)
+    return parsed is not None and parsed[0] == upload_id
 
 
 def _is_whole(path: Path) -> bool:

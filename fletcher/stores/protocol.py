@@ -19,6 +19,7 @@ CAPABILITIES = "capabilities"
 MISSING_KEYS = "missing-keys"
 STORED_RANGES = "stored-ranges"
 REPLACE_DATASET = "replace-dataset"
+DELETE_UPLOAD = "delete-upload"
 
 # Answer of the action `replace-dataset`.
 REPLACED = b"replaced"
@@ -37,6 +38,7 @@ class CapabilitiesAnswer(msgspec.Struct, kw_only=True):
     drops_repeated_keys: bool
     durable: bool
     outputs: tuple[str, ...] = ("dense",)
+    deletes_uploads: bool = False
     meta_port: int | None = None
 
 
@@ -71,6 +73,19 @@ class ReplaceDatasetRequest(msgspec.Struct):
 
     dataset: str
     staged: str
+
+
+class DeleteUploadRequest(msgspec.Struct):
+    """Body of the action `delete-upload`; see `Store.delete_upload`."""
+
+    dataset: str
+    upload_id: str
+
+
+class DeleteUploadAnswer(msgspec.Struct):
+    """Number of deleted rows."""
+
+    rows: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class GroupHeader(msgspec.Struct):

@@ -88,6 +88,7 @@ class Actions:
             protocol.CAPABILITIES: Action(EmptyRequest, self._list_capabilities),
             protocol.MISSING_KEYS: Action(protocol.MissingKeysRequest, self._missing_keys),
             protocol.REPLACE_DATASET: Action(protocol.ReplaceDatasetRequest, self._replace_dataset),
+            protocol.DELETE_UPLOAD: Action(protocol.DeleteUploadRequest, self._delete_upload),
             protocol.STORED_RANGES: Action(protocol.StoredRangesRequest, self._stored_ranges),
         }
         self.meta = {
@@ -267,6 +268,14 @@ class Actions:
         keys = request.batch_keys
         missing = self.ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
         return [to_json(protocol.MissingKeysAnswer(missing))]
+
+    def _delete_upload(self, request: protocol.DeleteUploadRequest) -> list[bytes]:
+        """Delete the rows of an upload."""
+        self._schema(request.dataset)
+        num_rows = self.ingest.call_committer(
+            request.dataset, lambda one: one.delete_upload(request.upload_id)
+        )
+        return [to_json(protocol.DeleteUploadAnswer(num_rows))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
         """Stored row offsets of an upload."""

@@ -10,12 +10,9 @@ import functools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +30,7 @@ from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields, num_group_rows
 from fletcher.storeserver.key_ledger import KeyLedger
 from fletcher.storeserver.stored_columns import as_stored
+from fletcher.storeserver.submissions import SubmittedCall, SubmittedRows
 from fletcher.util.closing import close_for_good
 from fletcher.util.insist import insist
 from fletcher.util.threads import start_thread
@@ -48,50 +46,6 @@ LINGER_S = 0.02
 ENOUGH_ROWS = 4096
 # After this time without writes, a dataset is compacted and its writer closed.
 IDLE_S = 30.0
-
-
-class CommitStream(Counter[str]):
-    """Number of rows that one upload call sent, by batch key.
-
-    Counted only for rows that the call sent without announcing groups.
-    """
-
-
-@dataclass
-class SubmittedRows:
-    """Rows that are committed together.
-
-    Attributes:
-        batches: The rows, in batches of one schema.
-        mode: How the rows are written.
-        whole: The batches hold all rows of their batch keys, so rows whose key is stored are a
-            repeat. If False, the same call may send more rows with the same key.
-        stream: Counts of the call that sent the rows.
-        done: Future that returns the number of stored rows.
-    """
-
-    batches: list[pa.RecordBatch]
-    mode: WriteMode
-    whole: bool
-    stream: CommitStream
-    done: Future[int] = field(default_factory=Future)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(batch.num_rows for batch in self.batches)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(batch.nbytes for batch in self.batches)
-
-
-@dataclass
-class SubmittedCall:
-    """A function to call on the commit thread."""
-
-    function: Callable[[GroupCommitter], Any]
-    done: Future[Any] = field(default_factory=Future)
-    num_rows = num_bytes = 0
 
 
 class GroupCommitter:
@@ -177,6 +131,13 @@ class GroupCommitter:
         """
         self._open_existing()
         return self._writer.delete_rows(condition) if self._writer else 0
+
+    def delete_upload(self, upload_id: str) -> int:
+        """Delete the rows of an upload, and forget its keys; return the number of rows."""
+        self._open_existing()
+        num_rows = self._writer.delete_upload(upload_id) if self._writer else 0
+        self._ledger.forget_upload(upload_id)
+        return num_rows
 
     def delete_dataset(self) -> None:
         """Delete the dataset."""

@@ -9,12 +9,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from fletcher.stores.lance.store import LanceStore
-from fletcher.storeserver.group_committer import (
-    GroupCommitter,
-    SubmittedCall,
-    SubmittedRows,
-    draining,
-)
+from fletcher.storeserver.group_committer import GroupCommitter, draining
+from fletcher.storeserver.submissions import SubmittedCall, SubmittedRows
 
 # Longest wait for the commits of a staged dataset before it replaces another.
 END_COMMITTER_S = 60.0

@@ -44,6 +44,10 @@ class KeyLedger:
         upload_id, first, last = parsed
         self._ranges.setdefault(upload_id, RangeSet()).add_range(first, last)
 
+    def forget_upload(self, upload_id: str) -> None:
+        """Forget the keys of an upload, whose rows were deleted."""
+        self._ranges.pop(upload_id, None)
+
     def ranges(self, upload_id: str) -> list[tuple[int, int]]:
         """Offsets of an upload's stored rows: sorted, inclusive ranges (first, last)."""
         return self._ranges[upload_id].ranges() if upload_id in self._ranges else []

@@ -23,10 +23,10 @@ from fletcher.errors import (
 from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.protocol import GroupHeader
 from fletcher.stores.schemas import check_compatible
-from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import decode_request
 from fletcher.storeserver.stored_columns import as_stored, decode_columns
+from fletcher.storeserver.submissions import CommitStream, SubmittedRows
 from fletcher.storeserver.vector_checks import check_vectors
 from fletcher.util.threads import start_thread
 

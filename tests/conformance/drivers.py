@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +19,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Programs that build and run a client's driver.
-TOOLS = {"python": "python3", "go": "go", "rust": "cargo"}
+TOOLS = {"python": "python3", "go": "go", "rust": "cargo", "js": "npm"}
 # Cargo's own locks let several processes build in one folder.
-CARGO_TARGET = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fletcher-rust"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+CARGO_TARGET = CACHE / "fletcher-rust"
 
 
 class Driver:
@@ -97,6 +100,8 @@ def running(language: str, folder: Path) -> Iterator[Driver]:
 def _build(language: str, folder: Path) -> list[str]:
     """The command that runs a driver."""
     program = folder / "conformance"
+    if language == "js":
+        return ["node", str(install_js(folder) / "conformance.js")]
     if language == "python":
         return [sys.executable, "-m", "tests.conformance.python_driver"]
     if language == "go":
@@ -105,3 +110,24 @@ def _build(language: str, folder: Path) -> list[str]:
         run_tool("rust", ["cargo", "build", "--locked", "--quiet", "--example", "conformance"])
         shutil.copy2(CARGO_TARGET / "debug" / "examples" / "conformance", program)
     return [str(program)]
+
+
+def install_js(folder: Path) -> Path:
+    """A copy of the JavaScript client in `folder`, with the packages that it needs."""
+    client = ROOT / "clients" / "js"
+    digest = hashlib.sha256((client / "package.json").read_bytes()).hexdigest()[:16]
+    cached = CACHE / f"fletcher-js-{digest}"
+    if not cached.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix="fletcher-js-", dir=CACHE))
+        shutil.copy2(client / "package.json", new)
+        argv = ["npm", "install", "--no-package-lock", "--ignore-scripts", "--no-audit", "--silent"]
+        subprocess.run(argv, cwd=new, check=True, timeout=1200)
+        try:
+            new.rename(cached)
+        except OSError:  # another process was faster
+            shutil.rmtree(new)
+    copy = folder / "js"
+    shutil.copytree(client, copy, ignore=shutil.ignore_patterns("node_modules"))
+    (copy / "node_modules").symlink_to(cached / "node_modules")
+    return copy

@@ -154,7 +154,7 @@ def test_ranges_of_int8_vectors_are_applied(
         case = {"call": "embed", "address": server.address, "texts": texts}
         case["command"] = {"dtype": "int8"}
         found, reference = driver.run(**case)["answer"], python.run(**case)["answer"]
-    np.testing.assert_allclose(found, reference, rtol=1e-6)
+    np.testing.assert_allclose(found, reference, rtol=1e-6, atol=1e-7)
 
 
 def test_a_token_is_sent(driver: Driver, start_server: StartServer, tmp_path: Path) -> None:
@@ -192,6 +192,16 @@ def test_an_upload_survives_kills_of_its_server(
     assert not upload.is_alive()
     assert upload.outcome.get("answer", {}).get("complete"), upload.outcome
     eventually(lambda: server.ids("d") == list(range(3000)), "each row is stored once")
+
+
+def test_a_cancelled_upload_continues_with_other_batches(driver: Driver, server: Server) -> None:
+    # The server has rows up to the middle of a batch of the second call.
+    case = {"call": "put", "address": server.address, "dataset": new_dataset("d")}
+    case |= {"rows": 200, "batch_rows": 9, "command": {"upload_id": "u"}}
+    cancelled = driver.run(**case, pause_ms=40, cancel_ms=500)
+    assert cancelled["error"]["code"] == "cancelled"
+    assert driver.run(**{**case, "batch_rows": 70})["answer"]["complete"]
+    eventually(lambda: server.ids(case["dataset"]) == list(range(200)), "each row is stored once")
 
 
 def test_an_upload_survives_the_restart_of_its_server(

@@ -81,6 +81,18 @@ class MemoryStore:
         self.batches[name] = self.batches.pop(staged)
         self.schemas[name] = self.schemas.pop(staged)
 
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        if self.down is not None:
+            raise self.down
+        before, kept = self.rows(dataset).num_rows, []
+        for batch in self.batches[dataset]:
+            keys = [parse_batch_key(key) for key in batch.column("batch_key").to_pylist()]
+            kept.append(
+                batch.filter(pa.array([key is None or key[0] != upload_id for key in keys]))
+            )
+        self.batches[dataset] = kept
+        return before - self.rows(dataset).num_rows
+
     def datasets(self) -> list[DatasetInfo]:
         return [info for name in sorted(self.batches) if (info := self.dataset(name))]
 

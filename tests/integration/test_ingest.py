@@ -274,3 +274,20 @@ def test_rows_before_a_bad_line_are_stored_once(place: Place, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows_rejected"] == 1
     assert sorted(scan(store).column("text").to_pylist()) == sorted(texts)
+
+
+def test_a_longbow_refuses_a_changed_file_before_anything_is_sent(
+    place: Place, tmp_path: Path
+) -> None:
+    path, other = tmp_path / "a.csv", tmp_path / "b.csv"
+    path.write_text("id,text\na,one\n")
+    with LongbowDouble() as longbow:
+        store = longbow.address
+        job = ("--job", tmp_path / "job")
+        assert run_ingest(place, store, path, *job).returncode == 0
+        path.write_text("id,text\na,two words\n")
+        other.write_text("id,text\nb,new\n")
+        refused = run_ingest(place, store, path, other, *job)
+        assert refused.returncode == 2
+        assert f"{path} has changed since it was stored" in refused.stderr
+        assert run_ingest(place, store, other, *job).returncode == 0

@@ -93,6 +93,18 @@ class SettledGroups:
         found = self._read(None).items()
         return [batch_key(upload_id, *one) for upload_id, some in found for one in some.ranges()]
 
+    def forget_upload(self, upload_id: str) -> None:
+        """Remove the keys of an upload, whose rows were deleted from the store.
+
+        Raises:
+            StoreUnavailableError, OSError: The disk fails.
+        """
+        if not self.ranges_of(upload_id):
+            return
+        lines = read_regular(self._path).decode("utf-8", "replace").splitlines()
+        kept = [line for line in lines if (parse_batch_key(line) or ("",))[0] != upload_id]
+        write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+
     def clear(self) -> None:
         """Delete the file, because its dataset is gone.
 

@@ -75,6 +75,11 @@ class FletcherServer(Store):
                 f"the store's answer to {protocol.REPLACE_DATASET} cannot be read", field="store"
             )
 
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        request = protocol.DeleteUploadRequest(dataset, upload_id)
+        answer = self._connection.ask(protocol.DELETE_UPLOAD, request, protocol.DeleteUploadAnswer)
+        return answer.rows
+
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         request = protocol.StoredRangesRequest(dataset, upload_id)
         try:

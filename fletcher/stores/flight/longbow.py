@@ -23,6 +23,7 @@ CAPABILITIES = StoreCapabilities(
     overwrite=False,
     nanosecond_times=True,
     index_lags=True,
+    deletes_uploads=False,
 )
 _TIMESTAMP = pa.timestamp("ns")
 

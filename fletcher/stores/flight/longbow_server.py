@@ -7,7 +7,12 @@ from weakref import WeakSet
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.errors import DimensionMismatchError, InvalidCommandError, StoreUnavailableError
+from fletcher.errors import (
+    DimensionMismatchError,
+    InvalidCommandError,
+    StoreUnavailableError,
+    UnsupportedCallError,
+)
 from fletcher.stores.base import (
     DatasetInfo,
     Filters,
@@ -109,6 +114,13 @@ class LongbowServer(Store):
             "back when it restarts; write to a new dataset",
             field="mode",
             allowed=["append"],
+        )
+
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        raise UnsupportedCallError(
+            f"the rows of upload {upload_id!r} cannot be deleted from `{dataset}`: a Longbow "
+            "brings deleted rows back when it restarts",
+            field="store",
         )
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:

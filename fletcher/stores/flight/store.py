@@ -90,6 +90,10 @@ class FlightStore(Store):
         check_stored(name)
         self._server.replace_dataset(name, staged)
 
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        check_stored(dataset)
+        return self._server.delete_upload(dataset, upload_id)
+
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         check_stored(dataset)
         return self._server.stored_ranges(dataset, upload_id)

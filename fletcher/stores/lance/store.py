@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,13 @@ class LanceStore(EmbeddedStore):
         if distance != "hamming" and index is None:
             return best
         return best.replace_schema_metadata({**(best.schema.metadata or {}), APPROXIMATE: b"true"})
+
+    def delete_upload(self, dataset: str, upload_id: str) -> int:
+        schema = self.read_schema(dataset)
+        if schema is None:
+            return 0
+        with closing(self.open_writer(dataset, schema, "append")) as writer:
+            return writer.delete_upload(upload_id)
 
     def delete_dataset(self, name: str) -> None:
         check_stored(name)

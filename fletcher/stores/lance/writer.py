@@ -171,6 +171,12 @@ class LanceWriter(EmbeddedWriter):
         self._rows -= count
         return count
 
+    def delete_upload(self, upload_id: str) -> int:
+        """Delete the rows of an upload; return their number."""
+        if "batch_key" not in self.schema.names:
+            return 0
+        return self.delete_rows(f"starts_with(batch_key, {quoted(upload_id + ':')})")
+
     def finish(self) -> None:
         """Wait for a running compaction, and compact if due."""
         try:

@@ -153,7 +153,7 @@ def test_version_1_of_feather_is_refused_by_name(tmp_path):
 def test_an_arrow_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
     # The file was mapped, and the process got SIGBUS.
     path = tmp_path / "t.arrow"
-    table = pa.table({"text": ["x" * 20_000] * 100, "n": list(range(100))})
+    table = pa.table({"text": ["x" * 20_000] * 1000, "n": list(range(1000))})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=10)

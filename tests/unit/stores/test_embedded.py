@@ -1065,3 +1065,34 @@ def test_a_parquet_append_keeps_the_file_of_a_key_that_is_sent_again(tmp_path):
     assert sorted(store.scan("d").read_all().column("id").to_pylist()) == [
         f"id{row}" for row in range(5)
     ]
+
+
+def keyed(upload_id: str, first: int, number: int) -> pa.RecordBatch:
+    batch = rows.batch(first, number)
+    keys = pa.array([f"{upload_id}:{first}-{first + number - 1}"] * number, pa.utf8())
+    return batch.set_column(batch.schema.get_field_index("batch_key"), "batch_key", keys)
+
+
+@pytest.mark.parametrize("upload_id", ["u", "u_x", "u-x", "U", "u.00ff00ff00ff00ff00ff00ff"])
+def test_only_the_rows_of_an_upload_are_deleted(store: Store, upload_id: str) -> None:
+    others = ["u", "u_x", "u-x", "ux", "U", "v", "u.00ff00ff00ff00ff00ff00ff", "u.0"]
+    fill(store, *[keyed(one, 3 * place, 3) for place, one in enumerate(others)])
+    fill(store, keyed(upload_id, 100, 5))
+    assert store.delete_upload("missing", upload_id) == 0
+    assert store.delete_upload("d", upload_id) == 8
+    left = store.scan("d").read_all().column("batch_key").to_pylist()
+    assert {key.partition(":")[0] for key in left} == {*others} - {upload_id}
+    assert len(left) == 3 * (len(others) - 1)
+    assert store.delete_upload("d", upload_id) == 0
+    assert store.stored_ranges("d", upload_id) == []
+    fill(store, keyed(upload_id, 0, 3))
+    assert store.stored_ranges("d", upload_id) == [(0, 2)]
+
+
+def test_rows_are_not_deleted_under_a_writer(store: Store) -> None:
+    fill(store, keyed("u", 0, 3))
+    writer = store.open_writer("d", keyed("u", 0, 3).schema, "append")
+    with pytest.raises(StoreUnavailableError, match="being written"):
+        store.delete_upload("d", "u")
+    writer.close()
+    assert store.delete_upload("d", "u") == 3

@@ -25,10 +25,11 @@ from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.lance import writer as lance_writer
 from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.writer import LanceWriter
-from fletcher.storeserver.group_committer import CommitStream, GroupCommitter, SubmittedRows
+from fletcher.storeserver.group_committer import GroupCommitter
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.key_ledger import KeyLedger
 from fletcher.storeserver.server import StoreServer
+from fletcher.storeserver.submissions import CommitStream, SubmittedRows
 from tests.doubles import store_rows as rows
 
 

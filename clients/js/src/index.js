@@ -1,0 +1,3 @@
+export * as arrow from 'apache-arrow'
+export { Client, connect } from './client.js'
+export { FletcherError } from './errors.js'

@@ -1,0 +1,360 @@
+"""The job of `fletcher ingest`: its folder, what it knows, and one run of it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pyarrow as pa
+
+from fletcher.cli.connection import EmbedTarget
+from fletcher.cli.terminal import printable, say
+from fletcher.config.server import ServeConfig
+from fletcher.core.command import EmbedCommand
+from fletcher.errors import ConfigError, UnknownDatasetError
+from fletcher.jobs.manifest import MANIFEST, JobState, Manifest, read_manifest
+from fletcher.jobs.plan import Plan, Planner
+from fletcher.jobs.records import JobRecord, SchemaRecord
+from fletcher.jobs.run import JobRun, begin, check_asked, forget_stored, vector_options
+from fletcher.readers.columns import Selection
+from fletcher.readers.file_reader import FileReader, ReadOptions
+from fletcher.readers.files import InputFile
+from fletcher.readers.source import TextSource
+
+if TYPE_CHECKING:
+    from fletcher.client import Client, PutSummary
+    from fletcher.client.put import OnAck
+
+MAX_NAMES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlace:
+    """Place of a job's manifest, and of its rows.
+
+    Attributes:
+        folder: Folder of the manifest.
+        target: The server that embeds.
+        config: Configuration of a server in this process.
+        options: Options of the uploads.
+    """
+
+    folder: Path
+    target: EmbedTarget
+    config: ServeConfig
+    options: EmbedCommand
+
+    @classmethod
+    def of(
+        cls, given: Path | None, target: EmbedTarget, config: ServeConfig, options: EmbedCommand
+    ) -> JobPlace:
+        """The place `given`, or else the default one.
+
+        A job that writes to a folder has its manifest in that folder, beside the dataset.
+        """
+        from fletcher.stores.address import folder_of
+
+        assert options.dataset is not None
+        if given is not None:
+            return cls(given.absolute(), target, config, options)
+        if target.server is None:
+            address = next(iter(config.store_addresses.values()))
+            if (folder := folder_of(address)) is not None:
+                return cls(folder / ".jobs" / options.dataset, target, config, options)
+        else:
+            address = f"{target.server.uri} {options.store or ''}"
+        name = f"{options.dataset}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+        return cls(config.home / "jobs" / name, target, config, options)
+
+    @property
+    def address(self) -> str:
+        """Address of the server that embeds, or of the store."""
+        if self.target.server is not None:
+            return self.target.server.uri
+        return next(iter(self.config.store_addresses.values()))
+
+    def record(self, model: str, options: EmbedCommand) -> JobRecord:
+        """The first line of the job's manifest."""
+        server = self.target.server.uri if self.target.server else None
+        store = options.store if server else next(iter(self.config.store_addresses.values()))
+        assert options.dataset is not None
+        return JobRecord(
+            job=self.folder.name,
+            dataset=options.dataset,
+            store=store,
+            server=server,
+            options=vector_options(options),
+            model=model,
+            command=list(click.get_current_context().find_root().obj),
+            folder=str(Path.cwd()),
+        )
+
+    def is_stored(self, upload_id: str) -> bool:
+        """Whether the dataset has rows of an upload.
+
+        Raises:
+            FletcherError: The store or the server does not answer.
+        """
+        dataset = self.options.dataset
+        assert dataset is not None
+        with contextlib.suppress(UnknownDatasetError):
+            if self.target.server:
+                with self.target.open_client(self.config) as client:
+                    return bool(client.upload_status(upload_id, dataset).get("ranges"))
+            from fletcher.stores.address import folder_of, open_store
+
+            address = next(iter(self.config.store_addresses.values()))
+            folder = folder_of(address)
+            if folder is None or folder.is_dir():
+                timeout_s = self.config.delivery.store_timeout_s
+                with contextlib.closing(open_store(address, timeout_s=timeout_s)) as opened:
+                    return bool(opened.stored_ranges(dataset, upload_id))
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class IngestInput:
+    """The input files, and how to read them.
+
+    Attributes:
+        files: The files, or standard input.
+        selection: Columns and rows to read.
+        read: Options for reading.
+        format_name: The format that was asked for; None: that of each file.
+        verify_content: Hash all files, also those with the known size and time.
+    """
+
+    files: list[InputFile]
+    selection: Selection
+    read: ReadOptions
+    format_name: str | None = None
+    verify_content: bool = False
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Options that decide rows, as in the manifest."""
+        selection, read = self.selection, self.read
+        values = {
+            "text": selection.text,
+            "id": selection.id,
+            "format": self.format_name,
+            "source": selection.source or None,
+            "whole_files": selection.whole_files or None,
+            "delimiter": read.delimiter,
+            "encoding": read.encoding,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Options that decide rows and columns, as in the manifest."""
+        return {**self.reading, "columns": list(self.selection.carried)}
+
+    def plan(self, state: JobState) -> Plan:
+        """The fragments of the files, compared with what a manifest says."""
+        holds_paths = self.selection.source or self.selection.whole_files
+        planner = Planner(
+            state,
+            self.reading,
+            holds_paths=holds_paths,
+            cuts_lines=not holds_paths and self.read.encoding is None,
+            verify_content=self.verify_content,
+        )
+        return planner.plan(self.files)
+
+    def source(self, files: list[InputFile], state: JobState | None = None) -> TextSource:
+        """The rows of some files. `state` has the types of earlier files of the job."""
+        known = None if state is None else state.schema(self.columns)
+        earlier = None
+        if known is not None:
+            earlier = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(known)))
+        return TextSource(files, FileReader(self.selection, self.read), earlier=earlier)
+
+
+class SingleUpload:
+    """An ingest of all files as uploads that no manifest knows.
+
+    Attributes:
+        source: The rows to send.
+        summary: The result, after `send_rows`.
+    """
+
+    def __init__(self, given: IngestInput) -> None:
+        self.source: TextSource | None = given.source(given.files)
+        self.summary: PutSummary
+
+    def send_rows(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
+        """Send the rows."""
+        assert self.source is not None
+        self.summary = client.ingest(self.source, options, on_ack=on_ack)
+
+    def report(self) -> dict[str, Any]:
+        """Facts for the command's report."""
+        return {"job": None}
+
+
+class IngestJob:
+    """An open job, with the plan of one run.
+
+    Attributes:
+        source: The rows to send; None: all are stored.
+    """
+
+    def __init__(self, manifest: Manifest, place: JobPlace, given: IngestInput) -> None:
+        self._manifest = manifest
+        self._place = place
+        plan = given.plan(manifest.state)
+        if plan.lost:
+            more = " and others" if plan.lost[MAX_NAMES:] else ""
+            say(
+                f"fletcher ingest: {', '.join(plan.lost[:MAX_NAMES])}{more} no longer exist, and "
+                "were sent together with a file that has changed; their rows are deleted"
+            )
+        self._run = JobRun(manifest, plan, given.reading, given.selection.limit)
+        self._columns = given.columns
+        self.source: TextSource | None = None
+        if self._run.todo or self._run.has_former:
+            self.source = given.source(self._run.inputs(), manifest.state)
+
+    def send_rows(self, client: Client, options: EmbedCommand, on_ack: OnAck) -> None:
+        """Send what is not stored, and delete what was replaced.
+
+        Raises:
+            FletcherError: The job has other options, or the server refuses or fails.
+        """
+        from fletcher.client.prompts import served_model
+
+        assert self.source is not None
+        model = served_model(client, options.model)
+        begin(self._manifest, self._place.record(f"{model['name']}@{model['hash']}", options))
+        schema = base64.b64encode(self.source.plain_schema.serialize()).decode()
+        if self._run.todo and schema != self._manifest.state.schema(self._columns):
+            self._manifest.append(SchemaRecord(reading=self._columns, schema=schema))
+        self._run.send_fragments(client, self.source, options, on_ack)
+        for one in self._run.failed:
+            reason = printable(one.error.message)
+            say(f"fletcher ingest: {printable(one.file)} is left out: {reason}")
+        self._run.delete_former(client, options)
+
+    @property
+    def summary(self) -> PutSummary:
+        """The result of all fragments, those of earlier runs included."""
+        found = self._run.total.summary
+        job = self._manifest.state.job
+        (_, only), *others = found.uploads or (("", ""),)
+        return replace(
+            found,
+            upload_id="" if others else only,
+            model=found.model or (job.model if job else ""),
+            complete=found.complete and not self._run.failed,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Facts about the job for the command's report."""
+        return {
+            "job": str(self._place.folder),
+            "rows_deleted": self._run.num_deleted,
+            "failed_files": [
+                {"file": one.file, "code": one.error.code, "message": one.error.message}
+                for one in self._run.failed
+            ],
+        }
+
+
+class DryRun:
+    """The plan of an ingest, of which nothing is stored or written.
+
+    Attributes:
+        source: The rows that are not stored.
+    """
+
+    def __init__(self, given: IngestInput, place: JobPlace) -> None:
+        state = JobState()
+        is_job = _not_a_job(given, place.options) is None
+        if is_job and (place.folder / MANIFEST).exists():
+            state = read_manifest(place.folder)
+            check_asked(state.job, vector_options(place.options), place.options.model)
+        files = given.files
+        self._known = (0, 0, 0)
+        if is_job:
+            plan = given.plan(state)
+            todo = plan.unfinished(state, given.selection.limit)
+            files = [part for one in todo for part in one.parts]
+            done = [one for one in plan.fragments if one.rows_done(state) is not None]
+            self._known = (
+                sum(len(one.files) for one in done),
+                sum(one.rows_done(state) or 0 for one in done),
+                sum(state.states[one.id].rows_stored for one in plan.replaced),
+            )
+        self._num_files = len({file.name for file in files})
+        self.source = given.source(files, state)
+
+    def estimate(
+        self, client: Client, options: EmbedCommand, price: float | None
+    ) -> dict[str, Any]:
+        """The estimate as a JSON object. `price` is that of this machine for an hour."""
+        from fletcher.cli.dry_run import drifts, estimate
+
+        found = estimate(client, self.source, options)
+        num_files, num_rows, num_former = self._known
+        return {
+            "dry_run": True,
+            "dataset": options.dataset,
+            "files": self._num_files,
+            "files_known": num_files,
+            **found,
+            "rows_known": num_rows,
+            "rows_to_delete": num_former,
+            "columns": {one.name: str(one.type) for one in self.source.schema},
+            "drifts": drifts(self.source),
+            "cost": None if price is None else round(found["seconds"] / 3600 * price, 4),
+        }
+
+
+def _not_a_job(given: IngestInput, options: EmbedCommand) -> str | None:
+    """Reason for which an ingest cannot be continued file by file; None if it can."""
+    reasons = {
+        "standard input and pipes can be read only once": any(
+            one.size is None for one in given.files
+        ),
+        f"`mode` is {options.mode}": options.mode != "append",
+        "`upload_id` names one upload for all files": options.upload_id is not None,
+    }
+    return next((text for text, holds in reasons.items() if holds), None)
+
+
+@contextlib.contextmanager
+def open_ingest(
+    given: IngestInput, job: Path | None, place: JobPlace
+) -> Iterator[SingleUpload | IngestJob]:
+    """Context of an ingest, and of its job if it can be continued file by file.
+
+    Raises:
+        ConfigError: A job is asked for where there can be none, another process runs the job, it
+            has other options, or its manifest is damaged.
+        FletcherError: A file or the store cannot be read.
+    """
+    options = place.options
+    reason = _not_a_job(given, options)
+    if reason is not None:
+        if job is not None:
+            raise ConfigError(f"`job` cannot be used: {reason}", field="job")
+        yield SingleUpload(given)
+        return
+    with Manifest(place.folder) as manifest:
+        state = manifest.state
+        check_asked(state.job, vector_options(options), options.model)
+        done = [one for one in state.current() if state.states[one.id].rows_stored]
+        if done and not place.is_stored(done[-1].upload_id):
+            say(
+                f"fletcher ingest: dataset {options.dataset} no longer has the rows of the job, so "
+                "they are sent again"
+            )
+            forget_stored(manifest)
+        yield IngestJob(manifest, place, given)

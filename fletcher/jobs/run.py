@@ -1,0 +1,331 @@
+"""One run of a job: new fragments are sent, and former ones are deleted."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from fletcher.client.client import Client
+from fletcher.client.files import UploadTotal, put_source
+from fletcher.client.messages import PutSummary, RowError
+from fletcher.client.put import OnAck
+from fletcher.core.command import EmbedCommand
+from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
+from fletcher.jobs.manifest import Manifest, now
+from fletcher.jobs.plan import Plan, PlannedFragment
+from fletcher.jobs.records import Fragment, JobRecord, StampsRecord, StateRecord
+from fletcher.readers import TextSource
+from fletcher.readers.files import InputFile
+
+# Options of a job that change its vectors. All its uploads have the same.
+VECTOR_OPTIONS = (
+    *("prompt", "dims", "layers", "dtype", "normalize", "truncate", "chunking", "output"),
+    *("include_text", "dedupe"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFile:
+    """A file that cannot be read.
+
+    Attributes:
+        file: Name of the file.
+        error: Why it cannot be read.
+    """
+
+    file: str
+    error: FletcherError
+
+
+def check_asked(job: JobRecord | None, asked: Mapping[str, Any], model: str | None) -> None:
+    """Refuse options of a command that are not those of the job.
+
+    Args:
+        job: The job; None: it was not begun.
+        asked: Options by name; None: the default, which is not compared.
+        model: A model's name; None: the default.
+
+    Raises:
+        ConfigError: An option differs.
+    """
+    if job is None:
+        return
+    for name, value in asked.items():
+        if value is not None and name in VECTOR_OPTIONS and value != job.options.get(name):
+            raise _other_option(job, name, value, job.options.get(name))
+    if model is not None and job.model and not _is_model(model, job.model):
+        raise _other_option(job, "model", model, job.model)
+
+
+def begin(manifest: Manifest, record: JobRecord) -> None:
+    """Write a job's first line, or compare it.
+
+    Raises:
+        ConfigError: The job has other options.
+    """
+    job = manifest.state.job
+    if job is None:
+        manifest.append(replace_record(record, created=now()))
+        return
+    for name in ("dataset", "store", "server", "model"):
+        given, known = getattr(record, name), getattr(job, name)
+        if given != known:
+            raise _other_option(job, name, given, known)
+    for name in VECTOR_OPTIONS:
+        given, known = record.options.get(name), job.options.get(name)
+        if given != known:
+            raise _other_option(job, name, given, known)
+
+
+def vector_options(options: EmbedCommand) -> dict[str, Any]:
+    """Options that change vectors, without those that are not set."""
+    values = {name: getattr(options, name) for name in VECTOR_OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def replace_record(record: JobRecord, **changes: Any) -> JobRecord:
+    """A copy of a record with other values."""
+    return msgspec.structs.replace(record, **changes)
+
+
+def forget_stored(manifest: Manifest) -> None:
+    """Note that no fragment is stored, as the dataset was deleted or replaced."""
+    state = manifest.state
+    done = [one for one in state.current() if state.state(one) == "done"]
+    manifest.append(*(StateRecord(fragment=one.id, state="pending", at=now()) for one in done))
+
+
+class JobRun:
+    """One run of a job. Not thread-safe.
+
+    Args:
+        manifest: The job's manifest, which `begin` has seen.
+        plan: The plan of the input.
+        reading: Options that decide rows.
+        limit: Maximum number of rows in all; None: no limit.
+
+    Attributes:
+        todo: Fragments of the plan that are not done.
+        failed: Files that cannot be read.
+        total: Results of all fragments.
+    """
+
+    def __init__(
+        self, manifest: Manifest, plan: Plan, reading: dict[str, Any], limit: int | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._plan = plan
+        self._reading = reading
+        self._limit = limit
+        self.failed: list[FailedFile] = []
+        self.num_deleted = 0
+        self.todo = plan.unfinished(manifest.state, limit)
+        self.total = UploadTotal()
+        for one in plan.fragments:
+            if one.rows_done(manifest.state) is not None:
+                assert one.known is not None
+                self.total.add(one.name, self._known_summary(one.known))
+
+    @property
+    def has_former(self) -> bool:
+        """Whether rows of former fragments are to be deleted."""
+        state = self._manifest.state
+        return bool(self._plan.replaced) or "replaced" in map(state.state, state.fragments.values())
+
+    def inputs(self) -> list[InputFile]:
+        """The input files, or parts of them, that are to be sent."""
+        return [part for one in self.todo for part in one.parts]
+
+    def send_fragments(
+        self, client: Client, source: TextSource, options: EmbedCommand, on_ack: OnAck | None
+    ) -> None:
+        """Send the fragments of `todo`, the parts of `source`, in order.
+
+        A file that cannot be read ends its fragment alone.
+
+        Raises:
+            FletcherError: The server refuses or fails.
+        """
+        self._check_deletion(client, options)
+        fragments = self._write_plan(options)
+        parts = source.split(one.parts for one in self.todo)
+        self.total.on_ack = on_ack
+        left = self._left()
+        for planned, fragment, part in zip(self.todo, fragments, parts, strict=True):
+            if left is not None and left <= 0:
+                return
+            part.limit = left
+            summary = self._send_one(client, planned, fragment, part, options)
+            if left is not None:
+                left -= part.rows_read
+            if summary is not None:
+                self.total.add(planned.name, summary)
+
+    def delete_former(self, client: Client, options: EmbedCommand) -> None:
+        """Delete the rows of fragments whose successors are all done."""
+        state = self._manifest.state
+        assert options.dataset is not None
+        for old in self._deletable():
+            name = old.upload_id
+            self.num_deleted += client.delete_upload(name, options.dataset, options.store)
+            self._manifest.set_state(old, "deleted", rows=state.states[old.id].rows)
+
+    def _check_deletion(self, client: Client, options: EmbedCommand) -> None:
+        """Refuse changed files if the store cannot delete rows, before anything is sent.
+
+        Raises:
+            InvalidCommandError: The message names a file.
+        """
+        if not self._plan.replaced:
+            return
+        assert options.dataset is not None
+        try:  # no upload has this id
+            client.delete_upload(uuid.uuid4().hex, options.dataset, options.store)
+        except InvalidCommandError as error:
+            raise InvalidCommandError(
+                f"{self._plan.replaced[0].files[0].path} has changed since it was stored, and its "
+                f"former rows cannot be deleted: {error.message}; ingest into another dataset",
+                field="store",
+            ) from error
+
+    def _send_one(
+        self,
+        client: Client,
+        planned: PlannedFragment,
+        fragment: Fragment,
+        part: TextSource,
+        options: EmbedCommand,
+    ) -> PutSummary | None:
+        self._manifest.set_state(fragment, "running")
+        try:
+            summary = put_source(
+                client.put,
+                part,
+                replace(options, upload_id=fragment.upload_id),
+                self.total.take_ack,
+            )
+        except FletcherError as error:
+            if part.failure is None:
+                error.add_note(f"while sending {planned.name}")
+                raise
+            self.failed.append(FailedFile(planned.name, part.failure))
+            self._manifest.set_state(fragment, "failed", error=str(part.failure))
+            return None
+        whole = summary.complete and (part.limit is None or part.rows_read < part.limit)
+        self._manifest.set_state(
+            fragment,
+            "done" if whole else "pending",
+            rows=summary.rows_received,
+            rows_stored=summary.rows_stored,
+            rows_failed=summary.rows_failed,
+            model=summary.model,
+        )
+        return replace(summary, errors=_by_file(summary.errors, part))
+
+    def _write_plan(self, options: EmbedCommand) -> list[Fragment]:
+        """Write the plan to the manifest, and return the fragments of `todo`."""
+        state = self._manifest.state
+        number = max(state.fragments, default=-1) + 1
+        seen: dict[str, int] = {}
+        for one in state.fragments.values():
+            seen[one.content] = seen.get(one.content, 0) + 1
+        records: list[Any] = []
+        for planned in self._plan.fragments:
+            if planned.known is not None:
+                if planned.known.files != planned.stamps:
+                    records.append(StampsRecord(fragment=planned.known.id, files=planned.stamps))
+                continue
+            occurrence = seen.get(planned.content, 0)
+            seen[planned.content] = occurrence + 1
+            planned.known = Fragment(
+                id=number,
+                files=planned.stamps,
+                lines=planned.lines,
+                content=planned.content,
+                reading=self._reading,
+                upload_id=_upload_id(planned.content, self._reading, options, occurrence),
+                replaces=planned.replaces,
+            )
+            records.append(planned.known)
+            number += 1
+        for old in self._plan.replaced:
+            counts = state.states[old.id]
+            records.append(
+                StateRecord(fragment=old.id, state="replaced", rows=counts.rows, at=now())
+            )
+        if records:
+            self._manifest.append(*records)
+        return [one.known for one in self.todo if one.known is not None]
+
+    def _left(self) -> int | None:
+        """Rows that may be sent, of the limit."""
+        if self._limit is None:
+            return None
+        first = self._plan.fragments.index(self.todo[0]) if self.todo else None
+        before = self._plan.fragments[:first]
+        return self._limit - sum(one.rows_done(self._manifest.state) or 0 for one in before)
+
+    def _known_summary(self, fragment: Fragment) -> PutSummary:
+        counts = self._manifest.state.states[fragment.id]
+        return PutSummary(
+            upload_id=fragment.upload_id,
+            complete=True,
+            rows_received=counts.rows,
+            rows_stored=counts.rows_stored,
+            rows_failed=counts.rows_failed,
+            rows_durable=counts.rows,
+            rows_skipped=counts.rows,
+            model=counts.model,
+        )
+
+    def _deletable(self) -> list[Fragment]:
+        """Replaced fragments, all of whose successors are done."""
+        state = self._manifest.state
+        unfinished = [one for one in state.current() if state.state(one) != "done"]
+        waiting = {old for one in unfinished for old in one.replaces}
+        return [
+            one
+            for one in state.fragments.values()
+            if state.state(one) == "replaced" and one.id not in waiting
+        ]
+
+
+def _upload_id(
+    content: str, reading: Mapping[str, Any], options: EmbedCommand, occurrence: int
+) -> str:
+    named = [content, reading, options.dataset, options.store, vector_options(options), occurrence]
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _by_file(errors: Sequence[RowError], part: TextSource) -> tuple[RowError, ...]:
+    """Errors with the files of their rows, and the rows' numbers in these files."""
+    names, firsts = list(part.first_rows), list(part.first_rows.values())
+    found = []
+    for error in errors:
+        place = bisect.bisect_right(firsts, error.row) - 1 if error.row is not None else -1
+        if place < 0:
+            found.append(replace(error, file=part.files[0].name))
+        else:
+            assert error.row is not None
+            row = error.row - firsts[place]
+            found.append(replace(error, row=row, file=names[place]))
+    return tuple(found)
+
+
+def _is_model(asked: str, known: str) -> bool:
+    return asked in (known, known.partition("@")[0])
+
+
+def _other_option(job: JobRecord, name: str, given: Any, known: Any) -> ConfigError:
+    return ConfigError(
+        f"`{name}` is {given!r}, and the job {job.job} was begun with {known!r}; give the same, or "
+        "begin another job by --job FOLDER",
+        field=name,
+    )
