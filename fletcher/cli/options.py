@@ -35,7 +35,7 @@ _HEADINGS = {
     "": "Files",
 }
 INPUT, OUTPUT = "Input", "Output"
-_FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "text")
+_FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "orc", "text")
 
 
 @dataclass(frozen=True, slots=True)

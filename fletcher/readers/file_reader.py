@@ -17,13 +17,15 @@ from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line, ignore_bad_li
 from fletcher.readers.columns import Selection
 from fletcher.readers.csv_rows import CsvFile, Dialect, check_delimiter
 from fletcher.readers.csv_types import CsvTypes
-from fletcher.readers.files import Format, InputFile, guess_notice, sniff
+from fletcher.readers.files import TABLES, Format, InputFile, guess_notice, sniff
 from fletcher.readers.json_rows import JsonGroup, read_groups
 from fletcher.readers.json_types import JsonTypes
 from fletcher.readers.lines import read_text, read_whole_file
+from fletcher.readers.orc_files import orc_schema, read_orc
 from fletcher.readers.source_files import SourceFile
 from fletcher.readers.streams import OpenFile, check_encoding, open_stream, utf8_stream
 from fletcher.readers.tables import (
+    BatchesWithShare,
     arrow_schema,
     parquet_schema,
     read_arrow_file,
@@ -61,6 +63,22 @@ class ReadOptions:
         object.__setattr__(self, "delimiter", check_delimiter(self.delimiter))
         if self.encoding is not None:
             check_encoding(self.encoding)
+
+
+@dataclass(frozen=True, slots=True)
+class _TableReader:
+    """Functions for files whose index is at their end."""
+
+    form: str
+    schema: Callable[[SourceFile, str, Selection], pa.Schema]
+    read: Callable[[SourceFile, str, Selection], BatchesWithShare]
+
+
+_TABLE_READERS: dict[str, _TableReader] = {
+    "parquet": _TableReader("a Parquet file", parquet_schema, read_parquet),
+    "arrow": _TableReader("an Arrow file", arrow_schema, read_arrow_file),
+    "orc": _TableReader("an ORC file", orc_schema, read_orc),
+}
 
 
 class FileReader:
@@ -106,7 +124,7 @@ class FileReader:
         fails = self.options.on_bad_line is fail_on_bad_line
         on_bad_line = fail_on_bad_line if fails else ignore_bad_line
         with named_errors(file.name), self._open(file) as (opened, kind):
-            if kind in ("parquet", "arrow"):
+            if kind in TABLES:
                 self._survey_table(file, opened, kind)
                 return
             stream = self._text_stream(file, opened)
@@ -136,8 +154,7 @@ class FileReader:
             schema = stream_schema(opened.stream, file.name, self.selection)
         else:
             table = _table_file(file, opened, kind)
-            read = parquet_schema if kind == "parquet" else arrow_schema
-            schema = read(table, file.name, self.selection)
+            schema = _TABLE_READERS[kind].schema(table, file.name, self.selection)
         self._schemas.append((lambda: schema, file.name))
 
     def _survey_csv(self, csv: CsvFile) -> None:
@@ -167,7 +184,7 @@ class FileReader:
         with named_errors(file.name), self._open(file) as (opened, kind):
             if file.file is None and file.format is None:
                 self.options.notice(guess_notice(file, kind))
-            if kind in ("parquet", "arrow"):
+            if kind in TABLES:
                 if _is_seekable(opened, kind):
                     yield from self._read_seekable(file, opened, kind)
                     return
@@ -214,15 +231,14 @@ class FileReader:
         self, file: InputFile, opened: OpenFile, kind: Format
     ) -> BatchesWithPosition:
         table = _table_file(file, opened, kind)
-        read = read_parquet if kind == "parquet" else read_arrow_file
-        for batch, share in read(table, file.name, self.selection):
+        for batch, share in _TABLE_READERS[kind].read(table, file.name, self.selection):
             yield batch, int(share * (file.size or 0))
 
     @contextmanager
     def _open(self, file: InputFile) -> Iterator[tuple[OpenFile, Format]]:
         part = None if file.lines is None else (file.lines.start, file.lines.stop)
         with open_stream(file.file, stdin=self.options.stdin, part=part) as opened:
-            if self.options.encoding is not None and file.format not in ("parquet", "arrow"):
+            if self.options.encoding is not None and file.format not in TABLES:
                 stream = utf8_stream(opened.stream, self.options.encoding, file.name)
                 opened = OpenFile(stream, opened.compression, opened.position)  # noqa: PLW2901
             yield opened, sniff(file, opened, self.selection.text_columns)
@@ -242,13 +258,13 @@ def _first_line(file: InputFile) -> int:
 
 def _is_seekable(opened: OpenFile, kind: Format) -> bool:
     """Whether a file's index is at its end."""
-    return kind == "parquet" or opened.stream.peek(6).startswith(b"ARROW1")
+    return kind in ("parquet", "orc") or opened.stream.peek(6).startswith(b"ARROW1")
 
 
 def _table_file(file: InputFile, opened: OpenFile, kind: Format) -> SourceFile:
     """A file with an index. Raises InvalidCommandError for a stream."""
     if file.file is None or file.size is None or opened.compression is not None:
-        form = "a Parquet file" if kind == "parquet" else "an Arrow file"
+        form = _TABLE_READERS[kind].form
         remedy = "give it as a file, not through a pipe"
         raise InvalidCommandError(
             f"{file.name} is {form}, whose index is at its end: "

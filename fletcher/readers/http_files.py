@@ -43,6 +43,8 @@ class HttpFile(SourceFile):
             with retried(lambda: _request(url, {"Range": "bytes=0-0"})) as answer:
                 return cls(name, *_described(answer), url, has_ranges=answer.status == 206)
         except OSError as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             if getattr(error, "code", None) == 416:  # an empty file has no byte 0
                 return cls(name, 0, None, url, has_ranges=False)
             raise InvalidCommandError(f"cannot read {name}: {reason_of(error)}") from None
@@ -143,7 +145,7 @@ def shown_url(url: str) -> str:
 
 
 def retried(ask: Callable[[], _Answer]) -> _Answer:
-    """The result of `ask`, after throttling and broken connections. Raises as `ask` at last."""
+    """The result of `ask`, after throttling and broken connections. Raises as `ask`."""
     for attempt in range(1, MAX_ATTEMPTS):
         try:
             return ask()
@@ -152,6 +154,8 @@ def retried(ask: Callable[[], _Answer]) -> _Answer:
             if status is not None and status not in _RETRIED:
                 raise
             headers = getattr(error, "headers", None) or {}
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             pause_s = _retry_after_s(headers.get("Retry-After"))
             time.sleep(_BACKOFF.delay_s(attempt, random.random(), at_least_ms=1000 * pause_s))  # noqa: S311
     try:

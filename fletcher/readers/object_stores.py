@@ -156,7 +156,7 @@ def list_objects(
 
 
 def glob_regex(pattern: str) -> str:
-    """The regular expression of a pattern, in which `*` and `?` match no `/` and no hidden file."""
+    """The regular expression of a pattern. `*` and `?` match no `/` and no hidden file."""
     parts = []
     for part in re.split(r"(\*\*/|\*\*$|/)", pattern):
         if part == "**/":

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
+from fletcher.readers.pieces import PieceStream
 from fletcher.readers.source_files import SourceFile
 
 BUFFER_BYTES = 1 << 20
@@ -128,29 +129,6 @@ class _Pipe(io.RawIOBase):
                 break
         self.begun = True
         return filled
-
-
-class PieceStream(io.RawIOBase):
-    """Base of streams whose bytes are made in pieces of any size."""
-
-    _ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            piece = self._next_piece(len(buffer))
-            if piece is None:
-                return 0
-            self._ready = memoryview(piece).cast("B")
-        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def _next_piece(self, size: int) -> Any:
-        """The next bytes, about `size` of them; None at the end."""
-        raise NotImplementedError
 
 
 class _Members(PieceStream):

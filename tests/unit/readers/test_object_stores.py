@@ -97,10 +97,10 @@ def test_tables_are_read_as_from_disk(server: S3Server, tmp_path: Path) -> None:
 
 
 def test_an_object_that_changes_while_it_is_read_fails_by_name(server: S3Server) -> None:
-    put(server, "changing.txt", b"one\n" * 10)
+    put(server, "changing.txt", b"a line\n" * 2_000_000)
     batches = open_source("s3://bucket/changing.txt").batches()
     next(batches)
-    put(server, "changing.txt", b"one\n" * 11)
+    put(server, "changing.txt", b"a line\n" * 2_000_001)
     with pytest.raises(InvalidCommandError, match=r"s3://bucket/changing\.txt changed"):
         list(batches)
 
