@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import BinaryIO
 
@@ -22,6 +22,7 @@ from fletcher.readers.json_rows import JsonGroup, read_groups
 from fletcher.readers.json_types import JsonTypes
 from fletcher.readers.lines import read_text, read_whole_file
 from fletcher.readers.orc_files import orc_schema, read_orc
+from fletcher.readers.partitions import PartitionTypes, partition_values
 from fletcher.readers.source_files import SourceFile
 from fletcher.readers.streams import OpenFile, check_encoding, open_stream, utf8_stream
 from fletcher.readers.tables import (
@@ -97,6 +98,9 @@ class FileReader:
         # By file, a function that returns the file's schema once all files are surveyed.
         self._schemas: list[tuple[Callable[[], pa.Schema], str]] = []
         self._num_rows = 0
+        self._partitions = PartitionTypes()
+        # By the columns that come from folders, the reader of the others.
+        self._inner: dict[tuple[str, ...], FileReader] = {}
 
     def no_rows(self) -> pa.RecordBatch:
         """The batch of an input without rows."""
@@ -119,6 +123,16 @@ class FileReader:
         Raises:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
+        if values := self._folder_values(file):
+            self._partitions.observe_values(values)
+            inner = self._reader_without(values)
+            inner.survey(file)
+            for schema, where in inner._take_schemas():
+                self._schemas.append(
+                    (lambda schema=schema: self._with_folders(schema(), values), where)  # type: ignore[misc]
+                )
+            self._num_rows = inner._num_rows
+            return
         self._surveyed.add(file.key)
         # Lines are reported when they are read, not twice.
         fails = self.options.on_bad_line is fail_on_bad_line
@@ -148,6 +162,27 @@ class FileReader:
                     self._schemas.append((lambda: self._json.schema(names), file.name))
             else:
                 self._survey_csv(CsvFile(stream, file.name, self.selection, self._dialect(kind)))
+
+    def _folder_values(self, file: InputFile) -> dict[str, str | None]:
+        return partition_values(file.name, self.selection.carried)
+
+    def _reader_without(self, values: Iterable[str]) -> FileReader:
+        """The reader of the columns that are not in `values`."""
+        names = tuple(sorted(values))
+        if names not in self._inner:
+            carried = tuple(one for one in self.selection.carried if one not in names)
+            self._inner[names] = FileReader(replace(self.selection, carried=carried), self.options)
+        return self._inner[names]
+
+    def _with_folders(self, schema: pa.Schema, values: dict[str, str | None]) -> pa.Schema:
+        fields = {field.name: field.type for field in schema}
+        return pa.schema(
+            fields | {one.name: one.type for one in self._partitions.folder_schema(values)}
+        )
+
+    def _take_schemas(self) -> list[tuple[Callable[[], pa.Schema], str]]:
+        schemas, self._schemas = self._schemas, []
+        return schemas
 
     def _survey_table(self, file: InputFile, opened: OpenFile, kind: Format) -> None:
         if not _is_seekable(opened, kind):
@@ -181,6 +216,11 @@ class FileReader:
         Raises:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
+        if values := self._folder_values(file):
+            self._partitions.observe_values(values)  # of a file that was not surveyed
+            for batch, position in self._reader_without(values).read(file):
+                yield self._partitions.add_columns(batch, values), position
+            return
         with named_errors(file.name), self._open(file) as (opened, kind):
             if file.file is None and file.format is None:
                 self.options.notice(guess_notice(file, kind))

@@ -156,7 +156,7 @@ def list_objects(
 
 
 def glob_regex(pattern: str) -> str:
-    """The regular expression of a pattern. `*` and `?` match no `/` and no hidden file."""
+    """The regular expression of a pattern; `*` matches neither `/` nor hidden files."""
     parts = []
     for part in re.split(r"(\*\*/|\*\*$|/)", pattern):
         if part == "**/":
