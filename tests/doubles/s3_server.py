@@ -85,6 +85,16 @@ class S3Server:
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         self.port = self._find_port()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of a client's environment."""
+        return {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+        }
+
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
