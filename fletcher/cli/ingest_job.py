@@ -210,6 +210,17 @@ class IngestJob:
         self._manifest = manifest
         self._place = place
         plan = given.plan(manifest.state)
+        if plan.replaced:
+            state = manifest.state
+            names = dict.fromkeys(file.path for one in plan.replaced for file in one.files)
+            shown = ", ".join([*names][:MAX_NAMES]) + (
+                " and others" if len(names) > MAX_NAMES else ""
+            )
+            former = sum(state.states[one.id].rows_stored for one in plan.replaced)
+            say(
+                f"fletcher ingest: changed since the last run: {shown}; the new rows replace "
+                f"{former:,} former ones"
+            )
         if plan.lost:
             more = " and others" if plan.lost[MAX_NAMES:] else ""
             say(
