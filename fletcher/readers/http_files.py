@@ -7,12 +7,15 @@ import http.client
 import io
 import random
 import re
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import quote
 
 from fletcher.errors import InvalidCommandError
 from fletcher.readers.source_files import SourceFile, Version
@@ -39,10 +42,11 @@ class HttpFile(SourceFile):
     def at_url(cls, url: str) -> HttpFile:
         """Ask a server about a file. Raises InvalidCommandError if it cannot be read."""
         name = shown_url(url)
+        url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         try:
             with retried(lambda: _request(url, {"Range": "bytes=0-0"})) as answer:
                 return cls(name, *_described(answer), url, has_ranges=answer.status == 206)
-        except OSError as error:
+        except (OSError, http.client.InvalidURL) as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
             if getattr(error, "code", None) == 416:  # an empty file has no byte 0
@@ -150,8 +154,7 @@ def retried(ask: Callable[[], _Answer]) -> _Answer:
         try:
             return ask()
         except (OSError, http.client.HTTPException) as error:
-            status = getattr(error, "code", None)
-            if status is not None and status not in _RETRIED:
+            if not _is_retryable(error):
                 raise
             headers = getattr(error, "headers", None) or {}
             if isinstance(error, urllib.error.HTTPError):
@@ -162,6 +165,13 @@ def retried(ask: Callable[[], _Answer]) -> _Answer:
         return ask()
     except http.client.HTTPException as error:
         raise ConnectionError(f"{type(error).__name__}: the connection broke") from None
+
+
+def _is_retryable(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in _RETRIED
+    final = (socket.gaierror, ssl.SSLCertVerificationError, http.client.InvalidURL)
+    return not isinstance(getattr(error, "reason", error), final)
 
 
 def reason_of(error: Exception) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import glob
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -96,18 +97,31 @@ class HubStore(ObjectStore):
 
     def describe(self, key: str) -> Object | None:
         self._filesystem.invalidate_cache()
-        try:
-            info = self._filesystem.info(key)
-        except FileNotFoundError:
-            return None
+        with _hub_errors():
+            try:
+                info = self._filesystem.info(key)
+            except FileNotFoundError:
+                return None
         return _hub_object(info) if info["type"] == "file" else None
 
     def list_below(self, prefix: str) -> Iterable[Object]:
-        found = self._filesystem.find(prefix, detail=True).values()
+        with _hub_errors():
+            found = self._filesystem.find(prefix, detail=True).values()
         return [_hub_object(info) for info in found]
 
     def open_object(self, key: str) -> BinaryIO:
         return cast("BinaryIO", self._filesystem.open(key, "rb", block_size=8 << 20))
+
+
+@contextlib.contextmanager
+def _hub_errors() -> Iterator[None]:
+    """Convert the errors of the hub's HTTP client, which huggingface_hub does not name."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of httpx, whichever version
+        raise OSError(first_line(error)) from None
 
 
 def list_objects(
@@ -134,7 +148,7 @@ def list_objects(
             return [_stored(scheme, store, one)]
         top = _plain_start(path) if pattern else path
         found = sorted(store.list_below(top), key=lambda one: one.key)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InvalidCommandError(f"cannot read {uri}: {first_line(error)}") from None
     if pattern:
         matches = re.compile(glob_regex(path)).fullmatch

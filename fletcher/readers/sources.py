@@ -42,12 +42,13 @@ def list_files(
         spec: File, folder or pattern, also below `s3://`, `gs://` and `hf://`, or the `https://`
             or `http://` address of a file.
         notice: Called with a message about what is left out of a folder.
-        excluded: Folders to leave out of a folder, such as that of a store.
+        excluded: Folders to leave out of a folder or pattern, such as that of a store.
         every: Take a folder's files of unknown formats, too.
 
     Raises:
         InvalidCommandError: A path or a folder cannot be read, or there is no file to read.
-        ConfigError: The URI has credentials, a package is missing, or the scheme is unknown.
+        ConfigError: The URI has credentials or no host, a package is missing, or the scheme is
+            unknown.
     """
     text = str(spec)
     if is_uri(text):
@@ -56,7 +57,12 @@ def list_files(
     if glob.has_magic(text) and "\0" not in text and not path.exists():
         # `Path.glob` takes no absolute pattern.
         found = [Path(one) for one in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
-        files = [LocalFile.at_path(one) for one in found if not one.is_dir()]
+        left_out = {one.resolve() for one in excluded}
+        files = [
+            LocalFile.at_path(one)
+            for one in found
+            if not one.is_dir() and left_out.isdisjoint(one.resolve().parents)
+        ]
         if not files:
             raise InvalidCommandError(f"no file matches {text!r}; a pattern matches files alone")
         return list(files)
@@ -80,6 +86,13 @@ def _remote_files(uri: str, notice: Notice, *, every: bool) -> list[SourceFile]:
         raise ConfigError(
             f"`paths` has a {scheme}:// URI with credentials or options in it; give the URI "
             "without them, and credentials by the environment or a profile",
+            field="paths",
+        )
+    place = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\](:\d+)?|[^\[\]]+", place):
+        raise ConfigError(
+            f"`paths` has a {scheme}:// URI with {place!r} after {scheme}://, expected the name of "
+            f"a {'host' if scheme in _HTTP else 'bucket'}",
             field="paths",
         )
     if scheme in _HTTP:

@@ -18,6 +18,11 @@ import pytest
 
 VERSION = "4.1.0"
 ACCESS_KEY, SECRET_KEY = "local-access", "local-secret-key"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_REGION": "us-east-1",
+}
 BUCKET = "bucket"
 # Maven would choose annotations that are too old for the server's other libraries.
 _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
@@ -88,12 +93,7 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of a client's environment."""
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-        }
+        return CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

@@ -135,6 +135,23 @@ def test_a_server_that_stays_away_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         assert site.failures == []
 
 
+@pytest.mark.parametrize("url", ["http://host.invalid/a.txt", "http://127.0.0.1:x/a.txt"])
+def test_a_wrong_address_is_named_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: float) -> None:
+        raise AssertionError("it is tried again")
+
+    monkeypatch.setattr(http_files.time, "sleep", fail)
+    with pytest.raises(InvalidCommandError, match="cannot read http://"):
+        list_files(url)
+
+
+def test_a_name_may_have_spaces_and_other_letters() -> None:
+    with serve(Site(b"one\n")) as site:
+        url = site.url.replace("a.txt", "a b/\u00e4%20x.txt")
+        assert read(url) == ["one"]
+        assert list_files(url)[0].name == url
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_file_that_changes_while_it_is_read_fails_by_name(ranges: bool) -> None:
     with serve(Site(lines(10), ranges=ranges)) as site:

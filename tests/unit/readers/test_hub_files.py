@@ -116,3 +116,15 @@ def test_files_folders_and_patterns_are_read() -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(InvalidCommandError, match=r"hf://datasets/org/data/none\.jsonl"):
         list_files("hf://datasets/org/data/none.jsonl")
+
+
+def test_errors_of_the_hubs_client_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def invalidate_cache(self) -> None: ...
+
+        def info(self, _: str) -> None:
+            raise RuntimeError("no connection")
+
+    monkeypatch.setattr(object_stores, "_hub", Broken)
+    with pytest.raises(InvalidCommandError, match=r"cannot read hf://datasets/.*no connection"):
+        list_files("hf://datasets/org/data/a.jsonl")

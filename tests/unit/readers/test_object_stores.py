@@ -39,9 +39,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.SECRET_KEY)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for name, value in s3_server.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
     if "server" in request.fixturenames:
         point_at(monkeypatch, request.getfixturevalue("server").port)
 
@@ -156,6 +155,12 @@ def test_credentials_in_a_uri_are_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="credentials") as caught:
         list_files(uri)
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///a.txt", "https:///a.txt", "http://[::1/a.txt"])
+def test_a_uri_without_a_host_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="expected the name of a"):
+        list_files(uri)
 
 
 def test_an_unknown_scheme_is_refused_by_name() -> None:
