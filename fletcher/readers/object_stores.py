@@ -115,7 +115,7 @@ class HubStore(ObjectStore):
 
 @contextlib.contextmanager
 def _hub_errors() -> Iterator[None]:
-    """Convert the errors of the hub's HTTP client, which huggingface_hub does not name."""
+    """Convert the errors of the hub's HTTP client, of any version."""
     try:
         yield
     except OSError:
