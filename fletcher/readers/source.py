@@ -46,9 +46,9 @@ def open_source(
 ) -> TextSource:
     r"""Open files, folders or standard input (`-`) for reading as one stream.
 
-    Formats: Parquet, CSV and TSV with a header, JSON lines, arrays of JSON objects, Arrow IPC (file
-    and stream) and plain text (a text per line). All formats except Parquet and the Arrow IPC file
-    may be compressed with gzip, zstd, bz2 or xz.
+    Formats: Parquet, ORC, CSV and TSV with a header, JSON lines, arrays of JSON objects, Arrow IPC
+    (file and stream) and plain text (a text per line). All formats except Parquet, ORC and the
+    Arrow IPC file may be compressed with gzip, zstd, bz2 or xz.
 
     If `format_name` is None, the format of standard input is detected. Parquet and Arrow are
     recognized by their first bytes, other formats by the first line: JSON, or a CSV or TSV header
