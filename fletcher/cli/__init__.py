@@ -24,6 +24,7 @@ SECTIONS = {
         "embed": "Print the vectors of texts.",
         "search": "Find the rows nearest to a text.",
         "similar": "Compare texts, or find those most like them in a file.",
+        "verify": "Compare a dataset with what a job stored.",
         "jobs": "List, show, resume and cancel jobs of fletcher ingest.",
         "index": "Index a dataset, and measure the index.",
         "optimize": "Compact a dataset and its index.",

@@ -30,7 +30,8 @@ from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
 if TYPE_CHECKING:
-    from fletcher.cli.ingest_job import DryRun, IngestJob, JobPlace, SingleUpload
+    from fletcher.cli.ingest_job import DryRun, IngestJob, SingleUpload
+    from fletcher.cli.job_place import JobPlace
     from fletcher.client import Ack, Client, PutSummary
     from fletcher.config.server import ServeConfig
     from fletcher.readers import TextSource
@@ -142,7 +143,8 @@ def cli(
         no_text: Store ids and vectors without the texts. This saves space, but searches then show
             no text.
     """
-    from fletcher.cli.ingest_job import DryRun, IngestInput, JobPlace, open_ingest
+    from fletcher.cli.ingest_job import DryRun, IngestInput, open_ingest
+    from fletcher.cli.job_place import JobPlace
     from fletcher.client.files import source_options
     from fletcher.readers.bad_rows import RejectedLines, fail_on_bad_line
     from fletcher.readers.columns import Selection
@@ -196,6 +198,7 @@ def cli(
                 started_s = time.monotonic()
                 _send(work, client, options, _Meter(client, work.source, local=not target.server))
         seconds = time.monotonic() - started_s
+        work.record_checksums()
         report = _report(work.summary, fields["dataset"], place.address, seconds) | work.report()
     report["rows_rejected"] = rejected.num_lines if rejected else 0
     if as_json:

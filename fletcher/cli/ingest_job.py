@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import pyarrow as pa
 
-from fletcher.cli.connection import EmbedTarget
+from fletcher.cli.job_place import JobPlace
 from fletcher.cli.terminal import printable, say
-from fletcher.config.server import ServeConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.errors import ConfigError, UnknownDatasetError
+from fletcher.errors import ConfigError, FletcherError
 from fletcher.jobs.manifest import MANIFEST, JobState, Manifest, read_manifest
 from fletcher.jobs.plan import Plan, Planner
-from fletcher.jobs.records import JobRecord, SchemaRecord
+from fletcher.jobs.records import ChecksumRecord, SchemaRecord
 from fletcher.jobs.run import JobRun, begin, check_asked, forget_stored, vector_options
 from fletcher.readers.columns import Selection
 from fletcher.readers.file_reader import FileReader, ReadOptions
@@ -32,90 +29,6 @@ if TYPE_CHECKING:
     from fletcher.client.put import OnAck
 
 MAX_NAMES = 5
-
-
-@dataclass(frozen=True, slots=True)
-class JobPlace:
-    """Place of a job's manifest, and of its rows.
-
-    Attributes:
-        folder: Folder of the manifest.
-        target: The server that embeds.
-        config: Configuration of a server in this process.
-        options: Options of the uploads.
-    """
-
-    folder: Path
-    target: EmbedTarget
-    config: ServeConfig
-    options: EmbedCommand
-
-    @classmethod
-    def of(
-        cls, given: Path | None, target: EmbedTarget, config: ServeConfig, options: EmbedCommand
-    ) -> JobPlace:
-        """The place `given`, or else the default one.
-
-        A job that writes to a folder has its manifest in that folder, beside the dataset.
-        """
-        from fletcher.stores.address import folder_of
-
-        assert options.dataset is not None
-        if given is not None:
-            return cls(given.absolute(), target, config, options)
-        if target.server is None:
-            address = next(iter(config.store_addresses.values()))
-            if (folder := folder_of(address)) is not None:
-                return cls(folder / ".jobs" / options.dataset, target, config, options)
-        else:
-            address = f"{target.server.uri} {options.store or ''}"
-        name = f"{options.dataset}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
-        return cls(config.home / "jobs" / name, target, config, options)
-
-    @property
-    def address(self) -> str:
-        """Address of the server that embeds, or of the store."""
-        if self.target.server is not None:
-            return self.target.server.uri
-        return next(iter(self.config.store_addresses.values()))
-
-    def record(self, model: str, options: EmbedCommand) -> JobRecord:
-        """The first line of the job's manifest."""
-        server = self.target.server.uri if self.target.server else None
-        store = options.store if server else next(iter(self.config.store_addresses.values()))
-        assert options.dataset is not None
-        return JobRecord(
-            job=self.folder.name,
-            dataset=options.dataset,
-            store=store,
-            server=server,
-            options=vector_options(options),
-            model=model,
-            command=list(click.get_current_context().find_root().obj),
-            folder=str(Path.cwd()),
-        )
-
-    def is_stored(self, upload_id: str) -> bool:
-        """Whether the dataset has rows of an upload.
-
-        Raises:
-            FletcherError: The store or the server does not answer.
-        """
-        dataset = self.options.dataset
-        assert dataset is not None
-        with contextlib.suppress(UnknownDatasetError):
-            if self.target.server:
-                with self.target.open_client(self.config) as client:
-                    return bool(client.upload_status(upload_id, dataset).get("ranges"))
-            from fletcher.stores.address import folder_of, open_store
-
-            address = next(iter(self.config.store_addresses.values()))
-            folder = folder_of(address)
-            if folder is None or folder.is_dir():
-                timeout_s = self.config.delivery.store_timeout_s
-                with contextlib.closing(open_store(address, timeout_s=timeout_s)) as opened:
-                    return bool(opened.stored_ranges(dataset, upload_id))
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +107,9 @@ class SingleUpload:
         assert self.source is not None
         self.summary = client.ingest(self.source, options, on_ack=on_ack)
 
+    def record_checksums(self) -> None:
+        """Do nothing, as no manifest keeps checksums."""
+
     def report(self) -> dict[str, Any]:
         """Facts for the command's report."""
         return {"job": None}
@@ -210,6 +126,17 @@ class IngestJob:
         self._manifest = manifest
         self._place = place
         plan = given.plan(manifest.state)
+        if plan.replaced:
+            state = manifest.state
+            names = dict.fromkeys(file.path for one in plan.replaced for file in one.files)
+            shown = ", ".join([*names][:MAX_NAMES]) + (
+                " and others" if len(names) > MAX_NAMES else ""
+            )
+            former = sum(state.states[one.id].rows_stored for one in plan.replaced)
+            say(
+                f"fletcher ingest: changed since the last run: {shown}; the new rows replace "
+                f"{former:,} former ones"
+            )
         if plan.lost:
             more = " and others" if plan.lost[MAX_NAMES:] else ""
             say(
@@ -241,6 +168,32 @@ class IngestJob:
             reason = printable(one.error.message)
             say(f"fletcher ingest: {printable(one.file)} is left out: {reason}")
         self._run.delete_former(client, options)
+
+    def record_checksums(self) -> None:
+        """Read the rows that were stored, and write their checksums to the manifest.
+
+        Nothing is read from a server's store or from a Longbow, and failures are only said.
+        """
+        if self._place.target.server is not None:
+            return
+        state = self._manifest.state
+        new = [
+            one
+            for one in state.current()
+            if state.state(one) == "done" and one.id not in state.checksums
+        ]
+        try:
+            found = self._place.sum_rows({one.upload_id for one in new}) if new else {}
+        except FletcherError as error:
+            say(f"fletcher ingest: the stored rows cannot be read for checksums: {error.message}")
+            return
+        records = [
+            ChecksumRecord(fragment=one.id, rows=sums.num_rows, checksums=sums.to_text())
+            for one in new
+            if (sums := found.get(one.upload_id)) is not None
+        ]
+        if records:
+            self._manifest.append(*records)
 
     @property
     def summary(self) -> PutSummary:

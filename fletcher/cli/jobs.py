@@ -76,7 +76,7 @@ def show_job(flags: ConfigFlags, job: str, as_json: bool) -> None:
     Args:
         job: Name of the job, or folder of its manifest.
     """
-    folder = _folder(flags.resolve(("home", "store")).config, job)
+    folder = job_folder(flags.resolve(("home", "store")).config, job)
     state = read_manifest(folder)
     about = _describe(folder, state)
     fragments = [_fragment(one, state) for one in state.fragments.values()]
@@ -103,7 +103,7 @@ def resume_job(flags: ConfigFlags, job: str) -> int:
     """
     from fletcher.cli import main
 
-    record = read_manifest(_folder(flags.resolve(("home", "store")).config, job)).job
+    record = read_manifest(job_folder(flags.resolve(("home", "store")).config, job)).job
     if record is None or not record.command:
         raise ConfigError(f"`job` is {job!r}, which was not begun by a command", field="job")
     try:
@@ -127,7 +127,7 @@ def cancel_job(flags: ConfigFlags, job: str) -> int:
     Args:
         job: Name of the job, or folder of its manifest.
     """
-    folder = _folder(flags.resolve(("home", "store")).config, job)
+    folder = job_folder(flags.resolve(("home", "store")).config, job)
     process = running_process(folder)
     if process is None:
         print(f"the job {folder.name} does not run")
@@ -147,8 +147,8 @@ def _folders(config: ServeConfig) -> list[Path]:
     return [path.parent for root in roots for path in sorted(root.glob(f"*/{MANIFEST}"))]
 
 
-def _folder(config: ServeConfig, job: str) -> Path:
-    """The folder of a job, by its name or path.
+def job_folder(config: ServeConfig, job: str) -> Path:
+    """Folder of a job, by the job's name or path.
 
     Raises:
         ConfigError: There is no such job, or there are several.

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from fletcher.cli.command_line import Choice, Decorator, LocalPath, combine, option
+from fletcher.cli.command_line import Choice, Decorator, combine, option
 from fletcher.cli.terminal import say
 from fletcher.config.option import SIZE, SWITCH, Option, split_list
 from fletcher.config.resolution import Resolved, misspelt_variables, resolve
@@ -35,7 +35,7 @@ _HEADINGS = {
     "": "Files",
 }
 INPUT, OUTPUT = "Input", "Output"
-_FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "text")
+_FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "orc", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,12 @@ def json_option(text: str = "Print JSON, for programs.") -> Decorator:
 
 def paths_argument() -> Decorator:
     """Add the argument for the files to read, passed to the command as `paths`."""
-    text = "Files, folders of them, patterns such as '*.csv' in quotes, or - for standard input."
+    text = (
+        "Files, folders of them, patterns such as '*.csv' in quotes, URIs of s3://, gs://, hf://, "
+        "https:// or http://, or - for standard input."
+    )
     return click.argument(
-        "paths", nargs=-1, required=True, metavar="PATH...", type=LocalPath(), help=text
+        "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(), help=text
     )
 
 

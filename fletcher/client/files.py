@@ -38,6 +38,13 @@ def ingest_id(source: TextSource, options: EmbedCommand, occurrence: int = 0) ->
     """
     if not source.reiterable or options.mode in ("upsert", "delta"):
         return uuid.uuid4().hex
+    return content_id(source.content_hash(), options, occurrence, source.limit)
+
+
+def content_id(
+    content_hash: str, options: EmbedCommand, occurrence: int, limit: int | None = None
+) -> str:
+    """The `upload_id` of rows with a hash of `rows_hash`; see `ingest_id`."""
     named: list[str | int | None] = [
         options.dataset,
         options.store,
@@ -46,8 +53,8 @@ def ingest_id(source: TextSource, options: EmbedCommand, occurrence: int = 0) ->
         occurrence,
     ]
     if options.mode == "overwrite":
-        named.append(source.limit)
-    digest = hashlib.sha256(source.content_hash().encode())
+        named.append(limit)
+    digest = hashlib.sha256(content_hash.encode())
     digest.update(json.dumps(named).encode())
     return digest.hexdigest()[:40]
 

@@ -14,6 +14,7 @@ import msgspec
 from fletcher.errors import ConfigError
 from fletcher.jobs.records import (
     VERSION,
+    ChecksumRecord,
     Fragment,
     JobRecord,
     Record,
@@ -47,6 +48,7 @@ class JobState:
         job: The job; None before it was begun.
         fragments: All fragments that were ever planned, by number.
         states: The newest state of each fragment.
+        checksums: The newest checksums of fragments.
         schemas: Schemas by reading options.
         num_lines: Number of lines that were read or written.
     """
@@ -55,6 +57,7 @@ class JobState:
         self.job: JobRecord | None = None
         self.fragments: dict[int, Fragment] = {}
         self.states: dict[int, StateRecord] = {}
+        self.checksums: dict[int, ChecksumRecord] = {}
         self.schemas: list[SchemaRecord] = []
         self.num_lines = 0
 
@@ -68,6 +71,10 @@ class JobState:
             self.states.setdefault(record.id, StateRecord(fragment=record.id, state="pending"))
         elif isinstance(record, StateRecord):
             self.states[record.fragment] = record
+            if record.state != "done":
+                self.checksums.pop(record.fragment, None)
+        elif isinstance(record, ChecksumRecord):
+            self.checksums[record.fragment] = record
         elif isinstance(record, StampsRecord):
             self.fragments[record.fragment].files = record.files
         else:
@@ -93,6 +100,7 @@ class JobState:
         yield from self.schemas
         yield from self.fragments.values()
         yield from self.states.values()
+        yield from self.checksums.values()
 
 
 def read_manifest(folder: Path) -> JobState:

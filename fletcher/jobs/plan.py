@@ -57,6 +57,12 @@ class PlannedFragment:
         return state.states[self.known.id].rows
 
     @property
+    def is_whole_file(self) -> bool:
+        """Whether the fragment is all of one file."""
+        whole = self.lines is None or (self.lines.start, self.lines.stop) == (0, self.files[0].size)
+        return whole and len(self.files) == 1
+
+    @property
     def parts(self) -> list[InputFile]:
         """The files to read, with the lines to read."""
         if self.lines is None:

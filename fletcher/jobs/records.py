@@ -132,6 +132,22 @@ class StampsRecord(
     files: tuple[FileRecord, ...]
 
 
+class ChecksumRecord(
+    msgspec.Struct, kw_only=True, tag="checksum", tag_field="type", omit_defaults=True, frozen=True
+):
+    """Checksums of a fragment's rows, as they were found in the store after the run.
+
+    Attributes:
+        fragment: Number of the fragment.
+        rows: Number of rows.
+        checksums: As of `Checksums.to_text`.
+    """
+
+    fragment: int
+    rows: int
+    checksums: str
+
+
 class SchemaRecord(
     msgspec.Struct, kw_only=True, tag="schema", tag_field="type", omit_defaults=True, frozen=True
 ):
@@ -146,4 +162,4 @@ class SchemaRecord(
     schema: str
 
 
-Record = JobRecord | Fragment | StateRecord | StampsRecord | SchemaRecord
+Record = JobRecord | Fragment | StateRecord | StampsRecord | ChecksumRecord | SchemaRecord

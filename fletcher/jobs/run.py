@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +11,7 @@ from typing import Any
 import msgspec
 
 from fletcher.client.client import Client
-from fletcher.client.files import UploadTotal, put_source
+from fletcher.client.files import UploadTotal, content_id, put_source
 from fletcher.client.messages import PutSummary, RowError
 from fletcher.client.put import OnAck
 from fletcher.core.command import EmbedCommand
@@ -23,6 +21,7 @@ from fletcher.jobs.plan import Plan, PlannedFragment
 from fletcher.jobs.records import Fragment, JobRecord, StampsRecord, StateRecord
 from fletcher.readers import TextSource
 from fletcher.readers.files import InputFile
+from fletcher.readers.source import rows_hash
 
 # Options of a job that change its vectors. All its uploads have the same.
 VECTOR_OPTIONS = (
@@ -154,7 +153,7 @@ class JobRun:
             FletcherError: The server refuses or fails.
         """
         self._check_deletion(client, options)
-        fragments = self._write_plan(options)
+        fragments = self._write_plan(source, options)
         parts = source.split(one.parts for one in self.todo)
         self.total.on_ack = on_ack
         left = self._left()
@@ -229,7 +228,7 @@ class JobRun:
         )
         return replace(summary, errors=_by_file(summary.errors, part))
 
-    def _write_plan(self, options: EmbedCommand) -> list[Fragment]:
+    def _write_plan(self, source: TextSource, options: EmbedCommand) -> list[Fragment]:
         """Write the plan to the manifest, and return the fragments of `todo`."""
         state = self._manifest.state
         number = max(state.fragments, default=-1) + 1
@@ -250,7 +249,7 @@ class JobRun:
                 lines=planned.lines,
                 content=planned.content,
                 reading=self._reading,
-                upload_id=_upload_id(planned.content, self._reading, options, occurrence),
+                upload_id=_upload_id(planned, source, options, occurrence),
                 replaces=planned.replaces,
             )
             records.append(planned.known)
@@ -298,10 +297,18 @@ class JobRun:
 
 
 def _upload_id(
-    content: str, reading: Mapping[str, Any], options: EmbedCommand, occurrence: int
+    planned: PlannedFragment, source: TextSource, options: EmbedCommand, occurrence: int
 ) -> str:
-    named = [content, reading, options.dataset, options.store, vector_options(options), occurrence]
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:40]
+    """Name of a fragment's upload.
+
+    A whole file has the name that `Client.ingest` gives it.
+    """
+    digest = bytes.fromhex(planned.content)
+    found = rows_hash(planned.files, [digest], source.selection, source.options)
+    if not planned.is_whole_file:
+        start = planned.lines.start if planned.lines else None
+        found = f"{found} {start} {len(planned.files)}"
+    return content_id(found, options, occurrence)
 
 
 def _by_file(errors: Sequence[RowError], part: TextSource) -> tuple[RowError, ...]:

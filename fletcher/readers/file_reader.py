@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import BinaryIO
 
@@ -17,13 +17,16 @@ from fletcher.readers.bad_rows import OnBadLine, fail_on_bad_line, ignore_bad_li
 from fletcher.readers.columns import Selection
 from fletcher.readers.csv_rows import CsvFile, Dialect, check_delimiter
 from fletcher.readers.csv_types import CsvTypes
-from fletcher.readers.files import Format, InputFile, guess_notice, sniff
+from fletcher.readers.files import TABLES, Format, InputFile, guess_notice, sniff
 from fletcher.readers.json_rows import JsonGroup, read_groups
 from fletcher.readers.json_types import JsonTypes
 from fletcher.readers.lines import read_text, read_whole_file
+from fletcher.readers.orc_files import orc_schema, read_orc
+from fletcher.readers.partitions import PartitionTypes, partition_values
 from fletcher.readers.source_files import SourceFile
 from fletcher.readers.streams import OpenFile, check_encoding, open_stream, utf8_stream
 from fletcher.readers.tables import (
+    BatchesWithShare,
     arrow_schema,
     parquet_schema,
     read_arrow_file,
@@ -63,6 +66,22 @@ class ReadOptions:
             check_encoding(self.encoding)
 
 
+@dataclass(frozen=True, slots=True)
+class _TableReader:
+    """Functions for files whose index is at their end."""
+
+    form: str
+    schema: Callable[[SourceFile, str, Selection], pa.Schema]
+    read: Callable[[SourceFile, str, Selection], BatchesWithShare]
+
+
+_TABLE_READERS: dict[str, _TableReader] = {
+    "parquet": _TableReader("a Parquet file", parquet_schema, read_parquet),
+    "arrow": _TableReader("an Arrow file", arrow_schema, read_arrow_file),
+    "orc": _TableReader("an ORC file", orc_schema, read_orc),
+}
+
+
 class FileReader:
     """Reader of files of every format.
 
@@ -79,6 +98,9 @@ class FileReader:
         # By file, a function that returns the file's schema once all files are surveyed.
         self._schemas: list[tuple[Callable[[], pa.Schema], str]] = []
         self._num_rows = 0
+        self._partitions = PartitionTypes()
+        # By the columns that come from folders, the reader of the others.
+        self._inner: dict[tuple[str, ...], FileReader] = {}
 
     def no_rows(self) -> pa.RecordBatch:
         """The batch of an input without rows."""
@@ -101,12 +123,22 @@ class FileReader:
         Raises:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
+        if values := self._folder_values(file):
+            self._partitions.observe_values(values)
+            inner = self._reader_without(values)
+            inner.survey(file)
+            for schema, where in inner._take_schemas():
+                self._schemas.append(
+                    (lambda schema=schema: self._with_folders(schema(), values), where)  # type: ignore[misc]
+                )
+            self._num_rows = inner._num_rows
+            return
         self._surveyed.add(file.key)
         # Lines are reported when they are read, not twice.
         fails = self.options.on_bad_line is fail_on_bad_line
         on_bad_line = fail_on_bad_line if fails else ignore_bad_line
         with named_errors(file.name), self._open(file) as (opened, kind):
-            if kind in ("parquet", "arrow"):
+            if kind in TABLES:
                 self._survey_table(file, opened, kind)
                 return
             stream = self._text_stream(file, opened)
@@ -131,13 +163,33 @@ class FileReader:
             else:
                 self._survey_csv(CsvFile(stream, file.name, self.selection, self._dialect(kind)))
 
+    def _folder_values(self, file: InputFile) -> dict[str, str | None]:
+        return partition_values(file.name, self.selection.carried)
+
+    def _reader_without(self, values: Iterable[str]) -> FileReader:
+        """The reader of the columns that are not in `values`."""
+        names = tuple(sorted(values))
+        if names not in self._inner:
+            carried = tuple(one for one in self.selection.carried if one not in names)
+            self._inner[names] = FileReader(replace(self.selection, carried=carried), self.options)
+        return self._inner[names]
+
+    def _with_folders(self, schema: pa.Schema, values: dict[str, str | None]) -> pa.Schema:
+        fields = {field.name: field.type for field in schema}
+        return pa.schema(
+            fields | {one.name: one.type for one in self._partitions.folder_schema(values)}
+        )
+
+    def _take_schemas(self) -> list[tuple[Callable[[], pa.Schema], str]]:
+        schemas, self._schemas = self._schemas, []
+        return schemas
+
     def _survey_table(self, file: InputFile, opened: OpenFile, kind: Format) -> None:
         if not _is_seekable(opened, kind):
             schema = stream_schema(opened.stream, file.name, self.selection)
         else:
             table = _table_file(file, opened, kind)
-            read = parquet_schema if kind == "parquet" else arrow_schema
-            schema = read(table, file.name, self.selection)
+            schema = _TABLE_READERS[kind].schema(table, file.name, self.selection)
         self._schemas.append((lambda: schema, file.name))
 
     def _survey_csv(self, csv: CsvFile) -> None:
@@ -164,10 +216,15 @@ class FileReader:
         Raises:
             FletcherError: The file is damaged, lacks a column, or has values of a wrong type.
         """
+        if values := self._folder_values(file):
+            self._partitions.observe_values(values)  # of a file that was not surveyed
+            for batch, position in self._reader_without(values).read(file):
+                yield self._partitions.add_columns(batch, values), position
+            return
         with named_errors(file.name), self._open(file) as (opened, kind):
             if file.file is None and file.format is None:
                 self.options.notice(guess_notice(file, kind))
-            if kind in ("parquet", "arrow"):
+            if kind in TABLES:
                 if _is_seekable(opened, kind):
                     yield from self._read_seekable(file, opened, kind)
                     return
@@ -214,15 +271,14 @@ class FileReader:
         self, file: InputFile, opened: OpenFile, kind: Format
     ) -> BatchesWithPosition:
         table = _table_file(file, opened, kind)
-        read = read_parquet if kind == "parquet" else read_arrow_file
-        for batch, share in read(table, file.name, self.selection):
+        for batch, share in _TABLE_READERS[kind].read(table, file.name, self.selection):
             yield batch, int(share * (file.size or 0))
 
     @contextmanager
     def _open(self, file: InputFile) -> Iterator[tuple[OpenFile, Format]]:
         part = None if file.lines is None else (file.lines.start, file.lines.stop)
         with open_stream(file.file, stdin=self.options.stdin, part=part) as opened:
-            if self.options.encoding is not None and file.format not in ("parquet", "arrow"):
+            if self.options.encoding is not None and file.format not in TABLES:
                 stream = utf8_stream(opened.stream, self.options.encoding, file.name)
                 opened = OpenFile(stream, opened.compression, opened.position)  # noqa: PLW2901
             yield opened, sniff(file, opened, self.selection.text_columns)
@@ -242,13 +298,13 @@ def _first_line(file: InputFile) -> int:
 
 def _is_seekable(opened: OpenFile, kind: Format) -> bool:
     """Whether a file's index is at its end."""
-    return kind == "parquet" or opened.stream.peek(6).startswith(b"ARROW1")
+    return kind in ("parquet", "orc") or opened.stream.peek(6).startswith(b"ARROW1")
 
 
 def _table_file(file: InputFile, opened: OpenFile, kind: Format) -> SourceFile:
     """A file with an index. Raises InvalidCommandError for a stream."""
     if file.file is None or file.size is None or opened.compression is not None:
-        form = "a Parquet file" if kind == "parquet" else "an Arrow file"
+        form = _TABLE_READERS[kind].form
         remedy = "give it as a file, not through a pipe"
         raise InvalidCommandError(
             f"{file.name} is {form}, whose index is at its end: "

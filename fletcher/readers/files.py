@@ -12,8 +12,9 @@ from fletcher.errors import InvalidCommandError
 from fletcher.readers.source_files import SourceFile, Version
 from fletcher.readers.streams import FIRST_LINE_BYTES, OpenFile
 
-Format = Literal["parquet", "csv", "tsv", "jsonl", "arrow", "text"]
+Format = Literal["parquet", "csv", "tsv", "jsonl", "arrow", "orc", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
+TABLES: tuple[Format, ...] = ("parquet", "arrow", "orc")
 
 SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
@@ -21,6 +22,7 @@ SUFFIXES: dict[str, Format] = {
     ".tsv": "tsv",
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     **dict.fromkeys((".arrow", ".arrows", ".feather", ".ipc"), "arrow"),
+    ".orc": "orc",
     **dict.fromkeys((".txt", ".text"), "text"),
 }
 _FORMAT_NAMES: dict[Format, str] = {
@@ -29,6 +31,7 @@ _FORMAT_NAMES: dict[Format, str] = {
     "tsv": "TSV with a header",
     "jsonl": "JSON lines",
     "arrow": "Arrow IPC",
+    "orc": "an ORC file",
     "text": "plain text, one text a line",
 }
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
@@ -117,9 +120,9 @@ def format_of(name: str) -> Format | None:
 def sniff(file: InputFile, opened: OpenFile, text_columns: tuple[str, ...]) -> Format:
     """Format of an input from which nothing was read yet.
 
-    Parquet and Arrow are recognized by their first bytes. Otherwise the format is `file.format`. If
-    that is None, the first line decides; for standard input, a line with all of `text_columns` is a
-    CSV or TSV header.
+    Parquet, ORC and Arrow are recognized by their first bytes. Otherwise the format is
+    `file.format`. If that is None, the first line decides; for standard input, a line with all of
+    `text_columns` is a CSV or TSV header.
 
     Raises:
         InvalidCommandError: The format is unknown or ambiguous.
@@ -127,6 +130,8 @@ def sniff(file: InputFile, opened: OpenFile, text_columns: tuple[str, ...]) -> F
     start = opened.stream.peek(FIRST_LINE_BYTES)[:FIRST_LINE_BYTES]
     if start.startswith(b"PAR1"):
         return "parquet"
+    if start.startswith(b"ORC"):
+        return "orc"
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
     if start.startswith(b"FEA1"):

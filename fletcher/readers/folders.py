@@ -15,7 +15,7 @@ from fletcher.readers.source_files import LocalFile
 MAX_KINDS = 5  # maximum number of suffixes or paths that a notice lists
 
 # Folders with files that are not all current: a table format keeps deleted rows for a while.
-_TABLE_MARKS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
+TABLE_MARKS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
 _ICEBERG = ("metadata", "data")
 # Descriptions in a folder that Hugging Face's `save_to_disk` wrote.
 _HUGGING_FACE = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -118,14 +118,19 @@ class _Walk:
 
     @staticmethod
     def _refuse_tables(folder: Path, names: set[str]) -> None:
-        kinds = [kind for mark, kind in _TABLE_MARKS.items() if mark in names]
+        kinds = [kind for mark, kind in TABLE_MARKS.items() if mark in names]
         if names.issuperset(_ICEBERG) and any((folder / "metadata").glob("*.metadata.json")):
             kinds.append("an Iceberg table")
         if kinds:
-            raise InvalidCommandError(
-                f"the folder {folder} is {kinds[0]}, whose files also hold deleted and replaced "
-                "rows; export its current rows to Parquet, or name the files to read"
-            )
+            raise table_refusal(f"the folder {folder}", kinds[0])
+
+
+def table_refusal(where: str, kind: str) -> InvalidCommandError:
+    """The error for the folder of a table format."""
+    return InvalidCommandError(
+        f"{where} is {kind}, whose files also hold deleted and replaced rows; export its current "
+        "rows to Parquet, or name the files to read"
+    )
 
 
 def _hugging_face_files(folder: Path, names: set[str]) -> set[str] | None:

@@ -15,8 +15,8 @@ from typing import cast
 import pyarrow as pa
 
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.readers.pieces import PieceStream
 from fletcher.readers.source_files import SourceFile
-from fletcher.readers.streams import PieceStream
 
 # Most bytes of a compressed record batch after decompression.
 MAX_DECODED_BYTES = 1 << 30

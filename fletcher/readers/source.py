@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -46,9 +46,9 @@ def open_source(
 ) -> TextSource:
     r"""Open files, folders or standard input (`-`) for reading as one stream.
 
-    Formats: Parquet, CSV and TSV with a header, JSON lines, arrays of JSON objects, Arrow IPC (file
-    and stream) and plain text (a text per line). All formats except Parquet and the Arrow IPC file
-    may be compressed with gzip, zstd, bz2 or xz.
+    Formats: Parquet, ORC, CSV and TSV with a header, JSON lines, arrays of JSON objects, Arrow IPC
+    (file and stream) and plain text (a text per line). All formats except Parquet, ORC and the
+    Arrow IPC file may be compressed with gzip, zstd, bz2 or xz.
 
     If `format_name` is None, the format of standard input is detected. Parquet and Arrow are
     recognized by their first bytes, other formats by the first line: JSON, or a CSV or TSV header
@@ -175,6 +175,11 @@ class TextSource:
         self.schema = self.selection.sent_schema(plain_schema)
 
     @property
+    def options(self) -> ReadOptions:
+        """Options for reading the files."""
+        return self._reader.options
+
+    @property
     def schemas(self) -> list[tuple[pa.Schema, str]]:
         """Schema and name of each file that has rows, if all are regular files."""
         return self._reader.schemas()
@@ -229,24 +234,18 @@ class TextSource:
         """
         if not self.reiterable:
             raise InvalidCommandError("standard input has no hash before it is read; give a file")
-        digest = hashlib.sha256()
-        chosen, options = self.selection, self._reader.options
-        formats = [file.format for file in self.files]
-        read: list[Any] = [chosen.text, chosen.id, formats, options.delimiter, options.encoding]
-        if chosen.whole_files or chosen.source:  # the rows hold the path
-            read.append([file.name for file in self.files])
-        digest.update(json.dumps(read).encode())
+        digests = []
         for file in self.files:
             assert file.file is not None
             self._stamps[file.key] = file.stamp()
             try:
                 with file.file.open() as stream:
                     content = hashlib.file_digest(cast("io.RawIOBase", stream), "sha256")
-                    digest.update(content.digest())
+                    digests.append(content.digest())
             except OSError as error:
                 reason = error.strerror or error
                 raise InvalidCommandError(f"cannot read {file.name}: {reason}") from None
-        return digest.hexdigest()
+        return rows_hash(self.files, digests, self.selection, self._reader.options)
 
     def _survey(self) -> pa.Schema:
         """The schema of all files, by all values where a file does not tell its types.
@@ -331,6 +330,22 @@ class TextSource:
             _check_unchanged(file, stamp)
             before += file.num_bytes or 0
             self._bytes_read = before
+
+
+def rows_hash(
+    files: Sequence[InputFile],
+    digests: Sequence[bytes],
+    selection: Selection,
+    options: ReadOptions,
+) -> str:
+    """SHA-256 in hex of files with some digests, and of the options that decide rows."""
+    formats = [file.format for file in files]
+    read: list[Any] = [
+        *(selection.text, selection.id, formats, options.delimiter, options.encoding)
+    ]
+    if selection.whole_files or selection.source:  # the rows hold the path
+        read.append([file.name for file in files])
+    return hashlib.sha256(json.dumps(read).encode() + b"".join(digests)).hexdigest()
 
 
 def _check_unchanged(file: InputFile, stamp: tuple[int | None, Version] | None) -> None:

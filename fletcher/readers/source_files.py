@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import stat
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import BinaryIO, TypeAlias, cast
 import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError
+from fletcher.readers.pieces import PieceStream
 
 # Time of the last change in ns, or a text that a server changes with the content.
 Version: TypeAlias = int | str | None
@@ -50,7 +50,10 @@ class SourceFile(ABC):
 
     def open_table(self) -> Path | pa.NativeFile:
         """The file for Arrow's readers, which need any part of it."""
-        return self.path or pa.PythonFile(self._open_raw(), "r")
+        if self.path is not None:
+            return self.path
+        raw = self._open_raw()
+        return raw if isinstance(raw, pa.NativeFile) else pa.PythonFile(raw, "r")
 
     @abstractmethod
     def stamp(self) -> tuple[int | None, Version]:
@@ -93,26 +96,21 @@ def _stamp(path: Path) -> tuple[int | None, int | None]:
     return (status.st_size, status.st_mtime_ns) if is_regular else (None, None)
 
 
-class _Part(io.RawIOBase):
+class _Part(PieceStream):
     """The next `length` bytes of a stream."""
 
     def __init__(self, raw: BinaryIO, length: int) -> None:
-        self._raw, self._left = raw, length
+        self._raw, self._length = raw, length
         self._read = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        data = self._raw.read(min(len(buffer), self._left))
-        buffer[: len(data)] = data
-        self._left -= len(data)
-        self._read += len(data)
-        return len(data)
-
     def tell(self) -> int:
-        return self._read
+        return self._read - len(self._ready)
 
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+    def _next_piece(self, size: int) -> bytes | None:
+        data = self._raw.read(min(size, self._length - self._read))
+        self._read += len(data)
+        return data or None

@@ -17,9 +17,12 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
+from fletcher.readers.pieces import PieceStream
 from fletcher.readers.source_files import SourceFile
 
 BUFFER_BYTES = 1 << 20
+# A read of an object store is a request.
+_REMOTE_BUFFER_BYTES = 4 << 20
 SNIFF_BYTES = 64
 # A first line longer than this is not treated as a header.
 FIRST_LINE_BYTES = 64 << 10
@@ -76,12 +79,13 @@ def open_stream(
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
     with file.open() as raw:
-        yield _opened(_Pipe(raw) if file.size is None else raw)
+        size = BUFFER_BYTES if file.path is not None else _REMOTE_BUFFER_BYTES
+        yield _opened(_Pipe(raw) if file.size is None else raw, size)
 
 
-def _opened(raw: BinaryIO | _Pipe) -> OpenFile:
+def _opened(raw: BinaryIO | _Pipe, size: int = BUFFER_BYTES) -> OpenFile:
     position = (lambda: 0) if isinstance(raw, _Pipe) else raw.tell
-    stream = cast("io.BufferedReader", io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES))
+    stream = cast("io.BufferedReader", io.BufferedReader(cast("io.RawIOBase", raw), size))
     start = stream.peek(7)
     for magic, compression in _MAGIC:
         if magic.match(start):
@@ -125,29 +129,6 @@ class _Pipe(io.RawIOBase):
                 break
         self.begun = True
         return filled
-
-
-class PieceStream(io.RawIOBase):
-    """Base of streams whose bytes are made in pieces of any size."""
-
-    _ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            piece = self._next_piece(len(buffer))
-            if piece is None:
-                return 0
-            self._ready = memoryview(piece).cast("B")
-        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def _next_piece(self, size: int) -> Any:
-        """The next bytes, about `size` of them; None at the end."""
-        raise NotImplementedError
 
 
 class _Members(PieceStream):

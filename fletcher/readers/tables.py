@@ -27,13 +27,13 @@ BatchesWithShare = Iterator[tuple[pa.RecordBatch, float]]
 def parquet_schema(table: SourceFile, name: str, selection: Selection) -> pa.Schema:
     """Types of the selected columns of a Parquet file; empty without rows."""
     with pq.ParquetFile(table.open_table()) as file:
-        return _selected(file.schema_arrow, name, selection)
+        return selected_schema(file.schema_arrow, name, selection)
 
 
 def arrow_schema(table: SourceFile, name: str, selection: Selection) -> pa.Schema:
     """Types of the selected columns of an Arrow IPC file."""
     with _open_native(table) as opened, pa.ipc.open_file(opened) as file:
-        return _selected(file.schema, name, selection)
+        return selected_schema(file.schema, name, selection)
 
 
 def _open_native(table: SourceFile) -> pa.NativeFile:
@@ -45,10 +45,11 @@ def _open_native(table: SourceFile) -> pa.NativeFile:
 def stream_schema(stream: io.BufferedReader, name: str, selection: Selection) -> pa.Schema:
     """Types of the selected columns of an Arrow IPC stream."""
     with pa.ipc.open_stream(stream) as reader:
-        return _selected(reader.schema, name, selection)
+        return selected_schema(reader.schema, name, selection)
 
 
-def _selected(schema: pa.Schema, name: str, selection: Selection) -> pa.Schema:
+def selected_schema(schema: pa.Schema, name: str, selection: Selection) -> pa.Schema:
+    """The types of the selected columns, by their names in the selection."""
     kinds = {}
     for wanted, (top, *fields) in arrow_paths(selection, schema, name).items():
         kind = schema.field(top).type

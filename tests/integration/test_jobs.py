@@ -108,6 +108,17 @@ def test_changed_added_and_lengthened_files(job: Job, capsys: pytest.CaptureFixt
     assert job.rows() == job.expected()
 
 
+def test_files_that_python_sent_are_known(
+    job: Job, served: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.write("a.csv", ["a1", "a2"])
+    job.write("b.jsonl", ["b1"])
+    with fletcher.connect(served.address) as client:
+        client.ingest(job.input, job.dataset)
+    assert run(job, capsys)["rows_skipped"] == 3
+    assert job.rows() == job.expected()
+
+
 def test_a_limit_is_continued_by_the_whole(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.write("a.csv", [f"a{n}" for n in range(10)])
     job.write("b.csv", [f"b{n}" for n in range(10)])

@@ -42,7 +42,7 @@ ENGINES = {
         "fletcher.models.onnx.graph",
         "fletcher.stores.lance.repair",
     ),
-    "huggingface_hub": ("fletcher.models.sources.hub",),
+    "huggingface_hub": ("fletcher.models.sources.hub", "fletcher.readers.object_stores"),
     "onnx": (),
     "torch": (),
 }

@@ -67,6 +67,12 @@ def test_a_pattern_matches_files_in_the_order_of_their_paths(tmp_path: Path) -> 
     ]
 
 
+def test_a_pattern_leaves_out_the_folder_of_a_store(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "store/b.txt", "store/deep/c.txt", "stores/d.txt")
+    found = list_files(tmp_path / "**" / "*.txt", excluded=[tmp_path / "store"])
+    assert [Path(file.name).name for file in found] == ["a.txt", "d.txt"]
+
+
 def test_a_name_with_signs_of_a_pattern_is_a_name_if_it_exists(tmp_path: Path) -> None:
     make(tmp_path, "a[1].txt", "a1.txt", "b*.txt", "bc.txt")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
