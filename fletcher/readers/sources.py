@@ -61,7 +61,7 @@ def list_files(
         files = [
             LocalFile.at_path(one)
             for one in found
-            if not one.is_dir() and left_out.isdisjoint(one.resolve().parents)
+            if not one.is_dir() and not (left_out and left_out & {*one.resolve().parents})
         ]
         if not files:
             raise InvalidCommandError(f"no file matches {text!r}; a pattern matches files alone")
