@@ -345,7 +345,7 @@ def _print(report: Mapping[str, Any]) -> None:
         print(f"{report['rows_rejected']:,} lines left out, which could not be read")
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
     if report.get("rows_deleted"):
-        print(f"{report['rows_deleted']:,} former rows of changed files deleted")
+        print(f"former rows of changed files deleted: {report['rows_deleted']:,}")
     for name in ("dataset", "store", "model", "job", "upload_id"):
         if report[name]:
             print(f"{name.removesuffix('_id'):<8} {report[name]}")

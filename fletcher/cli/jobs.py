@@ -194,7 +194,8 @@ def _fragment(one: Fragment, state: JobState) -> dict[str, Any]:
     now = state.states[one.id]
     first = one.files[0].path
     more = f" and {len(one.files) - 1:,} more files" if len(one.files) > 1 else ""
-    lines = f" from line {one.lines.first_line:,}" if one.lines else ""
+    first_line = one.lines.first_line if one.lines else 1
+    lines = f" from line {first_line:,}" if first_line > 1 else ""
     return {
         "name": f"{first}{more}{lines}",
         "files": [file.path for file in one.files],
