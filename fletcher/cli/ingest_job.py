@@ -134,8 +134,8 @@ class IngestJob:
             )
             former = sum(state.states[one.id].rows_stored for one in plan.replaced)
             say(
-                f"fletcher ingest: changed since the last run: {shown}; the former rows, {former:,}, "
-                "are deleted once the new ones are stored"
+                f"fletcher ingest: changed since the last run: {shown}; the former rows "
+                f"({former:,}) are deleted once the new ones are stored"
             )
         if plan.lost:
             more = " and others" if plan.lost[MAX_NAMES:] else ""

@@ -272,13 +272,11 @@ def _start(piece: Piece) -> int:
 
 
 def file_record(file: InputFile) -> FileRecord:
-    """The record of a file as it is now. Raises InvalidCommandError if it is gone."""
-    stamp = file.stamp()
-    assert stamp is not None
-    size, version = stamp
+    """The record of a file as it was listed."""
+    assert file.file is not None
     path = file.path
     name = file.name if path is None else os.path.abspath(path)  # noqa: PTH100 - links stay links
-    return FileRecord(name, size, version)
+    return FileRecord(name, file.file.size, file.file.version)
 
 
 def _shared(group: Sequence[tuple[InputFile, FileRecord]]) -> PlannedFragment:

@@ -332,8 +332,8 @@ def _is_model(asked: str, known: str) -> bool:
 
 def _other_option(job: JobRecord, name: str, given: Any, known: Any) -> ConfigError:
     return ConfigError(
-        f"`{name}` is {_shown(given)}, and the job {job.job} was begun with {_shown(known)}; give the "
-        "same, or begin another job by --job FOLDER",
+        f"`{name}` is {_shown(given)}, and the job {job.job} was begun with {_shown(known)}; give "
+        "the same, or begin another job by --job FOLDER",
         field=name,
     )
 
