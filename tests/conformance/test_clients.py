@@ -184,6 +184,7 @@ def test_an_upload_survives_kills_of_its_server(
     server = start_server()
     case = {"rows": 3000, "batch_rows": 50, "pause_ms": 20, **RETRIES}
     upload = driver.start(call="put", address=server.address, dataset="d", **case)
+    eventually(lambda: _calls(server) > 0, "the client is connected")
     for _ in range(2):
         time.sleep(chance.uniform(0.2, 1.0))
         server.end(signal.SIGKILL)
@@ -210,6 +211,7 @@ def test_an_upload_survives_the_restart_of_its_server(
     server = start_server()
     case = {"rows": 500, "batch_rows": 10, "pause_ms": 20, **RETRIES}
     upload = driver.start(call="put", address=server.address, dataset="d", **case)
+    eventually(lambda: _calls(server) > 0, "the client is connected")
     time.sleep(0.4)
     server.end(signal.SIGTERM)
     server.start()
