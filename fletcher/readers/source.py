@@ -322,7 +322,7 @@ class TextSource:
         """
         before = 0
         for file in self.files:
-            stamp = self._stamps.setdefault(file.key, file.stamp())
+            stamp = self._stamps.setdefault(file.key, _listed_stamp(file))
             _check_unchanged(file, stamp)
             for batch, position in self._reader.read(file):
                 self._bytes_read = before + position
@@ -346,6 +346,12 @@ def rows_hash(
     if selection.whole_files or selection.source:  # the rows hold the path
         read.append([file.name for file in files])
     return hashlib.sha256(json.dumps(read).encode() + b"".join(digests)).hexdigest()
+
+
+def _listed_stamp(file: InputFile) -> tuple[int | None, Version] | None:
+    """The stamp of a file when it was listed, before it was hashed."""
+    listed = file.file
+    return None if listed is None or listed.size is None else (listed.size, listed.version)
 
 
 def _check_unchanged(file: InputFile, stamp: tuple[int | None, Version] | None) -> None:

@@ -192,6 +192,26 @@ def test_a_file_that_cannot_be_read_ends_its_fragment_alone(
     assert sorted(text for _, text in job.rows()) == sorted([*texts, "b1"])
 
 
+def test_a_file_that_changes_after_the_plan_is_left_out(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.write("a.csv", ["a1"])
+    job.write("b.csv", ["b1"])
+    put = Client.put
+
+    def changing(*args: Any, **kwargs: Any) -> Any:
+        job.write("b.csv", ["b1", "b2"])
+        return put(*args, **kwargs)
+
+    monkeypatch.setattr(Client, "put", changing)
+    assert main(job.command()) == 1
+    assert "b.csv changed while it was read" in capsys.readouterr().err
+    assert [text for _, text in job.rows()] == ["a1"]
+    monkeypatch.undo()
+    run(job, capsys)
+    assert job.rows() == job.expected()
+
+
 def test_the_manifest_says_what_is_stored(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.write("a.csv", ["a1", "a2"])
     run(job, capsys)
