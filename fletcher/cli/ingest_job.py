@@ -144,6 +144,7 @@ class IngestJob:
                 "were sent together with a file that has changed; their rows are deleted"
             )
         self._run = JobRun(manifest, plan, given.reading, given.selection.limit)
+        self._run.record_stamps()
         self._columns = given.columns
         self.source: TextSource | None = None
         if self._run.todo or self._run.has_former:

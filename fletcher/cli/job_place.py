@@ -19,6 +19,8 @@ from fletcher.jobs.records import JobRecord
 from fletcher.jobs.run import vector_options
 from fletcher.stores.base import Combination, Comparison, Filter
 
+# Folder of the manifests in the folder of a store.
+JOBS = ".jobs"
 # Most uploads that a filter names. For more, all rows of the dataset are read.
 MAX_FILTERS = 40
 
@@ -55,7 +57,7 @@ class JobPlace:
         if target.server is None:
             address = next(iter(config.store_addresses.values()))
             if (folder := folder_of(address)) is not None:
-                return cls(folder / ".jobs" / options.dataset, target, config, options)
+                return cls(folder / JOBS / options.dataset, target, config, options)
         else:
             address = f"{target.server.uri} {options.store or ''}"
         name = f"{options.dataset}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
@@ -70,8 +72,14 @@ class JobPlace:
 
     def record(self, model: str, options: EmbedCommand) -> JobRecord:
         """The first line of the job's manifest."""
+        from fletcher.stores.address import folder_of
+
         server = self.target.server.uri if self.target.server else None
-        store = options.store if server else next(iter(self.config.store_addresses.values()))
+        store: str | None = options.store if server else self.address
+        if not server and (folder := folder_of(self.address)) is not None:
+            # A manifest beside its dataset stays right if both are moved.
+            is_beside = self.folder.parent == folder / JOBS
+            store = None if is_beside else f"{self.address.partition(':')[0]}:{folder}"
         assert options.dataset is not None
         return JobRecord(
             job=self.folder.name,

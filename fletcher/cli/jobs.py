@@ -176,7 +176,7 @@ def _describe(folder: Path, state: JobState) -> dict[str, Any]:
         "job": folder.name,
         "state": name,
         "dataset": job and job.dataset,
-        "store": job and job.store,
+        "store": job and (job.store or (None if job.server else str(folder.parent.parent))),
         "server": job and job.server,
         "model": job and job.model,
         "options": job.options if job else {},

@@ -18,6 +18,7 @@ from fletcher.config.option import SIZE, SWITCH, Option, split_list
 from fletcher.config.resolution import Resolved, misspelt_variables, resolve
 from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
 from fletcher.core.command import CHOICES
+from fletcher.util.paths import is_uri
 
 # Prefix of the parameter names of server options in click. `config_options` removes it.
 _PREFIX = "option_"
@@ -170,8 +171,26 @@ def paths_argument() -> Decorator:
         "https:// or http://, or - for standard input."
     )
     return click.argument(
-        "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(), help=text
+        "paths",
+        nargs=-1,
+        required=True,
+        metavar="PATH...",
+        type=click.Path(),
+        callback=_check_paths,
+        help=text,
     )
+
+
+def _check_paths(
+    _ctx: click.Context, _param: click.Parameter, paths: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The paths, unless one is a URI that cannot be read."""
+    for path in paths:
+        if is_uri(path):
+            from fletcher.readers.sources import check_scheme
+
+            check_scheme(path)
+    return paths
 
 
 def format_option(what: str) -> Decorator:

@@ -142,6 +142,16 @@ class JobRun:
         """The input files, or parts of them, that are to be sent."""
         return [part for one in self.todo for part in one.parts]
 
+    def record_stamps(self) -> None:
+        """Write new sizes and times of files whose bytes are the same."""
+        records = [
+            StampsRecord(fragment=one.known.id, files=one.stamps)
+            for one in self._plan.fragments
+            if one.known is not None and one.known.files != one.stamps
+        ]
+        if records:
+            self._manifest.append(*records)
+
     def send_fragments(
         self, client: Client, source: TextSource, options: EmbedCommand, on_ack: OnAck | None
     ) -> None:
@@ -238,8 +248,6 @@ class JobRun:
         records: list[Any] = []
         for planned in self._plan.fragments:
             if planned.known is not None:
-                if planned.known.files != planned.stamps:
-                    records.append(StampsRecord(fragment=planned.known.id, files=planned.stamps))
                 continue
             occurrence = seen.get(planned.content, 0)
             seen[planned.content] = occurrence + 1

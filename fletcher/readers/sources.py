@@ -71,9 +71,13 @@ def list_files(
     return [LocalFile.at_path(path)]
 
 
-def _remote_files(uri: str, notice: Notice, *, every: bool) -> list[SourceFile]:
-    scheme, _, rest = uri.partition("://")
-    scheme = scheme.lower()
+def check_scheme(uri: str) -> None:
+    """Refuse a URI whose scheme is not one of SCHEMES.
+
+    Raises:
+        ConfigError: The message does not repeat the URI, which may hold a password.
+    """
+    scheme = uri.strip().partition("://")[0].lower()
     if scheme not in SCHEMES:
         raise ConfigError(
             f"`paths` has a URI of {scheme}://, expected a path or a URI of "
@@ -81,6 +85,12 @@ def _remote_files(uri: str, notice: Notice, *, every: bool) -> list[SourceFile]:
             field="paths",
             allowed=SCHEMES,
         )
+
+
+def _remote_files(uri: str, notice: Notice, *, every: bool) -> list[SourceFile]:
+    check_scheme(uri)
+    scheme, _, rest = uri.partition("://")
+    scheme = scheme.lower()
     options = re.search(r"\?[\w.-]+=", rest) if scheme not in _HTTP else None
     if options or "@" in re.split(r"[/?#]", rest, maxsplit=1)[0]:
         raise ConfigError(

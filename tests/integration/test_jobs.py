@@ -108,6 +108,17 @@ def test_changed_added_and_lengthened_files(job: Job, capsys: pytest.CaptureFixt
     assert job.rows() == job.expected()
 
 
+def test_a_touched_file_is_read_once(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.write("a.csv", ["a1"])
+    run(job, capsys)
+    (job.input / "a.csv").touch()
+    assert run(job, capsys)["rows_skipped"] == 1
+    monkeypatch.setattr("fletcher.jobs.plan.hash_file", None)
+    assert run(job, capsys)["rows_skipped"] == 1
+
+
 def test_files_that_python_sent_are_known(
     job: Job, served: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,22 @@ def test_a_sound_dataset_has_no_fault(verify: Callable[..., tuple[int, dict[str,
     assert report["fragments_without_checksums"] == 0
 
 
+def test_a_store_that_was_moved_goes_on(
+    filled: Path, tiny_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(filled / "in", tmp_path / "in")
+    shutil.copytree(filled / "vectors", tmp_path / "moved")
+    manifest = tmp_path / "moved" / ".jobs" / "d" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace(str(filled / "in"), str(tmp_path / "in")))
+    (tmp_path / "in" / "c.jsonl").write_text('{"id": "c", "text": "more"}\n')
+    options = ["--model", "tiny", "--home", str(tiny_home), "--backend", "onnxruntime", "--json"]
+    store = ["--dataset", "d", "--store", f"lance:{tmp_path / 'moved'}"]
+    for skipped in (50, 51):
+        assert main(["ingest", str(tmp_path / "in"), *store, *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["rows_received"], report["rows_skipped"]) == (51, skipped)
+
+
 def test_vectors_are_computed_again(verify: Callable[..., tuple[int, dict[str, Any]]]) -> None:
     code, report = verify(swap_vectors, canaries=50)
     assert code == 1

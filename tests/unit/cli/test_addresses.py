@@ -25,7 +25,7 @@ SEARCH = ("search", "a", "--dataset", "d")
         ((*SEARCH, "--store", "s3://bucket/x"), "store"),
         ((*SEARCH, "--store", "file:///tmp/x"), "store"),
         ((*SEARCH, "--home", "s3://bucket/x"), "home"),
-        (("ingest", "s3://bucket/a.csv", "--dataset", "d"), "paths"),
+        (("ingest", "ftp://bucket/a.csv", "--dataset", "d"), "paths"),
         (("ingest", "a.csv", "--dataset", "d", "--server", "https://host:1"), "server"),
         (("embed", "a", "--output", "gs://bucket/x"), "output"),
         (("similar", "a", "--candidates", "http://host/x"), "candidates"),
@@ -49,14 +49,14 @@ def test_a_uri_is_never_taken_for_a_path(
     monkeypatch.setenv("FLETCHER_HOME", str(tmp_path))
     assert main(argv) in (1, 2)
     error = capsys.readouterr().err
-    assert f"`{field}` is '" in error
+    assert f"`{field}` is '" in error or f"`{field}` has a URI of" in error
     assert "unexpected" not in error
     assert [path.name for path in tmp_path.iterdir()] in ([], ["models"])
 
 
 def test_a_uri_is_refused_in_python_too() -> None:
-    with pytest.raises((ConfigError, InvalidCommandError), match="s3:// is not supported"):
-        open_source("s3://bucket/a.parquet")
+    with pytest.raises((ConfigError, InvalidCommandError), match="a URI of ftp://"):
+        open_source("ftp://bucket/a.parquet")
     with pytest.raises(ConfigError, match="abfs:// is not supported"):
         folder_of("lance:abfs://container/x")
     assert folder_of("lance:/a:b//c") is not None
