@@ -201,7 +201,7 @@ def print_estimate(report: dict[str, Any]) -> None:
         ("rows without a text", f"{report['rows_without_text']:,}"),
         ("tokens", f"about {human(report['tokens'])}"),
         ("texts cut at the model's length", f"about {report['truncated_share']:.1%}"),
-        ("time", f"about {clock(report['seconds'])} on this machine"),
+        ("time", f"about {clock(report['seconds'])}"),
         ("disk", f"about {human(report['bytes_stored'])}B"),
     ]
     if report["cost"] is not None:

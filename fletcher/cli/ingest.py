@@ -126,8 +126,8 @@ def cli(
         on_bad_row: End at a line of JSON lines or plain text that is not JSON or not UTF-8 (fail),
             or leave it out (skip). Other formats always fail.
         rejects: New file for the lines that --on-bad-row skip leaves out, as JSON lines.
-        dry_run: Store nothing. Read all files, embed a sample of their texts, and print the number
-            of rows and tokens, the time on this machine, and the space on disk.
+        dry_run: Store nothing. Read the files that are not stored yet, embed a sample of their
+            texts, and print the number of rows and tokens, the time, and the space on disk.
         price: Price of this machine for an hour, from which --dry-run computes the cost.
         dataset: Dataset to write to.
         job: Folder of the job's manifest, which says what is stored of which file. Default: beside

@@ -43,8 +43,9 @@ def cli(target: EmbedTarget, job: str, canaries: int, as_json: bool) -> int:
     twice or altered, or if a vector differs from that of its text.
 
     Args:
-        job: Name of the job, or folder of its manifest. A job has the name of its dataset.
-        canaries: Number of random rows whose texts are embedded again.
+        job: Name of the job, or folder of its manifest; fletcher jobs list names them. A job of a
+            store that is a folder has the name of its dataset.
+        canaries: Number of random rows of the dataset whose texts are embedded again.
     """
     config = target.resolve(own_store=True)
     state = read_manifest(job_folder(config, job))

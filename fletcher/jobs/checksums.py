@@ -64,7 +64,7 @@ def sum_uploads(batches: Iterable[pa.RecordBatch]) -> dict[str, Checksums]:
 def differences(
     known: Mapping[str, tuple[int, str]], found: Mapping[str, Checksums]
 ) -> Iterator[tuple[str, str]]:
-    """Uploads of which other rows are found than were stored, and what differs.
+    """Uploads whose rows differ from those that were stored, and how they differ.
 
     Args:
         known: Number of rows and checksums by upload id; empty checksums: they are not known.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from fletcher.errors import InvalidCommandError
 from fletcher.jobs.cutting import Piece, cut_lines, has_lines, hash_file
@@ -34,6 +36,7 @@ class PlannedFragment:
         content: SHA-256 in hex of the bytes.
         known: The manifest's fragment with these bytes; None: a new one.
         replaces: Numbers of the fragments that a new one replaces.
+        contents: SHA-256 in hex of each file, if there are several.
     """
 
     files: list[InputFile]
@@ -42,6 +45,7 @@ class PlannedFragment:
     content: str
     known: Fragment | None = None
     replaces: tuple[int, ...] = ()
+    contents: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -137,6 +141,8 @@ class Planner:
         """
         inputs = {file_record(file).path: file for file in files}
         stamps = {path: file_record(file) for path, file in inputs.items()}
+        if not self._holds_paths:
+            self._find_renamed(inputs, stamps)
         here = [one for one in self._known if any(file.path in inputs for file in one.files)]
         suspect = [one for one in here if self._may_differ(one, stamps)]
         changed = _paths(suspect)
@@ -170,11 +176,33 @@ class Planner:
                 one.files,
                 one.lines,
                 one.content,
-                one,
+                self._state.fragments[one.id],
             )
             for one in same
         ]
         return Plan(_in_order([*kept, *cut], list(inputs)), replaced, lost)
+
+    def _find_renamed(
+        self, inputs: Mapping[str, InputFile], stamps: Mapping[str, FileRecord]
+    ) -> None:
+        """Give files that share a known fragment, and have another name now, that name."""
+        missing: dict[int | None, list[tuple[int, int]]] = {}
+        for number, one in enumerate(self._known):
+            for place, record in enumerate(one.files if one.contents else ()):
+                if record.path not in inputs:
+                    missing.setdefault(record.size, []).append((number, place))
+        known = _paths(self._known)
+        for path, file in inputs.items():
+            places = missing.get(stamps[path].size, []) if path not in known else []
+            digest = hash_file(file) if places else ""
+            for number, place in places:
+                one = self._known[number]
+                old = one.files[place].path
+                if one.contents[place] == digest and self._named(old) is None:
+                    files = (*one.files[:place], stamps[path], *one.files[place + 1 :])
+                    self._known[number] = msgspec.structs.replace(one, files=files)
+                    places.remove((number, place))
+                    break
 
     def _may_differ(self, fragment: Fragment, stamps: dict[str, FileRecord]) -> bool:
         """Whether a file of the input has another size or time.
@@ -238,7 +266,8 @@ class Planner:
                 elsewhere.setdefault((one.lines, one.content), []).append(one)
         for planned in cut:
             identity = _identity(planned.stamps, planned.lines, planned.content)
-            planned.known = here.pop(identity, None)
+            found = here.pop(identity, None)
+            planned.known = None if found is None else self._state.fragments[found.id]
             if planned.known is None and len(planned.files) == 1:
                 like = elsewhere.get((planned.lines, planned.content), [])
                 renamed = [one for one in like if self._named(one.files[0].path) is None]
@@ -280,8 +309,7 @@ def file_record(file: InputFile) -> FileRecord:
 
 
 def _shared(group: Sequence[tuple[InputFile, FileRecord]]) -> PlannedFragment:
-    digest = hashlib.sha256()
-    for file, _ in group:
-        digest.update(bytes.fromhex(hash_file(file)))
+    contents = tuple(hash_file(file) for file, _ in group)
+    content = hashlib.sha256(b"".join(map(bytes.fromhex, contents))).hexdigest()
     stamps = tuple(record for _, record in group)
-    return PlannedFragment([file for file, _ in group], stamps, None, digest.hexdigest())
+    return PlannedFragment([file for file, _ in group], stamps, None, content, contents=contents)

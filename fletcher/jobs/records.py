@@ -76,7 +76,8 @@ class Fragment(msgspec.Struct, kw_only=True, tag="fragment", tag_field="type", o
         id: Number of the fragment in the job, from 0.
         files: The files; one unless they are small.
         lines: The lines of the only file; None: all of the files.
-        content: SHA-256 in hex of the bytes.
+        content: SHA-256 in hex of the bytes; of several files, of their digests.
+        contents: SHA-256 in hex of each file, if there are several.
         reading: Options that decide rows, such as the text column.
         upload_id: Name of the upload.
         replaces: Fragments whose rows are deleted once all fragments that replace them are done.
@@ -89,6 +90,7 @@ class Fragment(msgspec.Struct, kw_only=True, tag="fragment", tag_field="type", o
     reading: dict[str, Any]
     upload_id: str
     replaces: tuple[int, ...] = ()
+    contents: tuple[str, ...] = ()
 
 
 class StateRecord(

@@ -259,6 +259,7 @@ class JobRun:
                 reading=self._reading,
                 upload_id=_upload_id(planned, source, options, occurrence),
                 replaces=planned.replaces,
+                contents=planned.contents,
             )
             records.append(planned.known)
             number += 1

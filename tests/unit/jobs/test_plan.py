@@ -54,6 +54,7 @@ class Folder:
                     reading=READING,
                     upload_id=f"u{number}",
                     replaces=one.replaces,
+                    contents=one.contents,
                 )
             )
             self.state.take(StateRecord(fragment=number, state="done"))
@@ -179,6 +180,36 @@ def test_small_files_share_a_fragment(folder: Folder) -> None:
     assert folder.run() == (["new.txt"], [])
     folder.write("07.txt", "changed\n")
     assert folder.run() == (["00.txt and 39 more files"], [0])
+    assert folder.rows() == folder.expected()
+
+
+def test_small_files_that_were_renamed_are_known(folder: Folder) -> None:
+    for number in range(40):
+        folder.write(f"{number:02}.txt", f"{number:02}\n")
+    folder.run()
+    (folder.path / "07.txt").rename(folder.path / "new.txt")
+    assert folder.run() == ([], [])
+    assert folder.run() == ([], [])
+    folder.write("new.txt", "changed\n")
+    assert folder.run() == (["00.txt and 39 more files"], [0])
+    assert folder.rows() == folder.expected()
+    (folder.path / "below").mkdir()
+    for path in folder.path.glob("*.txt"):
+        path.rename(folder.path / "below" / f"moved-{path.name}")
+    (folder.path / "below" / "moved-03.txt").unlink()
+    assert folder.run() == ([], [])
+    (folder.path / "below" / "moved-04.txt").rename(folder.path / "05.txt")
+    assert folder.run(holds_paths=True) == (["05.txt"], [])
+
+
+def test_small_copies_are_other_files(folder: Folder) -> None:
+    for number in range(20):
+        folder.write(f"{number:02}.txt", "the same\n")
+    folder.run()
+    folder.write("copy.txt", "the same\n")
+    assert folder.run() == (["copy.txt"], [])
+    (folder.path / "05.txt").rename(folder.path / "moved.txt")
+    assert folder.run() == ([], [])
     assert folder.rows() == folder.expected()
 
 
