@@ -82,15 +82,15 @@ class GroupSender:
         """
         self.close_writer()
         if self._journal is not None:
-            with _journal_errors():  # groups of the upload must not be sent again after a crash
+            with _journal_errors():
+                # Groups of the upload must not be sent again after a crash. Its settled groups are
+                # forgotten first: a client that sends them again does no harm, and one that takes
+                # deleted rows for stored ones loses them.
                 self._journal.prepare_replacement()
+                self._journal.settled_groups.forget_upload(upload_id)
         self._dedupe_index.invalidate()
         destination = self._destination
-        num_rows = destination.store.delete_upload(destination.dataset, upload_id)
-        if self._journal is not None:
-            with _journal_errors():
-                self._journal.settled_groups.forget_upload(upload_id)
-        return num_rows
+        return destination.store.delete_upload(destination.dataset, upload_id)
 
     def _note_incarnation(self, incarnation: str | None) -> None:
         if self._incarnation not in (None, incarnation):

@@ -139,9 +139,10 @@ class UploadOpener:
                 raise StoreUnavailableError(
                     f"rows of upload {plain_id(upload_id)!r} wait for the store; try again later"
                 )
-        num_rows = int(self._wait(sink.committer.request_deletion(upload_id)))
-        self._uploads.forget_upload(key)
-        return num_rows
+        try:
+            return int(self._wait(sink.committer.request_deletion(upload_id)))
+        finally:
+            self._uploads.forget_upload(key)  # after an error only the store knows what it has
 
     def _wait(self, ready: Future[Any]) -> Any:
         """The result of a request to a committer."""

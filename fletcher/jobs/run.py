@@ -187,7 +187,10 @@ class JobRun:
             self._manifest.set_state(old, "deleted", rows=state.states[old.id].rows)
 
     def _check_deletion(self, client: Client, options: EmbedCommand) -> None:
-        """Refuse changed files if the store cannot delete rows, before anything is sent.
+        """Refuse changed files whose former rows cannot or must not be deleted.
+
+        With `dedupe`, other rows may be left out because a former row has their id or text. They
+        would be nowhere after the deletion.
 
         Raises:
             InvalidCommandError: The message names a file.
@@ -195,11 +198,19 @@ class JobRun:
         if not self._plan.replaced:
             return
         assert options.dataset is not None
+        path = self._plan.replaced[0].files[0].path
+        if options.dedupe != "off":
+            raise InvalidCommandError(
+                f"{path} has changed since it was stored, and `dedupe` is {options.dedupe}: rows "
+                "that were left out as duplicates of its former rows would be lost with them; "
+                "ingest into another dataset, or without --dedupe",
+                field="dedupe",
+            )
         try:  # no upload has this id
             client.delete_upload(uuid.uuid4().hex, options.dataset, options.store)
         except InvalidCommandError as error:
             raise InvalidCommandError(
-                f"{self._plan.replaced[0].files[0].path} has changed since it was stored, and its "
+                f"{path} has changed since it was stored, and its "
                 f"former rows cannot be deleted: {error.message}; ingest into another dataset",
                 field="store",
             ) from error

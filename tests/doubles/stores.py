@@ -88,7 +88,9 @@ class MemoryStore:
         for batch in self.batches[dataset]:
             keys = [parse_batch_key(key) for key in batch.column("batch_key").to_pylist()]
             kept.append(
-                batch.filter(pa.array([key is None or key[0] != upload_id for key in keys]))
+                batch.filter(
+                    pa.array([key is None or key[0] != upload_id for key in keys], pa.bool_())
+                )
             )
         self.batches[dataset] = kept
         return before - self.rows(dataset).num_rows

@@ -108,6 +108,27 @@ def test_changed_added_and_lengthened_files(job: Job, capsys: pytest.CaptureFixt
     assert job.rows() == job.expected()
 
 
+@pytest.mark.parametrize("dedupe", ["id", "text"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_duplicates_of_former_rows_are_not_lost(
+    job: Job, capsys: pytest.CaptureFixture[str], name: str, dedupe: str
+) -> None:
+    job.write(name, ["a1", "a2", "both"])
+    job.write("b.csv", ["both", "b1"])
+    assert run(job, capsys, "--dedupe", dedupe)["rows_deduplicated"] == 1
+    before = job.rows()
+    job.write(name, ["a1x", "a2"])
+    job.write("c.csv", ["c1"])
+    for _ in range(2):
+        assert main(job.command("--dedupe", dedupe)) == 2
+        error = capsys.readouterr().err
+        assert f"{name} has changed since it was stored, and `dedupe` is {dedupe}" in error
+        assert job.rows() == before  # nothing was sent or deleted
+    job.write(name, ["a1", "a2", "both"])
+    run(job, capsys, "--dedupe", dedupe)
+    assert [text for _, text in job.rows()] == ["a1", "a2", "b1", "both", "c1"]
+
+
 def test_a_touched_file_is_read_once(
     job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

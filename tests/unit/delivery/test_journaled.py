@@ -901,3 +901,32 @@ def test_rows_that_were_being_journaled_when_their_upload_failed_are_not_taken_i
         assert upload.counts()["rows_durable"] == 5
         assert delivery.flush(30)
         assert ids(store) == list(range(5))
+
+
+@pytest.mark.parametrize("upload_id", ["u", "copy"])
+def test_rows_are_not_durable_after_a_deletion_that_failed_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload_id: str
+) -> None:
+    """The rows of `copy` are duplicates, which only the journal knows."""
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        for name in ("u", "copy"):
+            one = options(upload_id=name, dedupe="id")
+            upload, sink = delivery.open_upload(one, SCHEMA)
+            send(sink, upload, 0, 10)
+            assert wait(upload, lambda upload=upload: not upload.pending)
+            delivery.close_upload(upload, sink)
+        asked = options(upload_id=upload_id)
+        assert delivery.upload_status(asked)["ranges"] == [[0, 9]]
+        delete = store.delete_upload
+
+        def cut_off(dataset: str, upload_id: str) -> int:
+            delete(dataset, upload_id)
+            raise outage()
+
+        monkeypatch.setattr(store, "delete_upload", cut_off)
+        with pytest.raises(StoreUnavailableError):
+            delivery.delete_upload(asked)
+        assert delivery.upload_status(asked)["ranges"] == []
+        monkeypatch.undo()
+        assert delivery.delete_upload(asked) == 0
