@@ -17,7 +17,7 @@ from fletcher.cli.terminal import cut, print_json, print_table, printable, termi
 from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError
 from fletcher.jobs.manifest import MANIFEST, JobState, read_manifest, running_process
-from fletcher.jobs.records import Fragment
+from fletcher.jobs.records import Fragment, fragment_name
 
 cli = CommandGroup(
     name="jobs",
@@ -192,12 +192,8 @@ def _describe(folder: Path, state: JobState) -> dict[str, Any]:
 
 def _fragment(one: Fragment, state: JobState) -> dict[str, Any]:
     now = state.states[one.id]
-    first = one.files[0].path
-    more = f" and {len(one.files) - 1:,} more files" if len(one.files) > 1 else ""
-    first_line = one.lines.first_line if one.lines else 1
-    lines = f" from line {first_line:,}" if first_line > 1 else ""
     return {
-        "name": f"{first}{more}{lines}",
+        "name": fragment_name(one.files[0].path, len(one.files), one.lines),
         "files": [file.path for file in one.files],
         "state": now.state,
         "rows": now.rows,

@@ -8,49 +8,40 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from fletcher.core.line_range import LineRange
 from fletcher.errors import InvalidCommandError
-from fletcher.readers.files import InputFile
+from fletcher.readers.file_reader import named_errors
+from fletcher.readers.files import InputFile, sniff
+from fletcher.readers.json_rows import is_array
+from fletcher.readers.streams import open_stream, wide_encoding
 
 # Fragments of files of lines have at least this size, except for a file's last one.
 FRAGMENT_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _LINE_FORMATS = ("jsonl", "text")
-# First bytes of files that are no plain lines in UTF-8: compressed, Parquet, Arrow, UTF-16.
-_OTHER_STARTS = (
-    *(b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PAR1", b"ARROW1"),
-    *(b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"),
-)
-_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after the first byte
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some lines of a file: bytes `start` to `stop`, and their SHA-256 in hex."""
+    """Some lines of a file, and the SHA-256 in hex of their bytes."""
 
-    start: int
-    stop: int
-    first_line: int
+    lines: LineRange
     content: str
 
 
-def hash_file(file: InputFile) -> str:
-    """SHA-256 in hex of a file's bytes.
+def has_lines(file: InputFile) -> bool:
+    """Whether a file can be cut at line ends: plain text or JSON lines in UTF-8.
 
     Raises InvalidCommandError if it cannot be read.
     """
-    with _opened(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def has_lines(file: InputFile) -> bool:
-    """Whether a file can be cut at line ends: plain text or JSON lines in UTF-8."""
     if file.format not in _LINE_FORMATS:
         return False
-    with _opened(file) as stream:
-        start = stream.read(64)
-    if start.startswith(_OTHER_STARTS) or start[1:4] == _ZSTD_SKIPPABLE:
-        return False
-    return file.format == "text" or start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"["
+    with named_errors(file.name), open_stream(file.file, stdin=None) as opened:
+        if opened.compression or sniff(file, opened, ()) not in _LINE_FORMATS:
+            return False
+        if wide_encoding(opened.stream) is not None:
+            return False
+        return file.format == "text" or not is_array(opened.stream)
 
 
 def cut_lines(
@@ -73,14 +64,14 @@ def cut_lines(
         for piece in known:
             before = lines.copy()
             digest, ended = hashlib.sha256(), True
-            for chunk in _chunks(stream, piece.stop - piece.start):
+            for chunk in _chunks(stream, piece.lines.stop - piece.lines.start):
                 digest.update(chunk)
                 lines.count(chunk)
                 ended = chunk.endswith(b"\n")
             at_end = not stream.peek(1)
-            same = digest.hexdigest() == piece.content and stream.tell() == piece.stop
+            same = digest.hexdigest() == piece.content and stream.tell() == piece.lines.stop
             if not same or not (ended or at_end):
-                stream.seek(piece.start)
+                stream.seek(piece.lines.start)
                 lines = before
                 break
             pieces.append(piece)
@@ -93,7 +84,8 @@ def cut_lines(
             while not lines.after_end and (line := stream.readline(_CHUNK_BYTES)):
                 digest.update(line)
                 lines.count(line)
-            pieces.append(Piece(start, stream.tell(), first_line, digest.hexdigest()))
+            found = LineRange(start, stream.tell(), first_line)
+            pieces.append(Piece(found, digest.hexdigest()))
     return pieces
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
+from fletcher.core.line_range import LineRange
 from fletcher.errors import InvalidCommandError
-from fletcher.jobs.cutting import Piece, cut_lines, has_lines, hash_file
+from fletcher.jobs.cutting import Piece, cut_lines, has_lines
 from fletcher.jobs.manifest import JobState
-from fletcher.jobs.records import FileRecord, Fragment, LinesRecord
-from fletcher.readers.files import InputFile, LineRange
+from fletcher.jobs.records import FileRecord, Fragment, fragment_name
+from fletcher.readers.files import InputFile
 from fletcher.readers.sources import find_files
 
 # If there are at least MIN_SMALL_FILES new files of at most SMALL_BYTES, they share fragments. So
@@ -41,7 +42,7 @@ class PlannedFragment:
 
     files: list[InputFile]
     stamps: tuple[FileRecord, ...]
-    lines: LinesRecord | None
+    lines: LineRange | None
     content: str
     known: Fragment | None = None
     replaces: tuple[int, ...] = ()
@@ -50,9 +51,7 @@ class PlannedFragment:
     @property
     def name(self) -> str:
         """Name for messages."""
-        more = f" and {len(self.files) - 1:,} more files" if len(self.files) > 1 else ""
-        first = self.lines.first_line if self.lines else 1
-        return f"{self.files[0].name}{more}{f' from line {first:,}' if first > 1 else ''}"
+        return fragment_name(self.files[0].name, len(self.files), self.lines)
 
     def rows_done(self, state: JobState) -> int | None:
         """Number of rows that are stored; None: the fragment is not done."""
@@ -69,10 +68,7 @@ class PlannedFragment:
     @property
     def parts(self) -> list[InputFile]:
         """The files to read, with the lines to read."""
-        if self.lines is None:
-            return self.files
-        lines = LineRange(self.lines.start, self.lines.stop, self.lines.first_line)
-        return [self.files[0].part(lines)]
+        return self.files if self.lines is None else [self.files[0].part(self.lines)]
 
 
 @dataclass(slots=True)
@@ -194,7 +190,7 @@ class Planner:
         known = _paths(self._known)
         for path, file in inputs.items():
             places = missing.get(stamps[path].size, []) if path not in known else []
-            digest = hash_file(file) if places else ""
+            digest = file.content_hash() if places else ""
             for number, place in places:
                 one = self._known[number]
                 old = one.files[place].path
@@ -228,8 +224,7 @@ class Planner:
         pieces: dict[str, list[Piece]] = {}
         for old in before:
             if old.lines is not None:
-                piece = Piece(old.lines.start, old.lines.stop, old.lines.first_line, old.content)
-                pieces.setdefault(old.files[0].path, []).append(piece)
+                pieces.setdefault(old.files[0].path, []).append(Piece(old.lines, old.content))
         is_small = {
             path: record.size is not None and record.size <= SMALL_BYTES and path not in pieces
             for path, (_, record) in files.items()
@@ -247,11 +242,11 @@ class Planner:
                 group.append((file, record))
                 size += record.size or 0
             elif self._cuts_lines and has_lines(file):
-                for piece in cut_lines(file, sorted(pieces.get(path, []), key=_start)):
-                    lines = LinesRecord(piece.start, piece.stop, piece.first_line)
-                    yield PlannedFragment([file], (record,), lines, piece.content)
+                known = sorted(pieces.get(path, []), key=lambda one: one.lines.start)
+                for piece in cut_lines(file, known):
+                    yield PlannedFragment([file], (record,), piece.lines, piece.content)
             else:
-                yield PlannedFragment([file], (record,), None, hash_file(file))
+                yield PlannedFragment([file], (record,), None, file.content_hash())
         if group:
             yield _shared(group)
 
@@ -292,12 +287,8 @@ def _paths(fragments: Sequence[Fragment]) -> set[str]:
     return {file.path for one in fragments for file in one.files}
 
 
-def _identity(files: Sequence[FileRecord], lines: LinesRecord | None, content: str) -> Any:
+def _identity(files: Sequence[FileRecord], lines: LineRange | None, content: str) -> Any:
     return tuple(sorted(one.path for one in files)), lines, content
-
-
-def _start(piece: Piece) -> int:
-    return piece.start
 
 
 def file_record(file: InputFile) -> FileRecord:
@@ -309,7 +300,7 @@ def file_record(file: InputFile) -> FileRecord:
 
 
 def _shared(group: Sequence[tuple[InputFile, FileRecord]]) -> PlannedFragment:
-    contents = tuple(hash_file(file) for file, _ in group)
-    content = hashlib.sha256(b"".join(map(bytes.fromhex, contents))).hexdigest()
+    contents = tuple(file.content_hash() for file, _ in group)
+    content = hashlib.sha256(bytes.fromhex("".join(contents))).hexdigest()
     stamps = tuple(record for _, record in group)
     return PlannedFragment([file for file, _ in group], stamps, None, content, contents=contents)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from fletcher.core.line_range import LineRange
+
 VERSION = 1
 State = Literal["pending", "running", "done", "failed", "replaced", "deleted"]
 
@@ -23,20 +25,6 @@ class FileRecord(msgspec.Struct, frozen=True):
     path: str
     size: int | None
     version: int | str | None
-
-
-class LinesRecord(msgspec.Struct, frozen=True):
-    """Some lines of a file.
-
-    Attributes:
-        start: Offset of the first byte.
-        stop: Offset after the last byte.
-        first_line: Number of the first line, from 1.
-    """
-
-    start: int
-    stop: int
-    first_line: int
 
 
 class JobRecord(msgspec.Struct, kw_only=True, tag="job", tag_field="type"):
@@ -85,7 +73,7 @@ class Fragment(msgspec.Struct, kw_only=True, tag="fragment", tag_field="type", o
 
     id: int
     files: tuple[FileRecord, ...]
-    lines: LinesRecord | None = None
+    lines: LineRange | None = None
     content: str
     reading: dict[str, Any]
     upload_id: str
@@ -165,3 +153,10 @@ class SchemaRecord(
 
 
 Record = JobRecord | Fragment | StateRecord | StampsRecord | ChecksumRecord | SchemaRecord
+
+
+def fragment_name(file: str, num_files: int, lines: LineRange | None) -> str:
+    """Name of a fragment for messages; `file` is the name of its first file."""
+    if num_files > 1:
+        return f"{file} and {num_files - 1:,} more files"
+    return file if lines is None else lines.name_in(file)

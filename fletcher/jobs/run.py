@@ -323,8 +323,7 @@ def _upload_id(
 
     A whole file has the name that `Client.ingest` gives it.
     """
-    digest = bytes.fromhex(planned.content)
-    found = rows_hash(planned.files, [digest], source.selection, source.options)
+    found = rows_hash(planned.files, [planned.content], source.selection, source.options)
     if not planned.is_whole_file:
         start = planned.lines.start if planned.lines else None
         found = f"{found} {start} {len(planned.files)}"

@@ -281,7 +281,9 @@ class FileReader:
             if self.options.encoding is not None and file.format not in TABLES:
                 stream = utf8_stream(opened.stream, self.options.encoding, file.name)
                 opened = OpenFile(stream, opened.compression, opened.position)  # noqa: PLW2901
-            yield opened, sniff(file, opened, self.selection.text_columns)
+            # The first bytes of later lines tell nothing about the file's format.
+            kind = None if file.lines is None else file.format
+            yield opened, kind or sniff(file, opened, self.selection.text_columns)
 
     def _text_stream(self, file: InputFile, opened: OpenFile) -> io.BufferedReader:
         if self.options.encoding is not None:  # converted when it was opened

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
+from fletcher.core.line_range import LineRange
 from fletcher.errors import InvalidCommandError
 from fletcher.readers.source_files import SourceFile, Version
 from fletcher.readers.streams import FIRST_LINE_BYTES, OpenFile
@@ -39,21 +42,6 @@ _COLUMN_NAME = re.compile(r"[^\W\d][\w .()/%-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
-class LineRange:
-    """Some lines of a file that is neither compressed nor an array.
-
-    Attributes:
-        start: Offset of the first byte.
-        stop: Offset after the last byte.
-        first_line: Number of the first line, from 1.
-    """
-
-    start: int
-    stop: int
-    first_line: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class InputFile:
     """One input file, or standard input.
 
@@ -80,9 +68,7 @@ class InputFile:
     @property
     def key(self) -> str:
         """Name of the input, and of its lines if only some are read."""
-        if self.lines is None or self.lines.first_line == 1:
-            return self.name
-        return f"{self.name} from line {self.lines.first_line:,}"
+        return self.name if self.lines is None else self.lines.name_in(self.name)
 
     @property
     def num_bytes(self) -> int | None:
@@ -97,6 +83,16 @@ class InputFile:
     def path(self) -> Path | None:
         """Path of a file on this machine; None for other inputs."""
         return None if self.file is None else self.file.path
+
+    def content_hash(self) -> str:
+        """SHA-256 in hex of the bytes of a file. Raises InvalidCommandError if unreadable."""
+        assert self.file is not None
+        try:
+            with self.file.open() as stream:
+                return hashlib.file_digest(cast("io.RawIOBase", stream), "sha256").hexdigest()
+        except OSError as error:
+            reason = error.strerror or error
+            raise InvalidCommandError(f"cannot read {self.name}: {reason}") from None
 
     def stamp(self) -> tuple[int | None, Version] | None:
         """Size and version of the file at this moment; None if it can be read only once.

@@ -7,7 +7,6 @@ of its blocks. These readers hold at most one batch in memory.
 from __future__ import annotations
 
 import codecs
-import functools
 import io
 import itertools
 import json
@@ -75,10 +74,20 @@ def read_groups(
         InvalidCommandError: An element of an array is no JSON object.
         InvalidUtf8Error: An array is not UTF-8.
     """
+    if first_line == 1 and is_array(stream):
+        return _groups(_elements(stream, name), batch_rows)
+    return _groups(_lines(stream, name, on_bad_line, first_line), batch_rows)
+
+
+def is_array(stream: io.BufferedReader) -> bool:
+    """Whether a file begins as a JSON array."""
     start = stream.peek(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
-    is_array = start.startswith(b"[") and first_line == 1
-    lines = functools.partial(_lines, on_bad_line=on_bad_line, first_line=first_line)
-    rows = (_elements if is_array else lines)(stream, name)
+    return start.startswith(b"[")
+
+
+def _groups(
+    rows: Iterator[tuple[str, dict[str, Any], int]], batch_rows: int
+) -> Iterator[JsonGroup]:
     group: list[Row] = []
     size = 0
     for place, row, num_chars in rows:

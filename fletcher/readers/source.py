@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -234,18 +233,11 @@ class TextSource:
         """
         if not self.reiterable:
             raise InvalidCommandError("standard input has no hash before it is read; give a file")
-        digests = []
+        contents = []
         for file in self.files:
-            assert file.file is not None
             self._stamps[file.key] = file.stamp()
-            try:
-                with file.file.open() as stream:
-                    content = hashlib.file_digest(cast("io.RawIOBase", stream), "sha256")
-                    digests.append(content.digest())
-            except OSError as error:
-                reason = error.strerror or error
-                raise InvalidCommandError(f"cannot read {file.name}: {reason}") from None
-        return rows_hash(self.files, digests, self.selection, self._reader.options)
+            contents.append(file.content_hash())
+        return rows_hash(self.files, contents, self.selection, self.options)
 
     def _survey(self) -> pa.Schema:
         """The schema of all files, by all values where a file does not tell its types.
@@ -275,26 +267,21 @@ class TextSource:
         """Batches of small files joined to batches of about `batch_rows` rows."""
         waiting: list[pa.RecordBatch] = []
         num_rows = num_bytes = 0
-        error = None
-        while error is None:
-            try:
-                batch = next(batches, None)
-            except FletcherError as caught:  # the rows before it are read all the same
-                batch, error = None, caught
-            size = 0 if batch is None else batch.nbytes
-            if waiting and (
-                batch is None
-                or num_rows + batch.num_rows > self.selection.batch_rows
-                or num_bytes + size > BATCH_BYTES
-            ):
-                yield pa.concat_batches(waiting) if waiting[1:] else waiting[0]
-                waiting, num_rows, num_bytes = [], 0, 0
-            if batch is None:
-                break
-            waiting.append(batch)
-            num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + size
-        if error is not None:
-            raise error
+        try:
+            for batch in batches:
+                size = batch.nbytes
+                full = num_rows + batch.num_rows > self.selection.batch_rows
+                if waiting and (full or num_bytes + size > BATCH_BYTES):
+                    yield _concatenated(waiting)
+                    waiting, num_rows, num_bytes = [], 0, 0
+                waiting.append(batch)
+                num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + size
+        except FletcherError:
+            if waiting:  # the rows before the error are read all the same
+                yield _concatenated(waiting)
+            raise
+        if waiting:
+            yield _concatenated(waiting)
 
     def _conformed_batches(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
         left = self.limit
@@ -332,20 +319,25 @@ class TextSource:
             self._bytes_read = before
 
 
+def _concatenated(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """One batch of all rows; a single one is not copied."""
+    return pa.concat_batches(batches) if batches[1:] else batches[0]
+
+
 def rows_hash(
     files: Sequence[InputFile],
-    digests: Sequence[bytes],
+    contents: Sequence[str],
     selection: Selection,
     options: ReadOptions,
 ) -> str:
-    """SHA-256 in hex of files with some digests, and of the options that decide rows."""
+    """SHA-256 in hex of the hashes of files, and of the options that decide rows."""
     formats = [file.format for file in files]
     read: list[Any] = [
         *(selection.text, selection.id, formats, options.delimiter, options.encoding)
     ]
     if selection.whole_files or selection.source:  # the rows hold the path
         read.append([file.name for file in files])
-    return hashlib.sha256(json.dumps(read).encode() + b"".join(digests)).hexdigest()
+    return hashlib.sha256(json.dumps(read).encode() + bytes.fromhex("".join(contents))).hexdigest()
 
 
 def _listed_stamp(file: InputFile) -> tuple[int | None, Version] | None:

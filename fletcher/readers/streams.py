@@ -185,12 +185,17 @@ def utf8_stream(stream: io.BufferedReader, encoding: str | None, name: str) -> i
         return cast(
             "io.BufferedReader", io.BufferedReader(_Recoded(stream, encoding, name), BUFFER_BYTES)
         )
-    start = stream.peek(4)
-    if found := next((kind for mark, kind in _MARKS.items() if start.startswith(mark)), None):
+    if found := wide_encoding(stream):
         raise InvalidUtf8Error(
             f"{name} is {found.upper()}; give --encoding {found}", field="encoding"
         )
     return stream
+
+
+def wide_encoding(stream: io.BufferedReader) -> str | None:
+    """UTF-16 or UTF-32, if a stream begins with its byte-order mark."""
+    start = stream.peek(4)
+    return next((kind for mark, kind in _MARKS.items() if start.startswith(mark)), None)
 
 
 class _Recoded(PieceStream):

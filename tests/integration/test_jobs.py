@@ -136,7 +136,7 @@ def test_a_touched_file_is_read_once(
     run(job, capsys)
     (job.input / "a.csv").touch()
     assert run(job, capsys)["rows_skipped"] == 1
-    monkeypatch.setattr("fletcher.jobs.plan.hash_file", None)
+    monkeypatch.setattr("fletcher.readers.files.InputFile.content_hash", None)
     assert run(job, capsys)["rows_skipped"] == 1
 
 

@@ -27,14 +27,14 @@ def test_pieces_are_the_file(tmp_path: Path) -> None:
         data = b"".join(lines) + b"y" * chance.randrange(3)
         file = input_file(tmp_path / "a", data)
         pieces = cut_lines(file, fragment_bytes=chance.randrange(1, 60))
-        assert [one.start for one in pieces] == [0, *(one.stop for one in pieces[:-1])]
-        assert pieces[-1].stop == len(data)
+        assert [one.lines.start for one in pieces] == [0, *(one.lines.stop for one in pieces[:-1])]
+        assert pieces[-1].lines.stop == len(data)
         for piece in pieces:
-            part = data[piece.start : piece.stop]
+            part = data[piece.lines.start : piece.lines.stop]
             assert hashlib.sha256(part).hexdigest() == piece.content
-            assert part.endswith(b"\n") or piece.stop == len(data)
-            before = data[: piece.start].decode()
-            assert piece.first_line == 1 + len(before.splitlines())
+            assert part.endswith(b"\n") or piece.lines.stop == len(data)
+            before = data[: piece.lines.start].decode()
+            assert piece.lines.first_line == 1 + len(before.splitlines())
 
 
 def test_appended_lines_leave_earlier_pieces_as_they_are(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_appended_lines_leave_earlier_pieces_as_they_are(tmp_path: Path) -> None
     file = input_file(tmp_path / "a", data + b"and more\n")
     after = cut_lines(file, before, fragment_bytes=200)
     assert after[:-1] == before
-    assert (after[-1].start, after[-1].first_line) == (len(data), 101)
+    assert (after[-1].lines.start, after[-1].lines.first_line) == (len(data), 101)
 
 
 @pytest.mark.parametrize("place", [0, 350, -2])
@@ -52,24 +52,24 @@ def test_a_change_makes_the_pieces_after_it_new(tmp_path: Path, place: int) -> N
     before = cut_lines(input_file(tmp_path / "a", bytes(data)), fragment_bytes=200)
     data[place] = ord("?")
     after = cut_lines(input_file(tmp_path / "a", bytes(data)), before, fragment_bytes=200)
-    changed = next(n for n, one in enumerate(before) if (place % len(data)) < one.stop)
+    changed = next(n for n, one in enumerate(before) if (place % len(data)) < one.lines.stop)
     assert after[:changed] == before[:changed]
-    assert after[changed].start == before[changed].start
-    assert after[changed].first_line == before[changed].first_line
+    assert after[changed].lines.start == before[changed].lines.start
+    assert after[changed].lines.first_line == before[changed].lines.first_line
     assert after[changed].content != before[changed].content
 
 
 def test_a_line_that_goes_on_is_new(tmp_path: Path) -> None:
     before = cut_lines(input_file(tmp_path / "a", b"one\ntw"))
     (piece,) = cut_lines(input_file(tmp_path / "a", b"one\ntwo\nthree\n"), before)
-    assert (piece.start, piece.stop) == (0, 14)
+    assert (piece.lines.start, piece.lines.stop) == (0, 14)
     assert cut_lines(input_file(tmp_path / "a", b"one\ntw"), before) == before
 
 
 def test_a_shorter_file_keeps_its_beginning(tmp_path: Path) -> None:
     data = b"".join(b"line %d\n" % number for number in range(100))
     before = cut_lines(input_file(tmp_path / "a", data), fragment_bytes=200)
-    after = cut_lines(input_file(tmp_path / "a", data[: before[2].stop]), before)
+    after = cut_lines(input_file(tmp_path / "a", data[: before[2].lines.stop]), before)
     assert after == before[:3]
     assert cut_lines(input_file(tmp_path / "a", b""), before) == []
 
@@ -87,6 +87,8 @@ def test_a_shorter_file_keeps_its_beginning(tmp_path: Path) -> None:
         (b"\x1f\x8b\x08", "jsonl", False),
         (b"\xff\xfea\0", "text", False),
         (b"text\n", "csv", False),
+        (b"ORC\x03", "jsonl", False),
+        (b" " * 200 + b"[1]\n", "jsonl", False),
     ],
 )
 def test_only_files_of_lines_are_cut(tmp_path: Path, start: bytes, kind: str, cut: bool) -> None:

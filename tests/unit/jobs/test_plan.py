@@ -12,6 +12,7 @@ from fletcher.jobs import cutting, plan
 from fletcher.jobs.manifest import JobState
 from fletcher.jobs.plan import Plan, Planner
 from fletcher.jobs.records import Fragment, StampsRecord, StateRecord
+from fletcher.readers.files import InputFile
 from fletcher.readers.sources import find_files
 
 READING = {"text": "text"}
@@ -88,7 +89,7 @@ def test_files_that_did_not_change_are_not_read(
     folder.write("a.txt", "one\n")
     folder.write("b.csv", "text\none\n")
     assert folder.run() == (["a.txt", "b.csv"], [])
-    monkeypatch.setattr(plan, "hash_file", None)
+    monkeypatch.setattr(InputFile, "content_hash", None)
     monkeypatch.setattr(plan, "cut_lines", None)
     assert folder.run() == ([], [])
 
