@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from fletcher.cli.progress import clock, human
 from fletcher.cli.terminal import print_table, say
 from fletcher.core.command import EmbedCommand
+from fletcher.jobs.run import VECTOR_OPTIONS
 from fletcher.readers.source import TextSource
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class CountedInput:
             elif (at := self._chance.randrange(self.num_rows)) < SAMPLE_ROWS:
                 self.texts[at] = texts[place].as_py()
 
+    def shuffle(self) -> None:
+        """Put the sample in random order."""
+        self._chance.shuffle(self.texts)
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedSample:
@@ -76,7 +81,7 @@ class EmbeddedSample:
 
     Attributes:
         num_rows: Number of texts.
-        size: As in `Counted`.
+        size: As in `CountedInput`.
         num_tokens: Tokens that the model read.
         num_truncated: Texts that are longer than the model reads.
         seconds: Time that embedding took.
@@ -105,7 +110,7 @@ def estimate(client: Client, source: TextSource, options: EmbedCommand) -> dict[
     counted = CountedInput(max_length * _BYTES_PER_TOKEN)
     for batch in source.batches():
         counted.take(batch, source.selection.text_column)
-    counted._chance.shuffle(counted.texts)
+    counted.shuffle()
     embedded = _embed(client, counted, options)
     share = counted.size / embedded.size if embedded.size else 0.0
     rows_share = counted.num_rows / embedded.num_rows if embedded.num_rows else 0.0
@@ -124,17 +129,8 @@ def estimate(client: Client, source: TextSource, options: EmbedCommand) -> dict[
 
 def _embed(client: Client, counted: CountedInput, options: EmbedCommand) -> EmbeddedSample:
     """Embed texts of the sample for some seconds."""
-    options = replace(
-        EmbedCommand(),
-        **{
-            name: getattr(options, name)
-            for name in (
-                *("model", "prompt", "dims", "layers", "dtype", "normalize", "truncate"),
-                *("chunking", "output"),
-            )
-        },
-        priority="bulk",
-    )
+    vectors = {name: getattr(options, name) for name in VECTOR_OPTIONS}
+    options = EmbedCommand(model=options.model, priority="bulk", **vectors)
     texts = counted.texts
     if not texts:
         return EmbeddedSample(0, 0, 0, 0, 0.0, 0)
@@ -158,12 +154,12 @@ def _run(
     client: Client, texts: Sequence[str], options: EmbedCommand, until: float | None = None
 ) -> list[pa.RecordBatch]:
     """Embed texts until a time (`time.monotonic`), and return their vectors."""
-    room = threading.Semaphore(_MAX_WAITING // _BATCH_ROWS)
+    room, ended = threading.Semaphore(_MAX_WAITING // _BATCH_ROWS), threading.Event()
 
     def batches() -> Iterator[pa.RecordBatch]:
         for first in range(0, len(texts), _BATCH_ROWS):
             room.acquire()
-            if until is not None and time.monotonic() > until:
+            if ended.is_set() or (until is not None and time.monotonic() > until):
                 return
             part = pa.array(texts[first : first + _BATCH_ROWS], pa.utf8())
             yield pa.RecordBatch.from_arrays([part], names=["text"])
@@ -171,23 +167,28 @@ def _run(
     found = []
     reader = pa.RecordBatchReader.from_batches(pa.schema({"text": pa.utf8()}), batches())
     with client.exchange(reader, options) as exchange:
-        for batch in exchange:
-            found.append(batch.select(["vector", "token_count", "truncated"]))
-            room.release()
+        try:
+            for batch in exchange:
+                found.append(batch.select(["vector", "token_count", "truncated"]))
+                room.release()
+        finally:
+            ended.set()
+            room.release()  # after an error the thread that sends must not wait for ever
     return found
 
 
 def drifts(source: TextSource) -> list[str]:
     """Columns whose types differ between files, with the types that are stored."""
     found = []
-    for field_ in source.plain_schema:
+    schemas = source.schemas
+    for column in source.plain_schema:
         kinds: dict[str, str] = {}
-        for schema, where in source.schemas:
-            if field_.name in schema.names:
-                kinds.setdefault(str(schema.field(field_.name).type), where)
+        for schema, where in schemas:
+            if column.name in schema.names:
+                kinds.setdefault(str(schema.field(column.name).type), where)
         if len(kinds) > 1:
             listed = ", ".join(f"{kind} in {where}" for kind, where in kinds.items())
-            found.append(f"column `{field_.name}` is {listed}; it is stored as {field_.type}")
+            found.append(f"column `{column.name}` is {listed}; it is stored as {column.type}")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from fletcher.errors import ConfigError, FletcherError
 from fletcher.jobs.manifest import MANIFEST, JobState, Manifest, read_manifest
 from fletcher.jobs.plan import Plan, Planner
 from fletcher.jobs.records import ChecksumRecord, SchemaRecord
-from fletcher.jobs.run import JobRun, begin, check_asked, forget_stored, vector_options
+from fletcher.jobs.run import JobRun, begin, check_asked, forget_stored, job_options
 from fletcher.readers.columns import Selection
 from fletcher.readers.file_reader import FileReader, ReadOptions
 from fletcher.readers.files import InputFile
@@ -129,19 +129,15 @@ class IngestJob:
         if plan.replaced:
             state = manifest.state
             names = dict.fromkeys(file.path for one in plan.replaced for file in one.files)
-            shown = ", ".join([*names][:MAX_NAMES]) + (
-                " and others" if len(names) > MAX_NAMES else ""
-            )
             former = sum(state.states[one.id].rows_stored for one in plan.replaced)
             say(
-                f"fletcher ingest: changed since the last run: {shown}; the former rows "
+                f"fletcher ingest: changed since the last run: {_listed(names)}; the former rows "
                 f"({former:,}) are deleted once the new ones are stored"
             )
         if plan.lost:
-            more = " and others" if plan.lost[MAX_NAMES:] else ""
             say(
-                f"fletcher ingest: {', '.join(plan.lost[:MAX_NAMES])}{more} no longer exist, and "
-                "were sent together with a file that has changed; their rows are deleted"
+                f"fletcher ingest: {_listed(plan.lost)} no longer exist, and were sent "
+                "together with a file that has changed; their rows are deleted"
             )
         self._run = JobRun(manifest, plan, given.reading, given.selection.limit)
         self._run.record_stamps()
@@ -233,19 +229,19 @@ class DryRun:
         is_job = _not_a_job(given, place.options) is None
         if is_job and (place.folder / MANIFEST).exists():
             state = read_manifest(place.folder)
-            check_asked(state.job, vector_options(place.options), place.options.model)
+            check_asked(state.job, job_options(place.options), place.options.model)
         files = given.files
-        self._known = (0, 0, 0)
+        self._before = {"files_known": 0, "rows_known": 0, "rows_to_delete": 0}
         if is_job:
             plan = given.plan(state)
             todo = plan.unfinished(state, given.selection.limit)
             files = [part for one in todo for part in one.parts]
             done = [one for one in plan.fragments if one.rows_done(state) is not None]
-            self._known = (
-                sum(len(one.files) for one in done),
-                sum(one.rows_done(state) or 0 for one in done),
-                sum(state.states[one.id].rows_stored for one in plan.replaced),
-            )
+            self._before = {
+                "files_known": sum(len(one.files) for one in done),
+                "rows_known": sum(one.rows_done(state) or 0 for one in done),
+                "rows_to_delete": sum(state.states[one.id].rows_stored for one in plan.replaced),
+            }
         self._num_files = len({file.name for file in files})
         self.source = given.source(files, state)
 
@@ -256,19 +252,22 @@ class DryRun:
         from fletcher.cli.dry_run import drifts, estimate
 
         found = estimate(client, self.source, options)
-        num_files, num_rows, num_former = self._known
         return {
             "dry_run": True,
             "dataset": options.dataset,
             "files": self._num_files,
-            "files_known": num_files,
             **found,
-            "rows_known": num_rows,
-            "rows_to_delete": num_former,
+            **self._before,
             "columns": {one.name: str(one.type) for one in self.source.schema},
             "drifts": drifts(self.source),
             "cost": None if price is None else round(found["seconds"] / 3600 * price, 4),
         }
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, for messages."""
+    listed = list(names)
+    return ", ".join(listed[:MAX_NAMES]) + (" and others" if listed[MAX_NAMES:] else "")
 
 
 def _not_a_job(given: IngestInput, options: EmbedCommand) -> str | None:
@@ -303,7 +302,7 @@ def open_ingest(
         return
     with Manifest(place.folder) as manifest:
         state = manifest.state
-        check_asked(state.job, vector_options(options), options.model)
+        check_asked(state.job, job_options(options), options.model)
         done = [one for one in state.current() if state.states[one.id].rows_stored]
         if done and not place.is_stored(done[-1].upload_id):
             say(

@@ -15,12 +15,11 @@ from fletcher.config.server import ServeConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import UnknownDatasetError
 from fletcher.jobs.checksums import COLUMNS, Checksums, sum_uploads
+from fletcher.jobs.manifest import HOME_JOBS, STORE_JOBS
 from fletcher.jobs.records import JobRecord
-from fletcher.jobs.run import vector_options
-from fletcher.stores.base import Combination, Comparison, Filter
+from fletcher.jobs.run import job_options
+from fletcher.stores.base import Combination, Comparison, Filter, Store
 
-# Folder of the manifests in the folder of a store.
-JOBS = ".jobs"
 # Most uploads that a filter names. For more, all rows of the dataset are read.
 MAX_FILTERS = 40
 
@@ -57,11 +56,11 @@ class JobPlace:
         if target.server is None:
             address = next(iter(config.store_addresses.values()))
             if (folder := folder_of(address)) is not None:
-                return cls(folder / JOBS / options.dataset, target, config, options)
+                return cls(folder / STORE_JOBS / options.dataset, target, config, options)
         else:
             address = f"{target.server.uri} {options.store or ''}"
         name = f"{options.dataset}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
-        return cls(config.home / "jobs" / name, target, config, options)
+        return cls(config.home / HOME_JOBS / name, target, config, options)
 
     @property
     def address(self) -> str:
@@ -78,7 +77,7 @@ class JobPlace:
         store: str | None = options.store if server else self.address
         if not server and (folder := folder_of(self.address)) is not None:
             # A manifest beside its dataset stays right if both are moved.
-            is_beside = self.folder.parent == folder / JOBS
+            is_beside = self.folder.parent == folder / STORE_JOBS
             store = None if is_beside else f"{self.address.partition(':')[0]}:{folder}"
         assert options.dataset is not None
         return JobRecord(
@@ -86,7 +85,7 @@ class JobPlace:
             dataset=options.dataset,
             store=store,
             server=server,
-            options=vector_options(options),
+            options=job_options(options),
             model=model,
             command=list(click.get_current_context().find_root().obj),
             folder=str(Path.cwd()),
@@ -98,10 +97,8 @@ class JobPlace:
         Raises:
             FletcherError: The store cannot be read.
         """
-        from fletcher.stores.address import open_store
-
         assert self.options.dataset is not None
-        with contextlib.closing(open_store(self.address)) as store:
+        with self._open_store() as store:
             schema = store.read_schema(self.options.dataset)
             if schema is None or not store.capabilities.durable:
                 return {}
@@ -123,16 +120,22 @@ class JobPlace:
         with contextlib.suppress(UnknownDatasetError):
             if self.target.server:
                 with self.target.open_client(self.config) as client:
-                    return bool(client.upload_status(upload_id, dataset).get("ranges"))
-            from fletcher.stores.address import folder_of, open_store
+                    status = client.upload_status(upload_id, dataset, self.options.store)
+                    return bool(status.get("ranges"))
+            from fletcher.stores.address import folder_of
 
-            address = next(iter(self.config.store_addresses.values()))
-            folder = folder_of(address)
+            folder = folder_of(self.address)
             if folder is None or folder.is_dir():
-                timeout_s = self.config.delivery.store_timeout_s
-                with contextlib.closing(open_store(address, timeout_s=timeout_s)) as opened:
-                    return bool(opened.stored_ranges(dataset, upload_id))
+                with self._open_store() as store:
+                    return bool(store.stored_ranges(dataset, upload_id))
         return False
+
+    def _open_store(self) -> contextlib.closing[Store]:
+        """Context of the store that this process writes to."""
+        from fletcher.stores.address import open_store
+
+        timeout_s = self.config.delivery.store_timeout_s
+        return contextlib.closing(open_store(self.address, timeout_s=timeout_s))
 
 
 def upload_filters(upload_ids: Set[str]) -> list[Filter]:

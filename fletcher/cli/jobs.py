@@ -16,7 +16,14 @@ from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.terminal import cut, print_json, print_table, printable, terminal_width
 from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError
-from fletcher.jobs.manifest import MANIFEST, JobState, read_manifest, running_process
+from fletcher.jobs.manifest import (
+    HOME_JOBS,
+    MANIFEST,
+    STORE_JOBS,
+    JobState,
+    read_manifest,
+    running_process,
+)
 from fletcher.jobs.records import Fragment, fragment_name
 
 cli = CommandGroup(
@@ -143,7 +150,7 @@ def _folders(config: ServeConfig) -> list[Path]:
     from fletcher.stores.address import folder_of
 
     stores = map(folder_of, config.store_addresses.values())
-    roots = [config.home / "jobs", *(folder / ".jobs" for folder in stores if folder)]
+    roots = [config.home / HOME_JOBS, *(folder / STORE_JOBS for folder in stores if folder)]
     return [path.parent for root in roots for path in sorted(root.glob(f"*/{MANIFEST}"))]
 
 

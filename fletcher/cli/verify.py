@@ -14,6 +14,7 @@ from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.jobs import job_folder
 from fletcher.cli.options import json_option
 from fletcher.cli.terminal import cut, print_json, printable, terminal_width
+from fletcher.config.delivery import NO_STORE
 from fletcher.errors import ConfigError, UnknownDatasetError
 from fletcher.jobs.manifest import JobState, read_manifest
 
@@ -47,16 +48,18 @@ def cli(target: EmbedTarget, job: str, canaries: int, as_json: bool) -> int:
             store that is a folder has the name of its dataset.
         canaries: Number of random rows of the dataset whose texts are embedded again.
     """
+    from fletcher.stores.address import open_store
+
     config = target.resolve(own_store=True)
     state = read_manifest(job_folder(config, job))
     if state.job is None:
         raise ConfigError(f"`job` is {job!r}, which has stored nothing", field="job")
     sample: list[dict[str, Any]] = []
-    with _open_store(next(iter(config.store_addresses.values()))) as store:
+    with contextlib.closing(open_store(next(iter(config.store_addresses.values())))) as store:
         faults = list(_compare(store, state, sample, canaries))
     checked = 0
     if sample:
-        with target.open_client(config.with_options(store=("none",))) as client:
+        with target.open_client(config.with_options(store=(NO_STORE,))) as client:
             wrong = _wrong_vectors(client, state, sample)
         checked = len(sample)
         faults += [f"row {one!r}: its vector is not that of its text" for one in wrong]
@@ -153,14 +156,6 @@ def _wrong_vectors(client: Any, state: JobState, sample: list[dict[str, Any]]) -
         if not size or float(stored @ vector) / size < MIN_COSINE:
             wrong.append(row.get("id"))
     return wrong
-
-
-@contextlib.contextmanager
-def _open_store(address: str) -> Iterator[Store]:
-    from fletcher.stores.address import open_store
-
-    with contextlib.closing(open_store(address)) as store:
-        yield store
 
 
 def _print(report: dict[str, Any]) -> None:

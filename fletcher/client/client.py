@@ -248,9 +248,12 @@ class Client(Closing):
             raise InternalError(f"{len(embeddings)} vectors came back for {len(column)} texts")
         return embeddings
 
-    def upload_status(self, upload_id: str, dataset: str | None = None) -> dict[str, Any]:
+    def upload_status(
+        self, upload_id: str, dataset: str | None = None, store: str | None = None
+    ) -> dict[str, Any]:
         """Progress of an upload: `rows_durable`, `ranges` (inclusive) and `complete`."""
         body = {"upload_id": upload_id} | ({} if dataset is None else {"dataset": dataset})
+        body |= {} if store is None else {"store": store}
         return self._connection.action("upload_status", body)
 
     def delete_upload(self, upload_id: str, dataset: str, store: str | None = None) -> int:

@@ -28,6 +28,8 @@ from fletcher.util.durable import sync_path, write_atomically
 from fletcher.util.locks import FileLock
 
 MANIFEST = "manifest.jsonl"
+# Folder of the jobs' folders in the folder of a store, and in the home folder.
+STORE_JOBS, HOME_JOBS = ".jobs", "jobs"
 _LOCK = ".lock"
 _PID = ".pid"  # of the process that has the lock
 _GONE = ("replaced", "deleted")

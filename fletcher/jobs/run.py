@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,11 +24,12 @@ from fletcher.readers import TextSource
 from fletcher.readers.files import InputFile
 from fletcher.readers.source import rows_hash
 
-# Options of a job that change its vectors. All its uploads have the same.
+# Options that change vectors.
 VECTOR_OPTIONS = (
     *("prompt", "dims", "layers", "dtype", "normalize", "truncate", "chunking", "output"),
-    *("include_text", "dedupe"),
 )
+# Options that all uploads of a job have in common.
+JOB_OPTIONS = (*VECTOR_OPTIONS, "include_text", "dedupe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def check_asked(job: JobRecord | None, asked: Mapping[str, Any], model: str | No
 
     Args:
         job: The job; None: it was not begun.
-        asked: Options by name; None: the default, which is not compared.
+        asked: Options of `job_options`; those that are not set are not compared.
         model: A model's name; None: the default.
 
     Raises:
@@ -57,7 +59,7 @@ def check_asked(job: JobRecord | None, asked: Mapping[str, Any], model: str | No
     if job is None:
         return
     for name, value in asked.items():
-        if value is not None and name in VECTOR_OPTIONS and value != job.options.get(name):
+        if value != job.options.get(name):
             raise _other_option(job, name, value, job.options.get(name))
     if model is not None and job.model and not _is_model(model, job.model):
         raise _other_option(job, "model", model, job.model)
@@ -71,27 +73,22 @@ def begin(manifest: Manifest, record: JobRecord) -> None:
     """
     job = manifest.state.job
     if job is None:
-        manifest.append(replace_record(record, created=now()))
+        manifest.append(msgspec.structs.replace(record, created=now()))
         return
     for name in ("dataset", "store", "server", "model"):
         given, known = getattr(record, name), getattr(job, name)
         if given != known:
             raise _other_option(job, name, given, known)
-    for name in VECTOR_OPTIONS:
+    for name in JOB_OPTIONS:
         given, known = record.options.get(name), job.options.get(name)
         if given != known:
             raise _other_option(job, name, given, known)
 
 
-def vector_options(options: EmbedCommand) -> dict[str, Any]:
-    """Options that change vectors, without those that are not set."""
-    values = {name: getattr(options, name) for name in VECTOR_OPTIONS}
+def job_options(options: EmbedCommand) -> dict[str, Any]:
+    """Options that all uploads of a job have in common, if they are set."""
+    values = {name: getattr(options, name) for name in JOB_OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def replace_record(record: JobRecord, **changes: Any) -> JobRecord:
-    """A copy of a record with other values."""
-    return msgspec.structs.replace(record, **changes)
 
 
 def forget_stored(manifest: Manifest) -> None:
@@ -163,19 +160,23 @@ class JobRun:
             FletcherError: The server refuses or fails.
         """
         self._check_deletion(client, options)
-        fragments = self._write_plan(source, options)
-        parts = source.split(one.parts for one in self.todo)
+        self._write_plan(source, options)
+        parts = iter(source.split(one.parts for one in self.todo))
         self.total.on_ack = on_ack
-        left = self._left()
-        for planned, fragment, part in zip(self.todo, fragments, parts, strict=True):
+        left = self._limit
+        for planned in self._plan.fragments:
             if left is not None and left <= 0:
                 return
-            part.limit = left
-            summary = self._send_one(client, planned, fragment, part, options)
+            rows = planned.rows_done(self._manifest.state)
+            if rows is None:
+                part = next(parts)
+                part.limit = left
+                summary = self._send_one(client, planned, part, options)
+                rows = part.rows_read
+                if summary is not None:
+                    self.total.add(planned.name, summary)
             if left is not None:
-                left -= part.rows_read
-            if summary is not None:
-                self.total.add(planned.name, summary)
+                left -= rows
 
     def delete_former(self, client: Client, options: EmbedCommand) -> None:
         """Delete the rows of fragments whose successors are all done."""
@@ -219,10 +220,12 @@ class JobRun:
         self,
         client: Client,
         planned: PlannedFragment,
-        fragment: Fragment,
         part: TextSource,
         options: EmbedCommand,
     ) -> PutSummary | None:
+        """The result of a fragment; None if its file cannot be read."""
+        fragment = planned.known
+        assert fragment is not None
         self._manifest.set_state(fragment, "running")
         try:
             summary = put_source(
@@ -249,30 +252,27 @@ class JobRun:
         )
         return replace(summary, errors=_by_file(summary.errors, part))
 
-    def _write_plan(self, source: TextSource, options: EmbedCommand) -> list[Fragment]:
-        """Write the plan to the manifest, and return the fragments of `todo`."""
+    def _write_plan(self, source: TextSource, options: EmbedCommand) -> None:
+        """Write the new fragments and the replaced ones to the manifest."""
         state = self._manifest.state
         number = max(state.fragments, default=-1) + 1
-        seen: dict[str, int] = {}
-        for one in state.fragments.values():
-            seen[one.content] = seen.get(one.content, 0) + 1
+        seen = Counter(one.content for one in state.fragments.values())
         records: list[Any] = []
         for planned in self._plan.fragments:
             if planned.known is not None:
                 continue
-            occurrence = seen.get(planned.content, 0)
-            seen[planned.content] = occurrence + 1
             planned.known = Fragment(
                 id=number,
                 files=planned.stamps,
                 lines=planned.lines,
                 content=planned.content,
                 reading=self._reading,
-                upload_id=_upload_id(planned, source, options, occurrence),
+                upload_id=_upload_id(planned, source, options, seen[planned.content]),
                 replaces=planned.replaces,
                 contents=planned.contents,
             )
             records.append(planned.known)
+            seen[planned.content] += 1
             number += 1
         for old in self._plan.replaced:
             counts = state.states[old.id]
@@ -281,15 +281,6 @@ class JobRun:
             )
         if records:
             self._manifest.append(*records)
-        return [one.known for one in self.todo if one.known is not None]
-
-    def _left(self) -> int | None:
-        """Rows that may be sent, of the limit."""
-        if self._limit is None:
-            return None
-        first = self._plan.fragments.index(self.todo[0]) if self.todo else None
-        before = self._plan.fragments[:first]
-        return self._limit - sum(one.rows_done(self._manifest.state) or 0 for one in before)
 
     def _known_summary(self, fragment: Fragment) -> PutSummary:
         counts = self._manifest.state.states[fragment.id]

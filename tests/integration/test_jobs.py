@@ -161,6 +161,31 @@ def test_a_limit_is_continued_by_the_whole(job: Job, capsys: pytest.CaptureFixtu
     assert job.rows() == job.expected()
 
 
+def test_rows_in_another_store_of_the_server_are_known(
+    start_server: StartServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stores = (f"a=lance:{tmp_path / 'a'}", f"b=lance:{tmp_path / 'b'}")
+    server = start_server(store=stores)
+    job = Job(tmp_path, server.address, lambda _: pa.table({}))
+    job.write("a.csv", ["a1"])
+    for skipped in (0, 1):
+        assert main(job.command("--store", "b")) == 0
+        out = capsys.readouterr()
+        assert json.loads(out.out)["rows_skipped"] == skipped
+        assert "no longer has the rows" not in out.err
+
+
+def test_a_limit_counts_what_is_stored_between(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.write("b.csv", [f"b{n}" for n in range(8)])
+    run(job, capsys)
+    job.write("a.csv", [f"a{n}" for n in range(5)])
+    job.write("c.csv", [f"c{n}" for n in range(5)])
+    run(job, capsys, "--limit", "14")
+    assert len(job.rows()) == 14
+
+
 def test_rows_that_are_gone_are_sent_again(
     job: Job, served: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
