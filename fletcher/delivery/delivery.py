@@ -82,8 +82,9 @@ class Delivery:
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
         self._surveys = {name: StoreSurvey(name, store) for name, store in stores.items()}
         telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
-        waiting = lambda: sum(one.committer.num_waiting_rows for one in self._all_sinks())  # noqa: E731
-        telemetry.queue_depth.observe(waiting, stage="rows")
+        telemetry.queue_depth.observe(
+            lambda: sum(one.committer.num_waiting_rows for one in self._all_sinks()), stage="rows"
+        )
         for name, breaker in self._breakers.items():
             telemetry.store_away.observe(breaker.unavailability, store=name)
             telemetry.store_append_share.observe(partial(self._append_share, name), store=name)

@@ -110,7 +110,7 @@ def _build(language: str, folder: Path) -> list[str]:
     if language == "go":
         run_tool("go", ["go", "build", "-o", str(program), "./cmd/conformance"])
     else:
-        run_tool("rust", ["cargo", "build", "--locked", "--quiet", "--example", "conformance"])
+        run_tool("rust", ["cargo", "build", "--quiet", "--example", "conformance"])
         shutil.copy2(CARGO_TARGET / "debug" / "examples" / "conformance", program)
     return [str(program)]
 

@@ -54,7 +54,7 @@ def test_clients_have_the_version_of_fletcher(language: str) -> None:
 )
 def test_the_crate_and_the_examples_of_its_page(argv: tuple[str, ...]) -> None:
     require_tool("rust")
-    run_tool("rust", ["cargo", *argv, "--locked", "--quiet"])
+    run_tool("rust", ["cargo", *argv, "--quiet"])
 
 
 def test_the_archive_of_maven_has_the_classes(tmp_path: Path) -> None:

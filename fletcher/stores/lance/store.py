@@ -34,13 +34,14 @@ from fletcher.stores.lance.repair import (
     set_torn_versions_aside,
     written_at,
 )
-from fletcher.stores.lance.scanning import in_batches, scan_rows
+from fletcher.stores.lance.scanning import in_batches
 from fletcher.stores.lance.synced_folder import SyncedFolder
 from fletcher.stores.lance.writer import (
     LanceWriter,
     distinct_keys,
     lance_errors,
     table_gone,
+    upload_condition,
 )
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
 from fletcher.stores.staging import check_stored, incarnation_of, with_incarnation
@@ -195,7 +196,7 @@ class LanceStore(EmbeddedStore):
                 sync_path(self.folder)
                 return
             if old is None or old != incarnation_of(new.schema):
-                rows = new.search().to_batches(scan_rows(new.schema))
+                rows = in_batches(new.search(), new.schema)
                 mode = "overwrite" if any((folder / "_versions").glob("*.manifest")) else "create"
                 if mode == "create":
                     prepare_table(folder)
@@ -218,8 +219,7 @@ class LanceStore(EmbeddedStore):
             table = self._open_table(dataset)
             if table is None or "batch_key" not in table.schema.names:
                 return []
-            prefix = conditions.quoted(f"{upload_id}:")
-            keys = distinct_keys(dataset, table, f"starts_with(batch_key, {prefix})")
+            keys = distinct_keys(dataset, table, upload_condition(upload_id))
         return upload_ranges(keys, upload_id)
 
     def scan(
@@ -231,7 +231,7 @@ class LanceStore(EmbeddedStore):
             query = _filtered(name, table, table.search(), filters).select(wanted)
             if limit is not None:
                 query = query.limit(limit)
-            rows = query.to_batches(scan_rows(table.schema))
+            rows = in_batches(query, table.schema)
         return pa.RecordBatchReader.from_batches(rows.schema, _read_batches(name, rows))
 
     def search(

@@ -175,7 +175,7 @@ class LanceWriter(EmbeddedWriter):
         """Delete the rows of an upload; return their number."""
         if "batch_key" not in self.schema.names:
             return 0
-        return self.delete_rows(f"starts_with(batch_key, {quoted(upload_id + ':')})")
+        return self.delete_rows(upload_condition(upload_id))
 
     def finish(self) -> None:
         """Wait for a running compaction, and compact if due."""
@@ -316,6 +316,11 @@ def table_gone(dataset: str) -> StoreUnavailableError:
     return StoreUnavailableError(
         f"dataset `{dataset}` was deleted by another program; its rows are gone", field="dataset"
     )
+
+
+def upload_condition(upload_id: str) -> str:
+    """The SQL condition of an upload's rows."""
+    return f"starts_with(batch_key, {quoted(f'{upload_id}:')})"
 
 
 def distinct_keys(dataset: str, table: Any, condition: str | None = None) -> set[str]:
