@@ -15,9 +15,8 @@ import pytest
 from fletcher.cli import main
 from fletcher.delivery.journal.root import folder_name, lock_journal
 from fletcher.stores.address import open_store
-from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
-from tests.doubles.longbow import LongbowDouble
+from tests.doubles.store_addresses import empty_store
 
 Run = Callable[..., int]
 
@@ -25,15 +24,8 @@ Run = Callable[..., int]
 @pytest.fixture(params=["lance", "parquet", "fletcher", "longbow"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Address of an empty store."""
-    if request.param == "fletcher":
-        served = StoreServer(tmp_path / "v", host="127.0.0.1", port=0, meta_port=0)
-        yield f"{served.address}?meta={served.meta_port}"
-        served.close(10)
-    elif request.param == "longbow":
-        with LongbowDouble() as double:
-            yield double.address
-    else:
-        yield f"{request.param}:{tmp_path / 'v'}"
+    with empty_store(request.param, tmp_path / "v") as found:
+        yield found
 
 
 @pytest.fixture

@@ -15,23 +15,15 @@ from fletcher.cli import main
 from fletcher.cli.index import cli as index_command
 from fletcher.stores.address import open_store
 from fletcher.stores.lance.indexing import TYPES
-from fletcher.storeserver.server import StoreServer
 from tests.doubles import store_rows as rows
-from tests.doubles.longbow import LongbowDouble
+from tests.doubles.store_addresses import empty_store
 
 
 @pytest.fixture(params=["parquet", "fletcher", "longbow"])
 def other_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Address of a store that these commands refuse."""
-    if request.param == "fletcher":
-        served = StoreServer(tmp_path / "v", host="127.0.0.1", port=0, meta_port=0)
-        yield f"{served.address}?meta={served.meta_port}"
-        served.close(10)
-    elif request.param == "longbow":
-        with LongbowDouble() as double:
-            yield double.address
-    else:
-        yield f"parquet:{tmp_path / 'v'}"
+    with empty_store(request.param, tmp_path / "v") as found:
+        yield found
 
 
 def fill(address: str, count: int = 600) -> None:
